@@ -1,0 +1,296 @@
+"""One frozen transformer; student and teachers are LoRA adapters on it, and switching costs microseconds.
+
+PEFT injects the layers; from then on only their active-adapter marks change, never `requires_grad`, so a
+teacher call between the student's forward and backward cannot silence the student. Under gradient
+checkpointing the recompute runs under the adapter of its forward. `merged` swaps in weights W + BA kept in
+buffers that never move (a CUDA graph stays valid), so a rollout pays nothing for being adapted.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils.checkpoint import checkpoint
+
+from danceopd.errors import UserError
+from danceopd.lora import Adapter
+from danceopd.pipelines.families import Family
+from danceopd.pipelines.record import Condition
+
+State = tuple[str | None, str | None]  # (adapter in the LoRA layers, adapter merged into the weights)
+
+
+@dataclass
+class _Merged:
+    """Preallocated weights W + BA of one adapter, and the parameter versions they were computed from."""
+
+    weights: dict[str, Tensor]
+    versions: list[int] = field(default_factory=list)
+
+
+class _As:
+    """Inside, the backbone is in `state`. Reentrant: a retained graph recomputes more than once."""
+
+    def __init__(self, backbone: Backbone, state: State) -> None:
+        self.backbone, self.state, self.before = backbone, state, list[State]()
+
+    def __enter__(self) -> None:
+        self.before.append(self.backbone._state)
+        self.backbone._switch(self.state)
+
+    def __exit__(self, *error: object) -> None:
+        self.backbone._switch(self.before.pop())
+
+
+class Backbone:
+    """A frozen transformer with named adapters. At rest it is the bare base.
+
+    Freezes `transformer` in place and puts it in eval mode; `family` says where adapters go and how a
+    velocity is read out. Adapter weights are fp32 on the device of the layer they adapt.
+    """
+
+    def __init__(self, transformer: nn.Module, family: Family) -> None:
+        self.transformer: Any = transformer.requires_grad_(False).eval()
+        self.family = family
+        if any(isinstance(module, LoraLayer) for module in transformer.modules()):
+            raise UserError("the transformer already carries a LoRA; fuse it or load the base without it")
+        self._layers: dict[str, Any] = {}  # module path -> LoraLayer
+        self._pristine: dict[str, Tensor] = {}  # module path -> the base weight's own storage
+        self._merged: dict[str, _Merged] = {}
+        self._adapted: dict[str, list[str]] = {}  # adapter -> module paths
+        self._state: State = (None, None)
+        if getattr(transformer, "is_gradient_checkpointing", False):
+            self.checkpoint_gradients()
+
+    # Adapters
+
+    def add_adapter(self, name: str, adapter: Adapter, scale: float = 1.0, trainable: bool = False) -> None:
+        """Add `adapter` under `name`, as `W + scale·BA`; N of N tensors must match.
+
+        UserError when a module does not exist, is no Linear, or has another shape: the transformer is left
+        as it was. ValueError when the name is taken or the adapter empty.
+        """
+        if name in self._adapted or not re.fullmatch(r"\w[\w-]*", name):
+            raise ValueError(f"the adapter name {name!r} is taken or not made of letters, digits, - and _")
+        if not adapter.tensors:
+            raise ValueError(f"adapter {name!r} adapts nothing")
+        linears = self._linears()
+        unknown = [path for path in adapter.tensors if path not in linears]
+        if unknown:
+            raise UserError(
+                f"adapter {name!r}: {len(unknown)} of {len(adapter.tensors)} modules are not in this transformer "
+                f"({_few(unknown)}); use a LoRA made for this base"
+            )
+        wrong = []
+        for path, (a, b) in adapter.tensors.items():
+            out_features, in_features = linears[path].weight.shape
+            if a.shape[1] != in_features or b.shape[0] != out_features or a.shape[0] != b.shape[1]:
+                wrong.append(f"{path}: A {tuple(a.shape)} B {tuple(b.shape)} on {out_features}x{in_features}")
+        if wrong:
+            raise UserError(
+                f"adapter {name!r}: {len(wrong)} of {len(adapter.tensors)} modules have another shape "
+                f"({_few(wrong)}); use a LoRA made for this base"
+            )
+        self._inject(name, adapter, scale, trainable)
+
+    def new_student(
+        self, name: str = "student", rank: int = 32, seed: int = 0, init: Adapter | None = None
+    ) -> list[Parameter]:
+        """Add a trainable adapter on every target of the family, and return its parameters (A, B per module).
+
+        A is Kaiming-uniform from `seed`, B zero. `init` takes the first rank slots exactly, so that the
+        student is `init` at step 0, and its modules join the targets; UserError if its rank exceeds `rank`.
+        """
+        if rank < 1:
+            raise UserError(f"the student's rank is {rank}; give 1 or more")
+        start = {} if init is None else init.tensors
+        largest = max((a.shape[0] for a, _ in start.values()), default=0)
+        if largest > rank:
+            raise UserError(
+                f"the student's rank {rank} cannot hold its init of rank {largest}; raise rank to {largest}"
+            )
+        generator, tensors = torch.Generator().manual_seed(seed), {}
+        for path, layer in self._linears().items():
+            if not re.fullmatch(self.family.lora_targets, path) and path not in start:
+                continue
+            out_features, in_features = layer.weight.shape
+            a = (2 * torch.rand(rank, in_features, generator=generator) - 1) * in_features**-0.5
+            b = torch.zeros(out_features, rank)
+            if path in start:
+                first_a, first_b = start[path]
+                if first_a.shape[1] == in_features and first_b.shape[0] == out_features:
+                    a[: len(first_a)], b[:, : len(first_a)] = first_a, first_b
+                else:
+                    a, b = first_a, first_b  # add_adapter refuses it with the shapes
+            tensors[path] = (a, b)
+        tensors.update({path: pair for path, pair in start.items() if path not in tensors})
+        self.add_adapter(name, Adapter(tensors), trainable=True)
+        return self.parameters(name)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters, in the order they came."""
+        return list(self._adapted)
+
+    def modules(self, name: str) -> list[str]:
+        """Module paths that one adapter adapts, in the order of `parameters`."""
+        return list(self._paths(name))
+
+    def parameters(self, name: str) -> list[Parameter]:
+        """The fp32 parameters of one adapter: A, B of each module, in the transformer's order."""
+        layers = [self._layers[path] for path in self._paths(name)]
+        return [half[name].weight for layer in layers for half in (layer.lora_A, layer.lora_B)]
+
+    @torch.no_grad()
+    def adapter(self, name: str) -> Adapter:
+        """The current weights of one adapter, scale folded into B: detached fp32 copies on the CPU."""
+        tensors = {}
+        for path in self._paths(name):
+            layer = self._layers[path]
+            a, b = layer.lora_A[name].weight.cpu().clone(), layer.lora_B[name].weight.cpu()
+            tensors[path] = (a, b * layer.scaling[name])
+        return Adapter(tensors)
+
+    @torch.no_grad()
+    def assign(self, name: str, adapter: Adapter) -> None:
+        """Overwrite an adapter's weights in place (resume, EMA); ValueError unless modules and ranks are equal."""
+        layers = {path: self._layers[path] for path in self._paths(name)}
+        shapes = {p: (layer.lora_A[name].weight.shape, layer.lora_B[name].weight.shape) for p, layer in layers.items()}
+        if shapes != {p: (a.shape, b.shape) for p, (a, b) in adapter.tensors.items()}:
+            raise ValueError(f"the weights do not fit adapter {name!r}: other modules or other ranks")
+        for path, (a, b) in adapter.tensors.items():
+            layers[path].lora_A[name].weight.copy_(a)
+            layers[path].lora_B[name].weight.copy_(b / layers[path].scaling[name])
+
+    # Acting
+
+    def acting_as(self, name: str | None) -> AbstractContextManager[None]:
+        """Inside, the transformer carries adapter `name` (None: it is the bare base). Nests; restores.
+
+        KeyError for an adapter that is not there.
+        """
+        if name is not None:
+            self._paths(name)
+        return _As(self, (name, None))
+
+    def merged(self, name: str) -> AbstractContextManager[None]:
+        """Inside, the base weights are W + BA of `name` and no LoRA layer runs. Nests; restores.
+
+        For rollouts: run no backward inside, the weights of its forward are not there.
+
+        Weights that changed since the last refresh are refreshed on entry, except those written through
+        `.data`, which need `refresh`.
+        """
+        if name not in self._merged or self._merged[name].versions != self._versions(name):
+            self.refresh(name)
+        return _As(self, (None, name))
+
+    @torch.no_grad()
+    def refresh(self, name: str) -> None:
+        """Recompute the merged weights of `name`, in place, from the pristine ones (so nothing drifts)."""
+        paths = self._paths(name)
+        if name not in self._merged:
+            self._merged[name] = _Merged({path: torch.empty_like(self._pristine[path]) for path in paths})
+        merged = self._merged[name]
+        for path in paths:
+            layer, weight, buffer = self._layers[path], self._pristine[path], merged.weights[path]
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            if weight.dtype == torch.float32:
+                torch.addmm(weight, b, a, alpha=layer.scaling[name], out=buffer)
+            else:
+                buffer.copy_(torch.addmm(weight.float(), b, a, alpha=layer.scaling[name]))
+        merged.versions = self._versions(name)
+
+    def velocity(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """Velocity `v = ε − x0` under whoever is acting: `x (B, …)`, `sigma (B,)` -> shape of `x`, fp32."""
+        if getattr(self.transformer, "gradient_checkpointing", False) and torch.is_grad_enabled():
+            self.checkpoint_gradients()
+        return self.family.velocity(self.transformer, x, sigma, condition)
+
+    def checkpoint_gradients(self, enable: bool = True) -> None:
+        """Trade time for memory: blocks recompute in backward, each under the adapter of its forward."""
+        if not enable:
+            self.transformer.disable_gradient_checkpointing()
+        elif getattr(self.transformer, "_gradient_checkpointing_func", None) != self._checkpoint:
+            self.transformer.enable_gradient_checkpointing(self._checkpoint)
+
+    # Inside
+
+    def _checkpoint(self, block: Callable, *args: Any) -> Any:
+        state = self._state
+        return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _As(self, state)))
+
+    def _switch(self, state: State) -> None:
+        (adapter, merged), (old_adapter, old_merged) = state, self._state
+        if merged != old_merged:
+            for path in self._adapted[old_merged] if old_merged else ():
+                self._layers[path].base_layer.weight.data = self._pristine[path]
+            for path, weight in self._merged[merged].weights.items() if merged else ():
+                self._layers[path].base_layer.weight.data = weight
+        if adapter != old_adapter:
+            self._mark(adapter)
+        self._state = state
+
+    def _mark(self, adapter: str | None) -> None:
+        for layer in self._layers.values():
+            layer._disable_adapters = adapter is None or adapter not in layer.lora_A
+            layer._active_adapter = [adapter or ""]
+
+    def _inject(self, name: str, adapter: Adapter, scale: float, trainable: bool) -> None:
+        grads = {p: p.requires_grad for p in self.transformer.parameters()}
+        before, self._state = self._state, (None, None)
+        if before != (None, None):
+            raise RuntimeError("adapters are added to the backbone at rest, outside acting_as and merged")
+        paths = list(adapter.tensors)
+        config = LoraConfig(r=1, lora_alpha=1, target_modules=paths, init_lora_weights=False)
+        keys = {f"{path}.lora_A.weight": torch.empty(0) for path in paths}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns of every second adapter
+            inject_adapter_in_model(config, self.transformer, name, low_cpu_mem_usage=True, state_dict=keys)
+        self._layers = {p: m for p, m in self.transformer.named_modules() if isinstance(m, LoraLayer)}
+        for path, (a, b) in adapter.tensors.items():
+            layer = self._layers[path]
+            weight = layer.base_layer.weight
+            self._pristine.setdefault(path, weight.data)
+            for half, value in ((layer.lora_A, a), (layer.lora_B, b)):
+                value = value.detach().to(weight.device, torch.float32, copy=True).contiguous()
+                half[name].weight = Parameter(value, requires_grad=trainable)
+            layer.r[name] = layer.lora_alpha[name] = a.shape[0]
+            layer.scaling[name] = float(scale)
+        for parameter, grad in grads.items():  # whatever this PEFT version thinks should train
+            parameter.requires_grad_(grad)
+        self.transformer.eval()
+        self._adapted[name] = [path for path in self._layers if path in adapter.tensors]
+        self._mark(None)
+
+    def _linears(self) -> dict[str, nn.Linear]:
+        """Module path -> the Linear there (the base layer where a LoRA layer already wraps it)."""
+        found: dict[str, nn.Linear] = {}
+        for path, module in self.transformer.named_modules():
+            module = module.get_base_layer() if isinstance(module, LoraLayer) else module
+            if isinstance(module, nn.Linear) and ".lora_" not in path and not path.endswith(".base_layer"):
+                found[path] = module
+        return found
+
+    def _paths(self, name: str) -> list[str]:
+        try:
+            return self._adapted[name]
+        except KeyError:
+            raise KeyError(f"no adapter {name!r}; there are {sorted(self._adapted)}") from None
+
+    def _versions(self, name: str) -> list[int]:
+        return [parameter._version for parameter in self.parameters(name)]
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,146 @@
+"""The base model as files: where it is, which one it is, what its transformer looks like, and loading it.
+
+A LoRA is only meaningful on the weights it was trained on, so a base has a fingerprint that every copy of its
+folder shares. `empty_transformer` has the shapes and no weights: enough to refuse a wrong LoRA in a moment.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from danceopd.disk import sha256
+from danceopd.errors import UserError
+from danceopd.shipped import resolve
+
+_HASHES: dict[tuple[str, int, int], str] = {}  # (path, mtime in ns, size) -> sha256 of the file
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the progress bars diffusers and transformers draw while loading and saving; warnings stay."""
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
+
+    shown = [log for log in (diffusers_log, transformers_log) if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
+
+
+def base_folder(base: str | Path) -> Path:
+    """The local folder of a base model: a path, a shipped name, or `owner/name` on the hub (then downloaded).
+
+    Raises UserError when it is none of these or not a diffusers pipeline.
+    """
+    place = resolve(base, "base model", hub=True)
+    if not Path(place).exists():
+        from diffusers import DiffusionPipeline
+
+        try:
+            with quietly():
+                place = DiffusionPipeline.download(place)
+        except Exception as error:  # the hub's client raises a dozen kinds
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"base model {base} is not a folder here and could not be fetched from the hub ({reason}); check "
+                "the name and the connection, or download it first and give its folder"
+            ) from None
+    folder = Path(place)
+    if not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"base model {folder} is not a diffusers pipeline (it has no model_index.json); give a folder that "
+            "DiffusionPipeline.save_pretrained wrote"
+        )
+    return folder
+
+
+def load_base(folder: str | Path, dtype: torch.dtype | None = None, **components: Any) -> Any:
+    """`DiffusionPipeline.from_pretrained(folder)`, quietly; `dtype` None is the stock default (fp32).
+
+    `components` replace the folder's own (`vae=None` leaves one out). Raises UserError when it does not load.
+    """
+    from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
+
+    kwargs: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    try:
+        with quietly():
+            return DiffusionPipeline.from_pretrained(folder, **kwargs, **components)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the pipeline {folder} does not load ({reason}); fetch it again, or check that diffusers is new enough"
+        ) from error
+
+
+def empty_transformer(folder: str | Path) -> nn.Module:
+    """The pipeline's transformer on the meta device, from its config alone: shapes without weights."""
+    config = _config(Path(folder))
+    import diffusers
+
+    model = getattr(diffusers, str(config.get("_class_name")), None)
+    if model is None:
+        raise UserError(
+            f"{folder} has a transformer of class {config.get('_class_name')}, which this diffusers does not "
+            "know; install a newer diffusers"
+        )
+    with torch.device("meta"):
+        return model.from_config(config)
+
+
+def base_fingerprint(base: str | Path) -> str:
+    """The identity of a base model's transformer: sha256 over its safetensors files and its configuration.
+
+    The same for every copy of the folder; another training step, shape or rope gives another one. Names of
+    paths and versions in the configuration do not count. Files are hashed once per process while their time
+    and size stay. Raises UserError when the folder has no transformer weights in safetensors.
+    """
+    folder = base_folder(base)
+    config = {k: v for k, v in _config(folder).items() if k == "_class_name" or not k.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    shards = sorted((folder / "transformer").glob("*.safetensors"))
+    if not shards:
+        raise UserError(f"{folder / 'transformer'} holds no safetensors weights; save the base with safetensors")
+    for shard in shards:
+        digest.update(f"\n{shard.name} {_sha256(shard)}".encode())
+    return digest.hexdigest()
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """The dtype most of the transformer's numbers are stored in (from the safetensors headers)."""
+    names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    counts: dict[str, int] = {}
+    from safetensors import safe_open
+
+    for shard in sorted((Path(folder) / "transformer").glob("*.safetensors")):
+        with safe_open(str(shard), framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 - not a dict
+                piece = opened.get_slice(key)
+                counts[piece.get_dtype()] = counts.get(piece.get_dtype(), 0) + torch.Size(piece.get_shape()).numel()
+    return names.get(max(counts, key=lambda name: counts[name], default="F32"), torch.float32)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "transformer" / "config.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({type(error).__name__}); fetch the base model again") from None
+
+
+def _sha256(file: Path) -> str:
+    stat = file.stat()
+    key = (str(file.resolve()), stat.st_mtime_ns, stat.st_size)
+    if key not in _HASHES:
+        _HASHES[key] = sha256(file)
+    return _HASHES[key]

@@ -1,0 +1,206 @@
+"""The command line: each command is a thin call of one public function, imported when it runs.
+
+`--help` never waits for torch. A `UserError` is one line on stderr and exit status 2, as a wrong flag is;
+Ctrl-C says how to continue and exits with 130. Tracebacks are for faults of danceopd itself.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .errors import UserError
+
+STAGES = ("autoencoder", "base", "generation", "editing", "local-edit", "global-edit")
+
+
+class _Commands(TyperGroup):
+    """Where exceptions become sentences and exit statuses."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from .disk import full
+
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            sentence = " ".join(str(error).split())
+        except OSError as error:
+            if not full(error):
+                raise
+            sentence = f"the disk is full at {error.filename or Path.cwd()}; free some space and run this again"
+        except KeyboardInterrupt:
+            typer.echo("\nstopped; run the same command again to continue", err=True)
+            raise typer.Exit(130) from None
+        typer.echo(f"error: {sentence}", err=True)
+        raise typer.Exit(2)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Merge what several image models can do into one adapter, and prove that nothing got worse.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Seed = Annotated[int, typer.Option(min=0, help="Same seed, same machine: the same bytes.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for what is made.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+Base = Annotated[str | None, typer.Option(help="Base model: a folder, or owner/name on the hub.")]
+
+
+@app.command()
+def merge(
+    recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe; flags win over it.")] = None,
+    base: Base = None,
+    generation: Annotated[str | None, typer.Option(help='Generation teacher: a LoRA, or "base".')] = None,
+    editing: Annotated[str | None, typer.Option(help='Editing teacher: a LoRA, or "base".')] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; default: student.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same machine: the same bytes.")] = None,
+    device: Device = None,
+    time_limit: Annotated[float | None, typer.Option(help="Stop after so many minutes.")] = None,
+    fuse: Annotated[bool, typer.Option("--fuse", help="Also write a whole pipeline to OUTPUT/pipeline.")] = False,
+) -> None:
+    """Distil the teachers into one student LoRA. With nothing given: the shipped small model.
+
+    Running the same command again continues an interrupted run.
+    """
+    from .recipe import Recipe
+
+    resolved = Recipe.load(
+        recipe,
+        base=base,
+        generation=generation,
+        editing=editing,
+        output=output,
+        steps=steps,
+        seed=seed,
+        device=device,
+        time_limit=time_limit,
+    )
+    from .merge import merge as run
+
+    run(resolved)
+    typer.echo(f"student: {resolved.output}")
+    if fuse:
+        from .student import fuse as write_whole
+
+        typer.echo(f"pipeline: {write_whole(resolved.output, resolved.output / 'pipeline')}")
+
+
+@app.command()
+def sample(
+    student: Annotated[Path, typer.Argument(help="A student's folder, a LoRA, or a whole pipeline.")],
+    prompt: Annotated[str, typer.Argument(help="What the picture shows, or what to change in the image.")],
+    image: Annotated[Path | None, typer.Option(help="Source image to edit.")] = None,
+    seed: Seed = 0,
+    count: Annotated[int, typer.Option("-n", "--count", help="Pictures, with seeds from --seed on.")] = 1,
+    output: Output = Path("samples"),
+    base: Base = None,
+    device: Device = None,
+) -> None:
+    """Draw with a student, or edit with it, through the stock diffusers pipeline."""
+    from .sample import sample as run
+
+    for path in run(student, prompt, image=image, seed=seed, count=count, output=output, base=base, device=device):
+        typer.echo(path)
+
+
+@app.command()
+def bench(
+    student: Annotated[Path, typer.Argument(help="What to score: a run's folder, a LoRA, a pipeline, a shipped name.")],
+    suite: Annotated[str, typer.Option(help="Which suite.")] = "scenes",
+    against: Annotated[
+        str, typer.Option(help='Of base, blend and teachers\' names, with commas; or "none". Default: all of them.')
+    ] = "",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: bench, in the student's.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many prompts and so many edits.")] = None,
+    seed: Seed = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
+    probes: Annotated[bool, typer.Option("--probes", help="Also held-out and compound items.")] = False,
+) -> None:
+    """Score a student, and what it came from, on the same prompts, edits and seeds; write a report."""
+    from .bench.run import bench as run
+    from .bench.table import print_table, progress_bar
+
+    others = [name.strip() for name in against.split(",") if name.strip()]
+    with progress_bar() as progress:
+        result = run(
+            student,
+            suite=suite,
+            against=others,
+            output=output,
+            limit=limit,
+            seed=seed,
+            device=device,
+            probes=probes,
+            progress=progress,
+        )
+    print_table(result.scores)
+    typer.echo(f"report: {result.report}")
+
+
+@app.command()
+def teach(
+    stage: Annotated[str, typer.Argument(help=f"One of: {', '.join(STAGES)}.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: checkpoints/STAGE.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    base: Annotated[str, typer.Option(help="Base of a teacher: a folder or a shipped name.")] = "base",
+    seed: Seed = 0,
+) -> None:
+    """Train one of the shipped checkpoints from scratch. Running it again continues it."""
+    from .sentences import nearest
+
+    if stage not in STAGES:
+        raise UserError(f"no stage is named {stage!r}{nearest(stage, STAGES)}")
+    from .progress import progress_line
+    from .teach import teach as run
+
+    with progress_line(stage) as line:
+        folder = run(stage, output=output, steps=steps, seed=seed, base=base, report=line)
+    typer.echo(f"{stage}: {folder}")
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A LoRA file or folder, or a pipeline folder.")],
+    names: Annotated[bool, typer.Option("--names", help="Also list every adapted module.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a LoRA or a pipeline is: modules, rank, dialect, hashes. Loads no weight."""
+    from .commands.inspect import describe, show
+
+    facts = describe(path)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(facts, indent=1))
+    else:
+        show(facts, names)
+
+
+@app.command()
+def version() -> None:
+    """Versions of danceopd and of what its results depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from . import __version__
+
+    typer.echo(f"danceopd {__version__}")
+    for name in ("torch", "diffusers", "transformers", "peft", "numpy", "pillow"):
+        try:
+            typer.echo(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            typer.echo(f"{name} (not installed)")
+
+
+def main() -> None:
+    """The `danceopd` program."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on few cores
+    app(prog_name="danceopd")

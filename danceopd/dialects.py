@@ -1,0 +1,202 @@
+"""The names LoRA files use: every dialect's keys are read here, and nowhere else.
+
+A key is split into (layer, part). A layer's name in the file becomes a module path of the diffusers
+transformer in three tries: as it stands; with its dots restored (kohya flattens them); through the
+family's own diffusers converter, ONE LAYER AT A TIME, so that a layer the converter drops or invents is
+seen and named. Alpha is folded before any of that, in fp32, so no converter's rounding touches it.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+PREFIXES = (
+    "base_model.model.transformer.",
+    "base_model.model.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+    "lora_transformer_",
+    "lora_unet_",
+    "lycoris_",
+)
+TEXT_ENCODERS = re.compile(
+    r"^(base_model\.model\.)?"
+    r"(text_encoder|text_model|conditioner|cond_stage|te\d?\.|lora_te|lora_prior_te)"
+)
+_PART = re.compile(
+    r"^(?P<layer>.+?)\."
+    r"(?:lora[._](?P<half>A|B|down|up)(?:\.(?!weight$)[^.]+)?\.weight|(?P<alpha>alpha))$"
+)
+_HALVES = {"A": "A", "down": "A", "B": "B", "up": "B"}
+_OWN_NAMES = (
+    "",
+    "transformer.",
+    "base_model.model.",
+    "base_model.model.transformer.",
+)  # diffusers' module paths
+_ORIGINAL_NAMES = re.compile(r"(double|single)_blocks\.")  # Black Forest Labs' own
+
+Pairs = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Layer:
+    """One layer of a file, as the file names it; its parts: 'A' (r, in), 'B' (out, r), perhaps 'alpha'."""
+
+    name: str
+    prefix: str
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """'x.to_q.lora_down.weight' -> ('x.to_q', 'A'); the parts are 'A', 'B', 'alpha'. None for other keys."""
+    match = _PART.match(key)
+    if match is None:
+        return None
+    return match["layer"], "alpha" if match["alpha"] else _HALVES[match["half"]]
+
+
+def split_prefix(layer: str) -> tuple[str, str]:
+    """'diffusion_model.double_blocks.0.x' -> ('diffusion_model.', 'double_blocks.0.x'); '' without one."""
+    prefix = next((prefix for prefix in PREFIXES if layer.startswith(prefix)), "")
+    return prefix, layer[len(prefix) :]
+
+
+def dialect(keys: Iterable[str]) -> str:
+    """The dialect of a file by its keys: 'diffusers', 'peft', 'comfyui', 'kohya', 'plain' or 'unknown'."""
+    layer = next((parts[0] for parts in map(split_key, keys) if parts), None)
+    if layer is None:
+        return "unknown"
+    prefix = split_prefix(layer)[0]
+    if prefix.startswith("base_model."):
+        return "peft"
+    if prefix.endswith("diffusion_model."):
+        return "comfyui"
+    return {"transformer.": "diffusers", "": "plain"}.get(prefix, "kohya")
+
+
+def linear_sizes(transformer: nn.Module) -> dict[str, tuple[int, int]]:
+    """Every Linear of a transformer: module path -> (in, out). Adapters PEFT has already injected are looked
+    through; a transformer on the meta device will do."""
+    return {
+        name.removesuffix(".base_layer"): (module.in_features, module.out_features)
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name
+    }
+
+
+def fold_alpha(layer: Layer, config: Mapping[str, Any] | None) -> None:
+    """Scale B as the file means it: by its own alpha, else by the PEFT configuration's, else not at all.
+
+    Raises ValueError when alpha is not a positive number or the configuration contradicts the tensors.
+    """
+    rank = layer.parts["A"].shape[0]
+    if "alpha" in layer.parts:
+        scale = float(layer.parts["alpha"]) / rank
+    else:
+        scale = peft_scale(config, layer.name, rank) if config else 1.0
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"its alpha is {scale * rank:g}")
+    if scale != 1.0:
+        layer.parts["B"] = layer.parts["B"] * scale
+
+
+def peft_scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
+    """The factor PEFT applies to B·A of this layer: alpha/r, or alpha/√r, with its patterns honoured.
+
+    Raises ValueError when the configuration names another rank than the tensors have.
+    """
+    from peft.utils.other import get_pattern_key
+
+    ranks, alphas = dict(config.get("rank_pattern") or {}), dict(config.get("alpha_pattern") or {})
+    said = ranks.get(get_pattern_key(list(ranks), layer), config.get("r"))
+    if said is not None and int(said) != rank:
+        raise ValueError(f"its configuration says rank {said} and its tensors say {rank}")
+    alpha = alphas.get(get_pattern_key(list(alphas), layer), config.get("lora_alpha"))
+    if alpha is None:
+        return 1.0
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def pipeline_class(family: Any, transformer: nn.Module | None) -> type | None:
+    """The diffusers pipeline class whose converter knows the family's dialects, or None.
+
+    `family` is a Family, its name, a pipeline class or the name of one; without it, the registry is searched
+    for a family whose generation pipeline takes this transformer's class.
+    """
+    import diffusers
+
+    from danceopd.pipelines.families import FAMILIES
+
+    if isinstance(family, type):
+        return family
+    name = getattr(FAMILIES.get(family, family) if isinstance(family, str) else family, "generation", family)
+    if name is not None:
+        return getattr(diffusers, name, None)
+    for known in FAMILIES.values():
+        candidate = getattr(diffusers, known.generation, None)
+        takes = getattr(candidate, "__init__", candidate).__annotations__.get("transformer")
+        if getattr(takes, "__name__", takes) == type(transformer).__name__:
+            return candidate
+    return None
+
+
+class Renamer:
+    """Turns a file's layer into layers of the diffusers transformer.
+
+    `sizes` (module path -> (in, out)) says what exists; without it only names that no other dialect uses pass
+    as they stand. `pipeline` gives the pipeline class whose converter to ask; it is called once, when needed.
+    """
+
+    def __init__(self, sizes: Mapping[str, tuple[int, int]] | None, pipeline: Callable[[], type | None]):
+        self.sizes, self.pipeline = sizes, pipeline
+        self.converter: Callable[..., Any] | None = None
+        self.asked = False
+        self.dotted: dict[str, list[str]] = {}
+        for name in sizes or ():
+            self.dotted.setdefault(name.replace(".", "_"), []).append(name)
+
+    def __call__(self, layer: Layer) -> Pairs:
+        """{module path: (A, B)}: one entry, three where a fused qkv is split, none when nothing matches."""
+        name, a, b = layer.name, layer.parts["A"], layer.parts["B"]
+        if self.sizes is None:
+            if layer.prefix in _OWN_NAMES and not _ORIGINAL_NAMES.match(name):
+                return {name: (a, b)}
+        elif name in self.sizes:
+            return {name: (a, b)}
+        elif len(self.dotted.get(name, ())) == 1:
+            return {self.dotted[name][0]: (a, b)}
+        flat = name.replace(".", "_")
+        for stem, down, up in (
+            (f"diffusion_model.{name}", "lora_A", "lora_B"),
+            (f"lora_unet_{flat}", "lora_down", "lora_up"),
+            (f"base_model.model.{name}", "lora_A", "lora_B"),
+        ):
+            found = self._convert({f"{stem}.{down}.weight": a, f"{stem}.{up}.weight": b})
+            if found and (self.sizes is None or all(key in self.sizes for key in found)):
+                return found
+        return {}
+
+    def _convert(self, tensors: dict[str, Tensor]) -> Pairs:
+        if not self.asked:
+            self.asked, self.converter = True, getattr(self.pipeline(), "lora_state_dict", None)
+        if self.converter is None:
+            return {}
+        try:
+            converted = self.converter(dict(tensors))
+        except Exception:  # each converter fails in its own way on a name it does not know
+            return {}
+        layers: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in converted.items():
+            parts = split_key(key)
+            if parts is None or key in tensors or not key.startswith("transformer."):
+                return {}
+            layers.setdefault(parts[0].removeprefix("transformer."), {})[parts[1]] = tensor
+        if any(set(pair) != {"A", "B"} for pair in layers.values()):
+            return {}
+        return {name: (pair["A"].float(), pair["B"].float()) for name, pair in layers.items()}

@@ -1,0 +1,80 @@
+"""Velocity fields: `field(x, sigma, condition) -> v`, the one thing rollouts and objectives ask for.
+
+`x (B, …)` fp32, `sigma (B,)` in [0, 1] with 1 pure noise, a Condition of B rows; the answer has the shape
+of `x`, fp32, `v = ε − x0`. Fields are frozen: they never build a graph. (The student's own velocity with a
+gradient is `backbone.velocity` inside `backbone.acting_as("student")`.) Fields compose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from danceopd.backbone import Backbone
+from danceopd.pipelines.families import FAMILIES
+from danceopd.pipelines.record import Condition
+
+VelocityField = Callable[[Tensor, Tensor, Condition], Tensor]
+
+
+@dataclass(frozen=True)
+class AdapterField:
+    """The backbone acting as one adapter; `name` None is the bare base."""
+
+    backbone: Backbone
+    name: str | None
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        with self.backbone.acting_as(self.name):
+            return self.backbone.velocity(x, sigma, condition)
+
+
+def BaseField(backbone: Backbone) -> AdapterField:  # noqa: N802 (a field like the others, named like them)
+    """The bare base model."""
+    return AdapterField(backbone, None)
+
+
+@dataclass(frozen=True)
+class MergedField:
+    """The backbone with one adapter merged into its weights: the same velocity, without the LoRA's time.
+
+    Costs one copy of the adapted weights; for rollouts, and for teachers that are asked often.
+    """
+
+    backbone: Backbone
+    name: str
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        with self.backbone.merged(self.name):
+            return self.backbone.velocity(x, sigma, condition)
+
+
+@dataclass(frozen=True)
+class GuidedField:
+    """Classifier-free guidance of another field: `v_null + scale · (v − v_null)`.
+
+    `null_condition` is the recorded condition of the null prompt, one row or as many as the batch; only its
+    prompt is used, so a source image stays in place on both sides, as in the stock pipelines. Scale 1 is
+    the plain field. Two calls of `field` for each answer.
+    """
+
+    field: VelocityField
+    null_condition: Condition
+    scale: float
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        null = self.null_condition
+        if len(null) not in (1, len(x)):
+            raise ValueError(f"the null condition has {len(null)} rows; give 1 or {len(x)}")
+        kwargs = dict(condition.kwargs)
+        for key in FAMILIES[condition.family].prompt_kwargs:
+            value = null.kwargs[key]
+            kwargs[key] = None if value is None else value.expand(len(x), *value.shape[1:])
+        away = self.field(x, sigma, replace(condition, kwargs=kwargs))
+        return away + self.scale * (self.field(x, sigma, condition) - away)

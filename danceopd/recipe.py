@@ -1,0 +1,272 @@
+"""What to merge, and how: one frozen pydantic model that YAML files, flags and Python share.
+
+Every default of a merge stands here and nowhere else. A `Recipe` that exists is a valid one: unknown keys,
+impossible numbers, missing files and misspelt names are refused when it is made, with a `UserError` that
+names the key, the file and the nearest thing that would have been right.
+Shipped checkpoints ("base", "generation", ...) go by their bare names; a folder is written "./generation".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from .errors import UserError
+from .sentences import explain, nearest, read_yaml
+from .shipped import SHIPPED, portable, resolve, shipped
+
+__all__ = ["CAPABILITIES", "SHIPPED", "Recipe", "Teacher", "shipped"]
+
+CAPABILITIES = ("generation", "editing")
+CALL_KEYS = ("height", "width", "steps", "max_sequence_length")
+CONTINUES = ("steps", "output", "device", "samples", "save_every", "time_limit")
+"""Fields that may differ between a run and its continuation: they do not change what a step computes."""
+
+Unit = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def _adapter(value: Any) -> Any:
+    return value if value == "base" else _existing(value, "adapter")
+
+
+def _base(value: Any) -> Any:
+    return _existing(value, "base model", hub=True)
+
+
+def _existing(value: Any, what: str, **how: Any) -> Any:
+    try:
+        return resolve(value, what, **how)
+    except UserError as error:  # as a ValueError, to which pydantic adds the key
+        raise ValueError(str(error)) from None
+
+
+def _work(value: Any) -> Any:
+    if value is None or str(value).partition(":")[0] == "scenes":
+        return value
+    return _existing(value, "data source", shipped_names=False)
+
+
+Work = Annotated[str, BeforeValidator(_work)]
+
+
+class Part(BaseModel):
+    """What all parts of a recipe share: frozen, no unknown keys, finite numbers, no YAML booleans."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_booleans(cls, data: Any) -> Any:
+        for key, value in data.items() if isinstance(data, Mapping) else ():
+            field = cls.model_fields.get(key)
+            if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                raise PydanticCustomError("boolean", "a boolean", {"key": key, "value": value})
+        return data
+
+
+class Teacher(Part):
+    """A frozen velocity field: an adapter on the base, or the bare base itself."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    adapter: Annotated[str, BeforeValidator(_adapter)] = "base"
+    capability: Literal["generation", "editing"]
+    weight: PositiveFloat = 1.0  # its share of the rows
+    scale: float = 1.0  # LoRA strength
+    data: Annotated[str | None, BeforeValidator(_work)] = None  # its own work; None: its capability's
+
+
+class Student(Part):
+    """The adapter that learns. `init` is "base", "blend", a teacher's name, or an adapter's path."""
+
+    rank: PositiveInt = 64
+    init: str = "blend"
+    init_weights: dict[str, float] = {}  # of "blend", by teacher; empty: 1/N each
+
+
+class Optimizer(Part):
+    name: Literal["adamw"] = "adamw"
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Unit, Unit] = (0.9, 0.99)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: int = Field(10, ge=0)
+    clip: PositiveFloat = 1.0
+    schedule: Literal["constant", "cosine"] = "cosine"
+
+
+class Rollout(Part):
+    steps: PositiveInt = 8
+
+
+class Query(Part):
+    """At which noise level to ask. `beta` replaces the law's own Beta(a, b)."""
+
+    law: Literal["low-noise", "uniform", "mid", "high-noise", "paper"] = "low-noise"
+    beta: tuple[PositiveFloat, PositiveFloat] | None = None
+
+
+class Routing(Part):
+    """One teacher a row (or a whole step). `weights` by teacher name win over the teachers' own `weight`."""
+
+    per: Literal["row", "step"] = "row"
+    weights: dict[str, PositiveFloat] = {}
+
+
+class Data(Part):
+    """Where the work comes from: "scenes", or a .txt, .csv, .jsonl, .parquet file or a folder (see data.py)."""
+
+    generation: Work = "scenes"
+    editing: Work = "scenes"
+    rows: PositiveInt = 1024  # drawn from "scenes", for each capability
+
+
+class Samples(Part):
+    every: int = Field(50, ge=0)  # 0: only at the first and the last step
+    count: PositiveInt = 6
+
+
+def _shipped_teachers() -> tuple[dict[str, str], ...]:
+    return tuple({"name": c, "adapter": c, "capability": c} for c in CAPABILITIES)
+
+
+class Recipe(Part):
+    """Everything a merge needs. `Recipe()` is the demo: the shipped teachers on the shipped base."""
+
+    base: Annotated[str, BeforeValidator(_base)] = "base"
+    teachers: tuple[Teacher, ...] = Field(default_factory=_shipped_teachers, validate_default=True)  # type: ignore[arg-type]
+    output: Path = Path("student")
+    steps: PositiveInt = 300
+    batch: PositiveInt = 32
+    seed: Seed = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    student: Student = Student()
+    optimizer: Optimizer = Optimizer()
+    ema: Unit = 0.98
+    rollout: Rollout = Rollout()
+    query: Query = Query()
+    routing: Routing = Routing()
+    objective: Literal["danceopd"] = "danceopd"
+    data: Data = Data()
+    samples: Samples = Samples()
+    save_every: PositiveInt = 50
+    time_limit: PositiveFloat | None = None  # minutes
+    call: dict[str, PositiveInt] = {}  # over the base's own: height, width, steps, max_sequence_length
+
+    def __init__(self, /, _where: str = "the recipe", **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise UserError(explain(error, type(self), _where)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: Any) -> Any:
+        """`generation: X` and `editing: Y` stand for the two teachers of those names."""
+        if not isinstance(data, Mapping) or not any(c in data for c in CAPABILITIES):
+            return data
+        data = dict(data)
+        short = {c: data.pop(c) for c in CAPABILITIES if c in data}
+        if "teachers" in data:
+            raise ValueError(f"`teachers` and `{next(iter(short))}` both name teachers; keep one of the two")
+        data["teachers"] = [t | {"adapter": short.get(t["name"], t["adapter"])} for t in _shipped_teachers()]
+        return data
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Recipe:
+        names = [teacher.name for teacher in self.teachers]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"two teachers are named {twice!r}; give each its own name")
+        if len(names) < 2:
+            raise ValueError(f"a merge needs at least two teachers and here is {len(names)}; add another")
+        taken = next((name for name in names if name in ("student", "base", "blend")), None)
+        if taken:
+            raise ValueError(f"a teacher may not be named {taken!r}, which means something else; rename it")
+        if all(teacher.adapter == "base" for teacher in self.teachers):
+            raise ValueError("every teacher is the bare base, so there is nothing to merge; give one an adapter")
+        for key, weights in {
+            "routing.weights": self.routing.weights,
+            "student.init_weights": self.student.init_weights,
+        }.items():
+            for name in weights:
+                if name not in names:
+                    raise ValueError(f"{key} names {name!r}, which is no teacher{nearest(name, names)}")
+        for key in self.call:
+            if key not in CALL_KEYS:
+                raise ValueError(f"unknown key call.{key}{nearest(key, CALL_KEYS)}")
+        words = ["base", "blend", *names]
+        if self.student.init not in words:
+            hint = nearest(self.student.init, words)
+            init = _existing(self.student.init, "student.init", hint=hint, shipped_names=False)
+            object.__setattr__(self, "student", self.student.model_copy(update={"init": init}))
+        if self.output.exists() and not self.output.is_dir():
+            raise ValueError(f"output {self.output} is a file; name a folder")
+        return self
+
+    # -- reading --------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **flags: Any) -> Recipe:
+        """The recipe in a YAML file; fields given in `flags` (and not None) win over the file's."""
+        return cls._with_flags(read_yaml(Path(path), "recipe"), flags, str(path))
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, **flags: Any) -> Recipe:
+        """What the command line uses: a file or none, then flags (None: not given)."""
+        return cls._with_flags({}, flags, "the command line") if path is None else cls.from_yaml(path, **flags)
+
+    @classmethod
+    def _with_flags(cls, fields: dict[str, Any], flags: Mapping[str, Any], where: str) -> Recipe:
+        given = {key: value for key, value in flags.items() if value is not None}
+        if isinstance(fields.get("teachers"), list):
+            for capability in [c for c in CAPABILITIES if c in given]:
+                teachers = [t for t in fields["teachers"] if isinstance(t, dict)]
+                ours = [t for t in teachers if t.get("capability") == capability]
+                if len(ours) != 1:
+                    count = f"{len(ours)} {capability} teachers"
+                    raise UserError(f"--{capability} is ambiguous: {where} has {count}; edit the file")
+                ours[0]["adapter"] = given.pop(capability)
+        return cls(where, **{**fields, **given})
+
+    # -- writing --------------------------------------------------------------------------------------
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain data that makes the same recipe again; shipped checkpoints by name, other paths absolute."""
+        data = self.model_dump(mode="json")
+        data["base"] = portable(self.base)
+        for teacher in data["teachers"]:
+            teacher["adapter"] = portable(teacher["adapter"])
+        return data
+
+    def identity(self) -> dict[str, Any]:
+        """`resolved()` without what may change when a run is continued."""
+        return {key: value for key, value in self.resolved().items() if key not in CONTINUES}
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML; `Recipe.from_yaml` reads it back to an equal one."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=110)
+
+    # -- asking ---------------------------------------------------------------------------------------
+
+    def shares(self) -> dict[str, float]:
+        """How often each teacher is asked, by name; sums to 1."""
+        raw = {t.name: self.routing.weights.get(t.name, t.weight) for t in self.teachers}
+        return {name: weight / sum(raw.values()) for name, weight in raw.items()}
+
+    def work(self, teacher: Teacher) -> str:
+        """The data source that a teacher is asked about."""
+        return teacher.data or getattr(self.data, teacher.capability)

@@ -1,0 +1,274 @@
+"""The run directory: what a merge writes, so that it can be watched, trusted and continued.
+
+    recipe.yaml  metrics.jsonl  logs/  samples/step-000050.png  checkpoints/step-000050/{state.safetensors,meta.json}
+
+A checkpoint appears by one rename after everything in it reached the disk, and names its own sha256, so the
+newest one is complete or is passed over. Continuing drops what was logged after it: nothing counts twice.
+Nothing is pickled; a full disk is a sentence, and leaves the previous checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .disk import disk_faults, lock, replace_file, sha256, sync
+from .errors import UserError
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+KEEP = 2
+_RNG = "rng."
+_log = logging.getLogger("danceopd")
+
+
+class RunFolder:
+    """The output folder of one recipe. Making it creates, continues or refuses the folder, and locks it."""
+
+    def __init__(self, output: str | Path, recipe: Recipe) -> None:
+        self.path = Path(output)
+        self.recipe = recipe
+        self._writer: Any = None
+        with disk_faults(self.path):
+            self._refuse_foreign()
+            for name in ("", "checkpoints", "samples"):
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.path / ".lock")
+            replace_file(self.path / "recipe.yaml", recipe.to_yaml().encode())
+            for leftover in self._checkpoints.glob(".*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def _refuse_foreign(self) -> None:
+        if not self.path.is_dir() or not any(p.name != ".lock" for p in self.path.iterdir()):
+            return
+        theirs = self.path / "recipe.yaml"
+        if not theirs.is_file() or not self._checkpoints.is_dir():
+            raise UserError(
+                f"output folder {self.path} holds files that are not a run of danceopd; choose another --output"
+            )
+        try:
+            there = Recipe.from_yaml(theirs).identity()
+        except UserError as error:
+            raise UserError(
+                f"output folder {self.path} holds another run, whose recipe does not resolve here ({error}); "
+                "choose another --output"
+            ) from None
+        here = self.recipe.identity()
+        for key, old, new in _differences(there, here):
+            raise UserError(
+                f"output folder {self.path} holds another run ({key} is {old!r} there and {new!r} here); "
+                "choose another --output, or delete that folder to start anew"
+            )
+
+    # -- the end --------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run of at least as many steps has been exported here: there is nothing left to do."""
+        try:
+            done = json.loads((self.path / "finished.json").read_text())
+        except (OSError, ValueError):
+            return False
+        return (
+            int(done.get("step", -1)) >= self.recipe.steps
+            and (self.path / "pytorch_lora_weights.safetensors").is_file()
+        )
+
+    def finish(self, step: int, **facts: Any) -> None:
+        """Marks the run as finished after `step` updates (its export already stands in the folder)."""
+        with disk_faults(self.path):
+            replace_file(self.path / "finished.json", json.dumps({"step": step, **facts}, indent=1).encode())
+        self.close()
+
+    def close(self) -> None:
+        """Closes the logs and frees the folder for another process."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- checkpoints ----------------------------------------------------------------------------------
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
+        """Writes `checkpoints/step-XXXXXX` whole or not at all, with the state of every random generator."""
+        final = self._checkpoints / f"step-{step:06d}"
+        part = self._checkpoints / f".step-{step:06d}.{os.getpid()}"
+        random_tensors, random_meta = _random_state()
+        with disk_faults(final):
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            try:
+                state = part / "state.safetensors"
+                save_file(_apart({**tensors, **random_tensors}), state)
+                sync(state)
+                facts = {"step": step, "sha256": sha256(state), "meta": dict(meta), "random": random_meta}
+                replace_file(part / "meta.json", json.dumps(facts).encode())
+                if final.exists():
+                    shutil.rmtree(final)
+                os.replace(part, final)
+                sync(self._checkpoints)
+            except BaseException:
+                shutil.rmtree(part, ignore_errors=True)
+                raise
+        for old in self._steps()[:-KEEP]:
+            shutil.rmtree(old, ignore_errors=True)
+        return final
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint; a damaged one is passed over with a warning."""
+        for folder in reversed(self._steps()):
+            try:
+                facts = json.loads((folder / "meta.json").read_text())
+                if facts["sha256"] == sha256(folder / "state.safetensors"):
+                    return folder
+                fault = "its state.safetensors is not the one that was saved"
+            except (OSError, ValueError, KeyError) as error:
+                fault = str(error)
+            _log.warning("checkpoint %s is damaged and is passed over: %s", folder, fault)
+        return None
+
+    def load(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+        """(step, tensors, meta) of `latest()`, with the random generators set back and later logs dropped."""
+        folder = self.latest()
+        if folder is None:
+            self._truncate(-1)
+            return None
+        facts = json.loads((folder / "meta.json").read_text())
+        tensors = load_file(folder / "state.safetensors")
+        generators = {key: tensors.pop(key) for key in list(tensors) if key.startswith(_RNG)}
+        _set_random_state(generators, facts["random"])
+        self._truncate(facts["step"])
+        return facts["step"], tensors, facts["meta"]
+
+    def _steps(self) -> list[Path]:
+        return sorted(p for p in self._checkpoints.glob("step-*") if p.is_dir())
+
+    # -- logs -----------------------------------------------------------------------------------------
+
+    def log(self, step: int, **scalars: float | str | None) -> None:
+        """One line in metrics.jsonl; the numbers go to TensorBoard too."""
+        line = json.dumps({"step": step, **{key: _plain(value) for key, value in scalars.items()}})
+        with disk_faults(self.path / "metrics.jsonl"):
+            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            for key, value in scalars.items():
+                if isinstance(_plain(value), (int, float)):
+                    self._tensorboard(step).add_scalar(key, float(value), step)  # type: ignore[arg-type]
+
+    def image(self, step: int, image: Image.Image) -> Path:
+        """`samples/step-XXXXXX.png`, and the same picture in TensorBoard."""
+        path = self.path / "samples" / f"step-{step:06d}.png"
+        part = path.with_name(f".{path.name}")
+        with disk_faults(path):
+            image.save(part, format="PNG")
+            os.replace(part, path)
+            self._tensorboard(step).add_image("samples", np.array(image.convert("RGB")), step, dataformats="HWC")
+        return path
+
+    def _tensorboard(self, step: int) -> Any:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.path / "logs"), purge_step=step, flush_secs=10)
+        return self._writer
+
+    def _truncate(self, step: int) -> None:
+        """Keeps the metrics up to `step`; a half-written line at the end goes too."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] <= step and line.endswith("\n"):
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue
+        with disk_faults(path):
+            replace_file(path, "".join(kept).encode())
+
+
+def _differences(there: Any, here: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        return [
+            found
+            for name in dict.fromkeys([*there, *here])
+            for found in _differences(there.get(name), here.get(name), f"{key}.{name}".lstrip("."))
+        ]
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        pairs = enumerate(zip(there, here))
+        return [found for i, (old, new) in pairs for found in _differences(old, new, f"{key}.{i}")]
+    return [] if there == here else [(key, there, here)]
+
+
+def _plain(value: Any) -> float | str | None:
+    """A number JSON can hold: tensors become floats, NaN and infinities their names."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    number = float(value)
+    return number if np.isfinite(number) else str(number)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, no two sharing memory: what safetensors wants."""
+    out: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().to("cpu").contiguous()
+        owner = value.untyped_storage().data_ptr()
+        out[name] = value.clone() if owner in seen else value
+        seen.add(owner)
+    return out
+
+
+def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    tensors = {
+        f"{_RNG}torch": torch.get_rng_state(),
+        f"{_RNG}numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+    }
+    if torch.cuda.is_available():
+        for index, state in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"{_RNG}cuda.{index}"] = state
+    version, internal, gauss_next = random.getstate()
+    return tensors, {
+        "python": [version, list(internal), gauss_next],
+        "numpy": [str(kind), int(position), int(has_gauss), float(gauss)],
+    }
+
+
+def _set_random_state(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    version, internal, gauss_next = meta["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    kind, *rest = meta["numpy"]
+    np.random.set_state((kind, tensors[f"{_RNG}numpy"].numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(tensors[f"{_RNG}torch"])
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            if f"{_RNG}cuda.{index}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"{_RNG}cuda.{index}"], index)

@@ -1,0 +1,143 @@
+"""The stages: what each is trained on, for how long, and where it is written."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLFlux2
+
+from danceopd.base_model import base_folder, load_base
+from danceopd.errors import UserError
+from danceopd.lora import write_adapter
+from danceopd.pipelines.families import family_of
+from danceopd.scenes.edits import GLOBAL, LOCAL, TASKS
+from danceopd.scenes.prompts import TAGS
+from danceopd.sentences import nearest
+from danceopd.teach.autoencoder import fit_encoder, make_autoencoder
+from danceopd.teach.batches import Batches, Mix
+from danceopd.teach.codes import CellTable
+from danceopd.teach.decoder import train_decoder
+from danceopd.teach.flow import LoraTransformer, Schedule, Trainer
+from danceopd.teach.small import make_pipeline, make_transformer, save_pipeline
+
+Report = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps, rows a step, and what is drawn; ``rank`` is a LoRA's, None trains the whole transformer."""
+
+    steps: int
+    batch: int = 64
+    mix: Mix | None = None
+    rank: int | None = None
+    muon: float = 3e-3
+
+
+def _even(names: tuple[str, ...]) -> Mapping[str, float]:
+    return dict.fromkeys(names, 1.0)
+
+
+HARD = {"single_object": 0.5, "two_object": 1.0, "counting": 3.0, "colors": 0.5, "position": 3.0, "color_attr": 2.0}
+"""What the generation teacher practises: counting, position and binding."""
+RANK = 40
+"""Rank of the shipped teachers: 1.4 MB each in bfloat16."""
+
+STAGES: dict[str, Stage] = {
+    "autoencoder": Stage(steps=2000, batch=24),
+    "base": Stage(steps=4400, mix=Mix(_even(TAGS), _even(TASKS), 0.6)),
+    "generation": Stage(steps=1600, mix=Mix(HARD, {}, 1.0), rank=RANK),
+    "editing": Stage(steps=2000, mix=Mix({}, _even(TASKS), 0.0), rank=RANK),
+    "local-edit": Stage(steps=1000, mix=Mix({}, _even(LOCAL), 0.0), rank=RANK),
+    "global-edit": Stage(steps=600, mix=Mix({}, _even(GLOBAL), 0.0), rank=RANK),
+}
+
+
+def teach(
+    stage: str,
+    output: Path | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    base: str | Path = "base",
+    report: Report | None = None,
+) -> Path:
+    """Train one stage and write it; returns its folder.
+
+    ``output`` is the pipeline's folder for ``autoencoder`` and ``base`` (made in either order) and the LoRA's for
+    the teachers; default ``checkpoints/<stage>``. State is kept in ``<output>/.training`` and the same call
+    continues from it. ``report(step, steps, loss)`` is called after every step. UserError for a bad stage or
+    steps.
+    """
+    if stage not in STAGES:
+        raise UserError(f"no stage is named {stage!r}{nearest(stage, STAGES)}")
+    plan = STAGES[stage]
+    total = plan.steps if steps is None else steps
+    if total < 1:
+        raise UserError(f"steps is {total}; give 1 or more")
+    pipeline = stage in ("autoencoder", "base")
+    folder = Path(output) if output is not None else Path("checkpoints") / ("base" if pipeline else stage)
+    began = time.monotonic()
+    state = folder / ".training" / stage
+
+    def told(step: int, loss: float) -> None:
+        if report is not None:
+            report(step, total, loss)
+
+    if stage == "autoencoder":
+        vae = _autoencoder(None, seed)
+        train_decoder(vae, state, total, seed, plan.batch, told)
+        _write_pipeline(folder, seed, vae=vae)
+    elif stage == "base":
+        transformer = make_transformer(seed)
+        pipe = make_pipeline(_autoencoder(folder, seed), transformer, seed)
+        parameters = dict(transformer.named_parameters())
+        assert plan.mix is not None
+        batches = Batches(pipe, CellTable(pipe.vae), plan.mix, plan.batch, seed)
+        average = Trainer(transformer, parameters, batches, Schedule(total, muon=plan.muon), state).run(told)
+        transformer.load_state_dict(average)
+        _write_pipeline(folder, seed, transformer=transformer)
+    else:
+        _teach_lora(plan, base, folder, state, total, seed, told)
+    facts = {"stage": stage, "seed": seed, "steps": total, "minutes": round((time.monotonic() - began) / 60, 1)}
+    note = {**facts, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"}
+    (folder / f"{stage}.json").write_text(json.dumps(note, indent=1) + "\n")
+    return folder
+
+
+def _autoencoder(folder: Path | None, seed: int) -> AutoencoderKLFlux2:
+    """The trained one of a pipeline's folder, else a new one with its encoder fitted."""
+    if folder is not None and (folder / "vae").is_dir():
+        return AutoencoderKLFlux2.from_pretrained(folder / "vae").eval()
+    vae = make_autoencoder(seed).eval()
+    fit_encoder(vae)
+    return vae
+
+
+def _write_pipeline(folder: Path, seed: int, vae=None, transformer=None) -> None:
+    """The pipeline with the parts that are there; the other stage brings the missing one."""
+    if vae is None:
+        vae = _autoencoder(folder, seed)
+    if transformer is None:
+        there = (folder / "transformer").is_dir()
+        transformer = load_base(folder).transformer if there else make_transformer(seed)
+    save_pipeline(make_pipeline(vae, transformer, seed), folder)
+
+
+def _teach_lora(
+    plan: Stage, base: str | Path, folder: Path, state: Path, total: int, seed: int, told: Callable[[int, float], None]
+) -> None:
+    pipe = load_base(base_folder(base))
+    targets = family_of(pipe).lora_targets
+    modules = [n for n, m in pipe.transformer.named_modules() if hasattr(m, "weight") and re.fullmatch(targets, n)]
+    assert plan.mix is not None and plan.rank is not None
+    model = LoraTransformer(pipe.transformer, modules, plan.rank, seed)
+    batches = Batches(pipe, CellTable(pipe.vae), plan.mix, plan.batch, seed)
+    average = Trainer(model, model.factors, batches, Schedule(total, muon=plan.muon), state).run(told)
+    write_adapter(model.adapter(average), folder, torch.bfloat16)

@@ -1,0 +1,25 @@
+"""Stock diffusers pipelines, seen as conditions, schedules, noise and pictures.
+
+`record` runs the real pipeline up to its first transformer call and keeps that call (a `Condition`), so
+prompt encoding, image encoding and packing are never written twice. `GenerationPipeline` and
+`EditingPipeline` batch that; what differs between model families is one small `Family` in `FAMILIES`.
+"""
+
+from .editing import EditingPipeline, check_image
+from .families import FAMILIES, Family, family_of
+from .generation import DenoisingState, GenerationPipeline, check_prompts
+from .record import Condition, record, stack
+
+__all__ = [
+    "FAMILIES",
+    "Condition",
+    "DenoisingState",
+    "EditingPipeline",
+    "Family",
+    "GenerationPipeline",
+    "check_image",
+    "check_prompts",
+    "family_of",
+    "record",
+    "stack",
+]

@@ -1,0 +1,193 @@
+"""Run a stock diffusers pipeline up to its first transformer call, and keep that call.
+
+A forward pre-hook catches the call's arguments and ends the run with a private exception; it hangs on a
+shallow double, so the user's pipeline is never touched. What is kept, minus the noisy latents and the time, is a
+`Condition`: everything needed to ask any adapter on the same transformer for a velocity at any state.
+Conditions of equal layout stack into a batch, also where the pipeline itself refuses batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from danceopd.errors import UserError
+
+if TYPE_CHECKING:
+    from .families import Family
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """One recorded transformer call without its noisy latents and its time.
+
+    `family` is a key of `FAMILIES`, `shape` the shape of one row's latents (e.g. `(16, 32)`), `kwargs` the
+    remaining transformer arguments (every tensor has batch dimension 0), `context` the source tokens
+    `(B, m, C)` that follow the latents, or None for a plain prompt.
+    """
+
+    family: str
+    shape: tuple[int, ...]
+    kwargs: dict[str, Tensor | None]
+    context: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Rows."""
+        return next(len(value) for value in (*self.kwargs.values(), self.context) if value is not None)
+
+    @cached_property
+    def layout(self) -> tuple:
+        """Hashable; conditions of equal layout stack.
+
+        Besides shapes it holds a checksum of every `*_ids` tensor: transformers read positions from row 0
+        only, so two sources with as many tokens but another grid must not share a batch.
+        """
+        kwargs = tuple((key, _layout(key, self.kwargs[key])) for key in sorted(self.kwargs))
+        return self.family, self.shape, kwargs, _layout("context", self.context)
+
+    def rows(self, index: slice | list[int] | Tensor) -> Condition:
+        """The rows at `index` (slice: views; list of int or LongTensor: copies), as a Condition."""
+        if isinstance(index, list):
+            index = torch.tensor(index, dtype=torch.long)
+        if isinstance(index, Tensor):
+            device = next(v for v in (*self.kwargs.values(), self.context) if v is not None).device
+            index = index.to(device)
+        return self._map(lambda value: value[index])
+
+    def to(self, device: torch.device | str | None = None) -> Condition:
+        """The same condition with every tensor on `device`."""
+        return self._map(lambda value: value.to(device))
+
+    def state(self) -> dict[str, Tensor]:
+        """A flat dict of contiguous tensors, ready for safetensors; `from_state` is its inverse."""
+        state = {"family": torch.tensor(list(self.family.encode()), dtype=torch.uint8)}
+        state["shape"] = torch.tensor(self.shape, dtype=torch.long)
+        for key, value in self.kwargs.items():
+            name, value = ("none." + key, torch.zeros(0)) if value is None else ("kwargs." + key, value)
+            state[name] = value.detach().contiguous()
+        if self.context is not None:
+            state["context"] = self.context.detach().contiguous()
+        return state
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> Condition:
+        """The condition whose `state()` this is; KeyError when it is not one."""
+        kwargs: dict[str, Tensor | None] = {}
+        for key in state:
+            kind, _, name = key.partition(".")
+            if name and kind in ("none", "kwargs"):
+                kwargs[name] = state[key] if kind == "kwargs" else None
+        family = bytes(state["family"].tolist()).decode()
+        return cls(family, tuple(state["shape"].tolist()), kwargs, state.get("context"))
+
+    def _map(self, change) -> Condition:
+        kwargs = {key: None if value is None else change(value) for key, value in self.kwargs.items()}
+        return replace(self, kwargs=kwargs, context=None if self.context is None else change(self.context))
+
+
+def _layout(key: str, value: Tensor | None) -> tuple | None:
+    if value is None:
+        return None
+    content = zlib.crc32(value[0].cpu().contiguous().numpy().tobytes()) if key.endswith("_ids") else 0
+    return tuple(value.shape[1:]), str(value.dtype).removeprefix("torch."), content
+
+
+def stack(conditions: Sequence[Condition]) -> Condition:
+    """One condition with the rows of all, in order; UserError when their layouts differ."""
+    if not conditions:
+        raise ValueError("stack needs at least one condition")
+    first = conditions[0]
+    if len(conditions) == 1:
+        return first
+    for number, other in enumerate(conditions[1:], start=1):
+        if other.layout != first.layout:
+            raise UserError(
+                f"condition {number} cannot share a batch with condition 0: {_difference(first, other)}; give all "
+                f"rows of a batch the same picture size, source size and max_sequence_length"
+            )
+    kwargs = {
+        key: None if value is None else torch.cat([c.kwargs[key] for c in conditions])  # type: ignore[misc]
+        for key, value in first.kwargs.items()
+    }
+    context = None if first.context is None else torch.cat([c.context for c in conditions])  # type: ignore[misc]
+    return replace(first, kwargs=kwargs, context=context)
+
+
+def _difference(a: Condition, b: Condition) -> str:
+    if a.family != b.family or a.shape != b.shape:
+        return f"{a.family} latents {a.shape} against {b.family} latents {b.shape}"
+    if a.kwargs.keys() != b.kwargs.keys():
+        return f"its transformer call has other arguments ({', '.join(sorted(a.kwargs.keys() ^ b.kwargs.keys()))})"
+    pairs = [("context", a.context, b.context), *((k, a.kwargs[k], b.kwargs[k]) for k in a.kwargs)]
+    key, x, y = next(p for p in pairs if _layout(p[0], p[1]) != _layout(p[0], p[2]))
+    shown = ["none" if v is None else f"{tuple(v.shape[1:])} {v.dtype}" for v in (x, y)]
+    return f"{key} has other positions" if shown[0] == shown[1] else f"{key} is {shown[1]} against {shown[0]}"
+
+
+class _Recorded(Exception):
+    """Ends a pipeline's run at its first transformer call."""
+
+
+def first_call(pipe: Any, family: Family, **call: Any) -> tuple[dict[str, Any], Tensor]:
+    """The kwargs of the stock pipeline's first transformer call, and its sigmas `(N+1,)` fp32, last 0.
+
+    `call` are the pipeline's own arguments; guidance is switched off. Without a `generator` the noise comes
+    from a private one, so the global random state is left alone.
+    """
+    caught: dict[str, Any] = {}
+
+    def keep(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        names = list(inspect.signature(type(module).forward).parameters)[1:] if args else []
+        caught.update(zip(names, args, strict=False), **kwargs)
+        raise _Recorded
+
+    call.setdefault("generator", torch.Generator().manual_seed(0))
+    double = _double(pipe, family.text_components if call.get("prompt") is None else ())
+    hook = double.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        double(**{**call, **family.unguided})
+    except _Recorded:
+        return caught, double.scheduler.sigmas.detach().to("cpu", torch.float32, copy=True)
+    finally:
+        hook.remove()
+        pipe.maybe_free_model_hooks()
+    raise RuntimeError(f"{type(pipe).__name__} returned without calling its transformer")
+
+
+def _double(pipe: Any, without: Sequence[str]) -> Any:
+    """The pipeline with its own scheduler, its own settings, and a transformer that holds no blocks.
+
+    The same classes and configurations, and the same other components. So an interrupted run leaves no trace
+    on the user's pipeline, and the dozen walks over all modules that a stock call makes cost next to nothing.
+    """
+    double, transformer = copy.copy(pipe), getattr(pipe.transformer, "_orig_mod", pipe.transformer)
+    hollow, like = copy.copy(transformer), next(transformer.parameters())
+    hollow._modules, hollow._buffers, hollow._forward_pre_hooks = {}, {}, OrderedDict()
+    hollow._forward_pre_hooks_with_kwargs = OrderedDict()
+    hollow._parameters = {"like": torch.nn.Parameter(like.new_empty(0), requires_grad=False)}
+    changed = {"transformer": hollow, "scheduler": copy.copy(pipe.scheduler), **dict.fromkeys(without)}
+    double.__dict__.update(changed, _progress_bar_config={"disable": True})
+    return double
+
+
+def record(pipe: Any, family: Family, **call: Any) -> tuple[Condition, Tensor]:
+    """Run the stock `pipe(**call)` up to its first transformer call.
+
+    Returns the condition (as many rows as the pipeline's batch) and the scheduler's sigmas for that call,
+    `(N+1,)` fp32 on the CPU, last 0. Errors of the pipeline itself pass through.
+    """
+    kwargs, sigmas = first_call(pipe, family, **call)
+    latents, context, rest = family.split(kwargs)
+    strange = [key for key, value in rest.items() if value is not None and not isinstance(value, Tensor)]
+    if strange:
+        raise TypeError(f"{family.name}: cannot record the transformer argument(s) {', '.join(strange)}")
+    return Condition(family.name, tuple(latents.shape[1:]), rest, context), sigmas

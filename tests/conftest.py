@@ -1,0 +1,43 @@
+"""What every test shares: few threads, the program as a real process, and a recipe of files that exist."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+Program = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def danceopd(tmp_path: Path) -> Program:
+    """`danceopd("merge", "--steps", 0)` runs the program in an empty folder and returns what it did."""
+
+    def run(*arguments: object, cwd: Path = tmp_path, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "danceopd", *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return run
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A base and two adapters that exist, as recipe fields; the current folder is an empty one."""
+    for name in ("base", "draws", "edits"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    return {"base": "models/base", "generation": "models/draws", "editing": "models/edits"}
