@@ -32,10 +32,10 @@ State = tuple[str | None, str | None]  # (adapter in the LoRA layers, adapter me
 
 @dataclass
 class _Merged:
-    """Preallocated weights W + BA of one adapter, and the parameter versions they were computed from."""
+    """Weights W + BA of one adapter, and the device and parameter versions they were computed from."""
 
     weights: dict[str, Tensor]
-    versions: list[int] = field(default_factory=list)
+    versions: list[Any] = field(default_factory=list)
 
 
 class _As:
@@ -65,9 +65,10 @@ class Backbone:
         if any(isinstance(module, LoraLayer) for module in transformer.modules()):
             raise UserError("the transformer already carries a LoRA; fuse it or load the base without it")
         self._layers: dict[str, Any] = {}  # module path -> LoraLayer
-        self._pristine: dict[str, Tensor] = {}  # module path -> the base weight's own storage
+        self._pristine: dict[str, Tensor] = {}  # module path -> the base weight, while merged ones stand in
         self._merged: dict[str, _Merged] = {}
         self._adapted: dict[str, list[str]] = {}  # adapter -> module paths
+        self._parameters: dict[str, list[Parameter]] = {}  # adapter -> A, B of each module
         self._state: State = (None, None)
         if getattr(transformer, "is_gradient_checkpointing", False):
             self.checkpoint_gradients()
@@ -148,8 +149,8 @@ class Backbone:
 
     def parameters(self, name: str) -> list[Parameter]:
         """The fp32 parameters of one adapter: A, B of each module, in the transformer's order."""
-        layers = [self._layers[path] for path in self._paths(name)]
-        return [half[name].weight for layer in layers for half in (layer.lora_A, layer.lora_B)]
+        self._paths(name)
+        return list(self._parameters[name])
 
     @torch.no_grad()
     def adapter(self, name: str) -> Adapter:
@@ -191,6 +192,7 @@ class Backbone:
         Weights that changed since the last refresh are refreshed on entry, except those written through
         `.data`, which need `refresh`.
         """
+        self._paths(name)
         if name not in self._merged or self._merged[name].versions != self._versions(name):
             self.refresh(name)
         return _As(self, (None, name))
@@ -198,17 +200,17 @@ class Backbone:
     @torch.no_grad()
     def refresh(self, name: str) -> None:
         """Recompute the merged weights of `name`, in place, from the pristine ones (so nothing drifts)."""
-        paths = self._paths(name)
-        if name not in self._merged:
-            self._merged[name] = _Merged({path: torch.empty_like(self._pristine[path]) for path in paths})
-        merged = self._merged[name]
-        for path in paths:
-            layer, weight, buffer = self._layers[path], self._pristine[path], merged.weights[path]
+        merged = self._merged.setdefault(name, _Merged({}))
+        for path in self._paths(name):
+            layer = self._layers[path]
+            weight = self._pristine.get(path, layer.base_layer.weight.data)
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            if path not in merged.weights or merged.weights[path].device != weight.device:
+                merged.weights[path] = torch.empty_like(weight)
             if weight.dtype == torch.float32:
-                torch.addmm(weight, b, a, alpha=layer.scaling[name], out=buffer)
+                torch.addmm(weight, b, a, alpha=layer.scaling[name], out=merged.weights[path])
             else:
-                buffer.copy_(torch.addmm(weight.float(), b, a, alpha=layer.scaling[name]))
+                merged.weights[path].copy_(torch.addmm(weight.float(), b, a, alpha=layer.scaling[name]))
         merged.versions = self._versions(name)
 
     def velocity(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
@@ -231,26 +233,28 @@ class Backbone:
         return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _As(self, state)))
 
     def _switch(self, state: State) -> None:
-        (adapter, merged), (old_adapter, old_merged) = state, self._state
+        (adapter, merged), (old_adapter, old_merged) = state, self._state  # most switches change little
         if merged != old_merged:
-            for path in self._adapted[old_merged] if old_merged else ():
-                self._layers[path].base_layer.weight.data = self._pristine[path]
-            for path, weight in self._merged[merged].weights.items() if merged else ():
+            for path, weight in self._pristine.items():
                 self._layers[path].base_layer.weight.data = weight
+            self._pristine = {}
+            for path, weight in self._merged[merged].weights.items() if merged else ():
+                parameter = self._layers[path].base_layer.weight
+                self._pristine[path], parameter.data = parameter.data, weight
         if adapter != old_adapter:
             self._mark(adapter)
         self._state = state
 
     def _mark(self, adapter: str | None) -> None:
-        for layer in self._layers.values():
-            layer._disable_adapters = adapter is None or adapter not in layer.lora_A
-            layer._active_adapter = [adapter or ""]
+        adapted, active = set(self._adapted[adapter] if adapter else ()), [adapter or ""]
+        for path, layer in self._layers.items():
+            layer._disable_adapters = path not in adapted
+            layer._active_adapter = active
 
     def _inject(self, name: str, adapter: Adapter, scale: float, trainable: bool) -> None:
-        grads = {p: p.requires_grad for p in self.transformer.parameters()}
-        before, self._state = self._state, (None, None)
-        if before != (None, None):
+        if self._state != (None, None):
             raise RuntimeError("adapters are added to the backbone at rest, outside acting_as and merged")
+        grads = {p: p.requires_grad for p in self.transformer.parameters()}
         paths = list(adapter.tensors)
         config = LoraConfig(r=1, lora_alpha=1, target_modules=paths, init_lora_weights=False)
         keys = {f"{path}.lora_A.weight": torch.empty(0) for path in paths}
@@ -261,7 +265,6 @@ class Backbone:
         for path, (a, b) in adapter.tensors.items():
             layer = self._layers[path]
             weight = layer.base_layer.weight
-            self._pristine.setdefault(path, weight.data)
             for half, value in ((layer.lora_A, a), (layer.lora_B, b)):
                 value = value.detach().to(weight.device, torch.float32, copy=True).contiguous()
                 half[name].weight = Parameter(value, requires_grad=trainable)
@@ -271,6 +274,8 @@ class Backbone:
             parameter.requires_grad_(grad)
         self.transformer.eval()
         self._adapted[name] = [path for path in self._layers if path in adapter.tensors]
+        layers = [self._layers[path] for path in self._adapted[name]]
+        self._parameters[name] = [half[name].weight for layer in layers for half in (layer.lora_A, layer.lora_B)]
         self._mark(None)
 
     def _linears(self) -> dict[str, nn.Linear]:
@@ -288,8 +293,9 @@ class Backbone:
         except KeyError:
             raise KeyError(f"no adapter {name!r}; there are {sorted(self._adapted)}") from None
 
-    def _versions(self, name: str) -> list[int]:
-        return [parameter._version for parameter in self.parameters(name)]
+    def _versions(self, name: str) -> list[Any]:
+        parameters = self._parameters[name]
+        return [parameters[0].device, *(parameter._version for parameter in parameters)]
 
 
 def _few(names: list[str]) -> str:

@@ -33,13 +33,9 @@ def blend(
     if method not in METHODS:
         raise UserError(f"there is no blend method {method!r}; choose one of {', '.join(METHODS)}")
     if not adapters or len(adapters) != len(weights):
-        raise UserError(
-            f"{len(adapters)} adapters and {len(weights)} weights cannot be blended; give each its own"
-        )
+        raise UserError(f"{len(adapters)} adapters and {len(weights)} weights cannot be blended; give each its own")
     if not all(isfinite(weight) for weight in weights) or not any(weights):
-        raise UserError(
-            f"blend weights {list(weights)} are not finite or all zero; give numbers, one of them not 0"
-        )
+        raise UserError(f"blend weights {list(weights)} are not finite or all zero; give numbers, one of them not 0")
     if rank is not None and rank < 1:
         raise UserError(f"an adapter of rank {rank} cannot be blended into; give a rank of 1 or more")
     merged = {}

@@ -93,9 +93,7 @@ class Adapter:
         return Adapter({name: (move(a), move(b)) for name, (a, b) in self.tensors.items()})
 
 
-def read_adapter(
-    path: str | os.PathLike, transformer: nn.Module | None = None, family: Any = None
-) -> Adapter:
+def read_adapter(path: str | os.PathLike, transformer: nn.Module | None = None, family: Any = None) -> Adapter:
     """Read a LoRA: a safetensors file, or a folder with `pytorch_lora_weights.safetensors` or only one.
 
     Dialects: diffusers (`transformer.`), PEFT (`base_model.model.`, with its `adapter_config.json`),
@@ -167,13 +165,10 @@ def _layers(header: Header) -> list[Layer]:
                 f"{file}: A {tuple(a.shape)} and B {tuple(b.shape)} of {name} are not (rank, in) and "
                 "(out, rank) of a Linear; train the LoRA on linear layers, or save it again"
             )
-    bad = [
-        name for name, layer in layers.items() if not all(t.isfinite().all() for t in layer.parts.values())
-    ]
+    bad = [name for name, layer in layers.items() if not all(t.isfinite().all() for t in layer.parts.values())]
     if bad:
         raise UserError(
-            f"{file} holds NaN or infinite numbers in {few(bad)}; its training diverged, take an "
-            "earlier checkpoint"
+            f"{file} holds NaN or infinite numbers in {few(bad)}; its training diverged, take an earlier checkpoint"
         )
     return list(layers.values())
 

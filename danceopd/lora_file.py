@@ -18,6 +18,7 @@ from danceopd.errors import UserError
 WEIGHTS = "pytorch_lora_weights.safetensors"
 MARK = "danceopd"  # our key in a file's metadata
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 OTHER_KINDS = {
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
@@ -87,9 +88,13 @@ def adapter_file(path: str | os.PathLike) -> Path:
         )
     if path.is_dir():
         return _file_in(path)
-    with path.open("rb") as file:
-        magic = file.read(64)
-    if path.suffix in PICKLES or magic.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+    try:
+        with path.open("rb") as file:
+            magic = file.read(64)
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened ({error.strerror}); check its permissions") from None
+    # A safetensors file is a length and then "{"; a length of 640 begins with the bytes of a pickle.
+    if path.suffix in PICKLES or (magic[8:9] != b"{" and magic.startswith(PICKLED)):
         raise UserError(
             f"{path} is a pickle, which can run code when it is opened, and is refused; convert it "
             "to safetensors with a tool you trust"
@@ -100,12 +105,10 @@ def adapter_file(path: str | os.PathLike) -> Path:
 
 
 def _file_in(folder: Path) -> Path:
-    if (folder / "model_index.json").is_file():
-        raise UserError(
-            f"{folder} is a whole pipeline, not a LoRA; use it as a base, or extract a LoRA from it"
-        )
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS
+    if (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} is a whole pipeline, not a LoRA; use it as a base, or extract a LoRA from it")
     found = sorted(folder.glob("*.safetensors"))
     if len(found) > 1:
         raise UserError(
@@ -130,22 +133,18 @@ def inspect_adapter(path: str | os.PathLike) -> Header:
     """
     file = adapter_file(path)
     mend = "download or copy it again"
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            first = stream.read(8)
-            length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
-            text = stream.read(length) if 2 <= length <= 100_000_000 else b""
-    except OSError as error:
-        raise UserError(f"{file} cannot be opened ({error.strerror}); check its permissions") from None
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        first = stream.read(8)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
+        text = stream.read(length) if 2 <= length <= 100_000_000 else b""
     if size == 0:
         raise UserError(f"{file} is empty (0 bytes); {mend}")
     if not text:
         raise UserError(f"{file} is not a safetensors file (it does not begin with a header); {mend}")
     if len(text) < length:
         raise UserError(
-            f"{file} is cut off inside its header: it has {size} bytes and the header alone takes "
-            f"{8 + length}; {mend}"
+            f"{file} is cut off inside its header: it has {size} bytes and the header alone takes {8 + length}; {mend}"
         )
     try:
         header = json.loads(text)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,8 @@ def _run(
         if late and done.step < recipe.steps:
             raise _OutOfTime
 
-    try:
+    with suppress(_OutOfTime):
         loop.run(after)
-    except _OutOfTime:
-        pass
     _export(recipe, folder, run, backbone, loop, adapters, fingerprint, call)
     seconds = time.monotonic() - began
     run.finish(loop.step, seconds=round(seconds, 1))

@@ -147,7 +147,7 @@ class Recipe(Part):
     """Everything a merge needs. `Recipe()` is the demo: the shipped teachers on the shipped base."""
 
     base: Annotated[str, BeforeValidator(_base)] = "base"
-    teachers: tuple[Teacher, ...] = Field(default_factory=_shipped_teachers, validate_default=True)  # type: ignore[arg-type]
+    teachers: tuple[Teacher, ...] = Field(default_factory=_shipped_teachers, validate_default=True)
     output: Path = Path("student")
     steps: PositiveInt = 300
     batch: PositiveInt = 32

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .data import Source, open_image
 from .disk import disk_faults
 from .errors import UserError
+from .sentences import read_yaml
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,11 +34,16 @@ def call_defaults(base: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a JSON object with the base's settings ({error}); restore it") from None
 
 
-def pictures(pipe: Any, prompt: str, image: Source | None = None, seed: int = 0, count: int = 1) -> list[Image]:
-    """`count` pictures of a prompt (an edit of `image` if there is one) from a loaded stock pipeline."""
+def pictures(
+    pipe: Any, prompt: str, image: Source | None = None, seed: int = 0, count: int = 1, **over: Any
+) -> list[Image]:
+    """`count` pictures of a prompt (an edit of `image` if there is one) from a loaded stock pipeline.
+
+    `over` goes over the base's own settings.
+    """
     import torch
 
-    call = call_defaults(pipe.config.get("_name_or_path") or "")
+    call = call_defaults(pipe.config.get("_name_or_path") or "") | over
     if image is not None:
         pipe = _editor(pipe)
         call["image"] = open_image(image)
@@ -82,12 +88,22 @@ def sample(
     pipe = load_student(student, base=base, device=device)
     pipe.set_progress_bar_config(disable=True)
     written = []
-    for i, picture in enumerate(pictures(pipe, prompt, source, seed, count)):
+    for i, picture in enumerate(pictures(pipe, prompt, source, seed, count, **_trained_call(Path(student)))):
         path = _free(folder, prompt, seed + i)
         with disk_faults(path):
             picture.save(path)
         written.append(path)
     return written
+
+
+def _trained_call(student: Path) -> dict[str, Any]:
+    """What the student's own recipe puts over the base's settings."""
+    if not (student / "recipe.yaml").is_file():
+        return {}
+    call = dict(read_yaml(student / "recipe.yaml", "recipe").get("call") or {})
+    if "steps" in call:
+        call["num_inference_steps"] = call.pop("steps")
+    return call
 
 
 def _editor(pipe: Any) -> Any:

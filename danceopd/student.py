@@ -178,9 +178,10 @@ def export(
 ) -> Path:
     """Write the student's LoRA to `folder`, prove it through a fresh stock pipeline, and only then let it stay.
 
-    `base` goes into the file with its fingerprint. `load` returns a FRESH stock pipeline of it (default: loaded
-    from `base`; leave out what the probes do not need); it is used up. The reloaded answers may differ
-    from the probes' by `tolerance` of the change the student makes, plus the rounding of the backbone's dtype.
+    `base` goes into the file with its fingerprint. `load` returns a FRESH stock pipeline of it and is asked once
+    (default: `base` in fp32; for a bf16 backbone give one in bf16; leave out what the probes do not need). The
+    reloaded answers may differ from the probes' by `tolerance` of the change the student makes, plus the
+    rounding of the backbone's dtype.
 
     Returns the file's path. Raises ExportError when the file changes nothing or something else, or the
     student equals its base; UserError when it cannot be written.

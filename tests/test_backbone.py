@@ -162,6 +162,22 @@ def test_many_refreshes_leave_pristine_weights_untouched(backbone, scene):
     assert all(m.base_layer.weight.data_ptr() == storage[p] for p, m in layers.items())
 
 
+def test_merging_survives_weights_that_move(backbone, scene):
+    """`pipe.to(device)` replaces every weight's storage; old pointers must not come back."""
+    before = MergedField(backbone, "edit")(*scene)
+    for parameter in backbone.transformer.parameters():
+        parameter.data = parameter.data.clone()
+    moved = [p.data_ptr() for p in backbone.transformer.parameters()]
+    assert torch.equal(MergedField(backbone, "edit")(*scene), before)
+    assert [p.data_ptr() for p in backbone.transformer.parameters()] == moved
+    with backbone.merged("edit"):  # a refresh inside starts from the pristine weights too
+        backbone.refresh("edit")
+        assert torch.equal(backbone.velocity(*scene), before)
+        with pytest.raises(RuntimeError, match="at rest"):
+            backbone.add_adapter("late", backbone.adapter("draw"))
+    assert [p.data_ptr() for p in backbone.transformer.parameters()] == moved
+
+
 def test_merged_weights_follow_an_optimizer(backbone, scene):
     """A forgotten refresh cannot go stale: changed parameters are noticed on entry."""
     parameters = student_of(backbone)

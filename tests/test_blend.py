@@ -11,10 +11,7 @@ from danceopd.lora import Adapter
 def adapter(seed: int, rank: int, modules=("x", "y"), into=12, out=20) -> Adapter:
     draw = torch.Generator().manual_seed(seed)
     return Adapter(
-        {
-            m: (torch.randn(rank, into, generator=draw), torch.randn(out, rank, generator=draw))
-            for m in modules
-        }
+        {m: (torch.randn(rank, into, generator=draw), torch.randn(out, rank, generator=draw)) for m in modules}
     )
 
 

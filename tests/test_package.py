@@ -33,7 +33,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources, so that building leaves nothing in the repository."""
     tree = tmp_path_factory.mktemp("tree")
     for name in ROOMS:
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", ".training"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tree)
     return tree
@@ -63,7 +63,8 @@ def files_of(room: str) -> set[str]:
     return {
         f"{prefix}/{path.relative_to(ROOT / room).as_posix()}"
         for path in (ROOT / room).rglob("*")
-        if path.suffix == ".py" or (room == "checkpoints" and path.suffix in SHIPPED_DATA)
+        if (path.suffix == ".py" or (room == "checkpoints" and path.suffix in SHIPPED_DATA))
+        and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
     }
 
 

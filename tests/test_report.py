@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from danceopd.bench import compare, table
+from danceopd.bench import compare
 from danceopd.bench.report import _chosen, _items, load, report
 from danceopd.errors import UserError
 from danceopd.scenes.edits import TASKS, edits
@@ -123,3 +123,157 @@ def write(folder: Path, rows: list[dict], models: list[str]) -> None:
     }
     (folder / "scores.json").write_text(json.dumps(scores))
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = synthetic(tmp_path_factory.mktemp("report"))
+    report(made)
+    return made
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def opened(folder: Path):
+    """The report in a browser: the page, every request it made, and every complaint in its console."""
+    if BROWSER is None:
+        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.set_default_timeout(120_000)
+        requests: list[str] = []
+        complaints: list[str] = []
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto((folder / "report.html").as_uri())
+        yield page, requests, complaints
+        browser.close()
+
+
+def visible(page, capability: str) -> list[dict]:
+    return page.eval_on_selector_all(
+        f"#gallery-{capability} .item:not([hidden])", "items => items.map(i => ({...i.dataset}))"
+    )
+
+
+def control(page, capability: str, name: str):
+    return page.locator(f'#gallery-{capability} [data-control="{name}"]')
+
+
+def test_it_opens_offline_without_a_request_or_a_complaint(folder: Path, opened) -> None:
+    page, requests, complaints = opened
+    assert [url for url in requests if not url.startswith("data:")] == [(folder / "report.html").as_uri()]
+    assert complaints == []
+    assert "student" in page.title()
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)[^"']*""", html)
+    assert "default-src 'none'" in html
+
+
+def test_every_picture_decodes_and_says_what_it_shows(opened) -> None:
+    page, _, _ = opened
+    sizes = page.evaluate(
+        """async () => { const all = [...document.querySelectorAll('.items img')];
+        await Promise.all(all.map(i => { i.loading = 'eager'; return i.decode(); }));
+        return all.map(i => [i.naturalWidth, i.naturalHeight, i.alt.length]); }"""
+    )
+    assert len(sizes) == 18 * 5 + 18 * 7
+    assert all(size[:2] == [64, 64] and size[2] > 8 for size in sizes)
+
+
+def test_filters_and_order_do_what_they_say(folder: Path, opened) -> None:
+    page, _, _ = opened
+    everything = visible(page, "generation")
+    assert len(everything) == 18
+    assert [i["failed"] for i in everything] == sorted((i["failed"] for i in everything), reverse=True)
+
+    control(page, "generation", "category").select_option("counting")
+    assert {i["category"] for i in visible(page, "generation")} == {"counting"}
+    assert len(visible(page, "editing")) == 18  # the other gallery has its own filter
+    control(page, "generation", "category").select_option("")
+
+    worse = {r["key"] for r in _items(*load(folder), "editing") if r["worse"]}
+    control(page, "editing", "worse").check()
+    assert len(visible(page, "editing")) == len(worse) > 0
+    assert {i["worse"] for i in visible(page, "editing")} == {"1"}
+    assert f"{len(worse)} of 18" in page.locator("#gallery-editing .count").inner_text()
+    control(page, "editing", "order").select_option("loss")
+    gains = [float(i["gain"]) for i in visible(page, "editing")]
+    assert gains == sorted(gains) and gains[0] < gains[-1]
+    control(page, "editing", "worse").uncheck()
+    assert len(visible(page, "editing")) == 18
+
+
+def test_a_row_is_enlarged_from_the_keyboard(opened) -> None:
+    page, _, complaints = opened
+    page.locator("#gallery-editing .zoom").first.focus()
+    page.keyboard.press("Enter")
+    assert page.locator("#lightbox").get_attribute("open") is not None
+    assert page.locator("#lightbox .shot").count() == 7
+    page.keyboard.press("Escape")
+    assert page.locator("#lightbox").get_attribute("open") is None
+    assert complaints == []
+
+
+def test_the_table_of_everything_sorts(opened) -> None:
+    page, _, _ = opened
+    grid = page.locator("table.sortable").nth(1)
+    grid.locator("th button", has_text="student").click()
+    assert grid.locator('th[aria-sort="descending"]').count() == 1
+    column = "rows => rows.map(r => Number(r.cells[r.cells.length - 2].dataset.value))"
+    values = grid.locator("tbody tr").evaluate_all(column)
+    assert values == sorted(values, reverse=True) and len(values) == 18
+
+
+def test_it_fits_on_a_phone(opened) -> None:
+    page, _, _ = opened
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.set_viewport_size({"width": 1200, "height": 900})
+
+
+def test_failures_come_first_and_the_file_keeps_its_budget(folder: Path, tmp_path: Path) -> None:
+    items = _items(*load(folder), "generation")
+    failed = [i for i in items if i["failed"]]
+    assert 0 < len(failed) < len(items)
+    assert {i["key"] for i in _chosen(items, 12)[: len(failed)]} == {i["key"] for i in failed}
+    small = shutil.copytree(folder, tmp_path / "small")
+    size = report(small, budget=700_000).stat().st_size
+    assert size < 700_000 + 250_000 < (folder / "report.html").stat().st_size
+    text = (small / "report.html").read_text(encoding="utf-8")
+    assert re.search(r"\d+ of 18 items have their pictures in this file", text)
+    assert text.count("<tr><td><code>") == 36  # the table still has every item
+
+
+def test_words_of_the_user_are_escaped(folder: Path, tmp_path: Path) -> None:
+    evil = shutil.copytree(folder, tmp_path / "evil")
+    scores, rows = load(evil)
+    for row in rows:
+        row["prompt"] = row["reason"] = '<script>alert(1)</script>" onload="x'
+    (evil / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = report(evil, per_category=1).read_text(encoding="utf-8")
+    assert "<script>alert" not in text and '" onload="x' not in text
+
+
+def test_a_lost_picture_is_said_and_a_lost_bench_refused(folder: Path, tmp_path: Path) -> None:
+    lost = shutil.copytree(folder, tmp_path / "lost")
+    shutil.rmtree(lost / "images" / "base")
+    assert "no picture" in report(lost, per_category=1).read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="no finished bench"):
+        report(tmp_path / "nowhere")
+    (lost / "scores.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        report(lost)

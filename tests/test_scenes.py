@@ -167,7 +167,7 @@ def test_free_things_keep_their_distance():
     for prompt in prompts("train", 30, tier="free"):
         things = prompt.scene.things
         for i, one in enumerate(things):
-            assert 0 <= one.x - one.size and one.x + one.size <= IMAGE
+            assert one.size <= one.x <= IMAGE - one.size
             for two in things[:i]:
                 gap = max(abs(one.x - two.x), abs(one.y - two.y)) - one.size - two.size
                 assert gap >= 4

@@ -38,7 +38,7 @@ def mean_o(tasks, images):
 @pytest.fixture(scope="module", params=["cells", "free"])
 def tasks(request):
     """Edits of all kinds, compound ones included."""
-    tier, number = request.param, 60 if request.param == "cells" else 12
+    tier, number = request.param, 60 if request.param == "cells" else 6
     return edits("train", number, tier=tier) + edits("train", number // 3, tasks=PROBE_TASKS, tier=tier)
 
 
@@ -106,8 +106,9 @@ def test_calibration(tasks):
     assert mean_o(tasks, [static(i) for i in range(len(tasks))]) == 0
     noisy = [np.clip(render(e.target) + np.random.default_rng(0).normal(0, 12.75, (64, 64, 3)), 0, 255) for e in tasks]
     assert 7 < mean_o(tasks, [np.rint(image).astype(np.uint8) for image in noisy]) < 9
-    path = [mean_o(tasks, [mixed(e, share) for e in tasks]) for share in (0, 0.25, 0.5, 0.75, 1)]
-    assert path == sorted(path) and 0.3 < path[2] < 6 and path[1] < 1 and path[3] > 7
+    shares = (0.25, 0.5, 0.6, 0.75, 0.9) if len(tasks) > 20 else (0.25, 0.6)
+    path = [0, *(mean_o(tasks, [mixed(e, share) for e in tasks]) for share in shares), 10]
+    assert path == sorted(path) and path[1] < 1 < mean_o(tasks, [mixed(e, 0.6) for e in tasks]) < 9
 
 
 def test_another_scene_scores_low(tasks):
@@ -121,7 +122,9 @@ def edit(task, goal, target, source=SCENE):
 
 
 REMOVE = edit("subject-remove", {"index": 0}, SCENE.with_thing(0, None))
-RECOLOUR = edit("color_alter", {"index": 0, "colour": "white"}, SCENE.with_thing(0, replace(RED_CIRCLE, colour="white")))
+RECOLOUR = edit(
+    "color_alter", {"index": 0, "colour": "white"}, SCENE.with_thing(0, replace(RED_CIRCLE, colour="white"))
+)
 REPLACE = edit(
     "subject-replace", {"index": 0, "shape": "square", "colour": "black"},
     SCENE.with_thing(0, replace(RED_CIRCLE, shape="square", colour="black")),
@@ -157,7 +160,7 @@ def test_wrong_colour():
     assert score.o == 0 and score.reasons == ("the circle is purple, not white",)
     # A colour that was not named has to stay.
     score = outcome(TURN, things=(replace(RED_CIRCLE, shape="square", colour="white"), BLUE_STAR, GREEN_CROSS))
-    assert score.success == 10 and 9 < score.over_editing < 10
+    assert score.success == 10 and score.over_editing == pytest.approx(10 * (5 / 6 + 1) / 2)
     assert score.reasons == ("the red circle turned white",)
     # An untouched thing changes its colour: nothing about success, a fact and some pixels about the rest.
     score = outcome(REMOVE, things=(replace(BLUE_STAR, colour="white"), GREEN_CROSS))
@@ -208,7 +211,7 @@ def test_the_ground_must_stay(task):
         if task.goal.get(what):
             assert score.o == 0 and score.reasons == (f"the {what} is {value}, not {task.goal[what]}",)
         else:
-            assert score.success == 10 and score.over_editing < 9.5 and not score.exact
+            assert score.success == 10 and score.over_editing <= 9 and not score.exact
             assert any(reason.startswith(f"the {what} changed from") for reason in score.reasons)
 
 
@@ -248,7 +251,8 @@ def test_images_arrays_and_readings_score_alike():
 
 @pytest.fixture(scope="module")
 def suite():
-    return Suite()
+    # The training split has eight times as many scenes as the test split, so it is drawn sooner.
+    return Suite(split="train")
 
 
 def right(items):
@@ -267,7 +271,10 @@ def test_the_suite_is_balanced_and_never_changes(suite):
     assert len({i.key for i in every}) == len(every) == 1024 + 64 * len(PROBES)
     assert all(i.source.size == (64, 64) for i in edited) and all(i.source is None for i in drawn)
     assert [i.key for i in suite.editing_items(30)] == [i.key for i in edited[:30]]
-    assert len(suite.protocol) == 64 and Suite(seed=1).name == "scenes"
+    assert Suite(split="train").protocol == suite.protocol and len(suite.protocol) == 64
+    assert Suite(split="train", seed=1).protocol != suite.protocol
+    assert Suite().split == "test" and Suite().tier == "cells"
+    assert all(i.task.scene.split() == "test" for i in Suite().generation_items(12))
 
 
 def test_right_images_get_everything(suite):

@@ -78,16 +78,19 @@ def macro(groups: Sequence[Sequence[float]], share: bool) -> dict:
     return {"mean": _number(centre), "n": sum(map(len, arrays)), "low": _number(low), "high": _number(high)}
 
 
-def summary(rows: Iterable[dict], model: str, capability: str) -> dict | None:
-    """{overall, categories} of one model, or None when it has no item of that capability."""
+def summary(rows: Sequence[dict], model: str, capability: str) -> dict | None:
+    """{overall, groups, categories} of one model, or None when it has no item of that capability."""
     found = scores_of(rows, model, capability)
     if not found:
         return None
     share = capability == "generation"
-    groups = {category: list(values.values()) for category, values in found.items()}
+    values = {category: list(by_key.values()) for category, by_key in found.items()}
+    group_of = {row["category"]: row.get("group") for row in rows if row["capability"] == capability}
+    groups = {group: [values[c] for c in values if group_of[c] == group] for group in group_of.values() if group}
     return {
-        "overall": macro(list(groups.values()), share),
-        "categories": {category: mean(values, share) for category, values in groups.items()},
+        "overall": macro(list(values.values()), share),
+        "groups": {group: macro(parts, share) for group, parts in groups.items() if parts},
+        "categories": {category: mean(found, share) for category, found in values.items()},
     }
 
 

@@ -23,7 +23,7 @@ from danceopd.disk import sha256
 from danceopd.errors import UserError
 from danceopd.lora import Adapter, read_adapter
 from danceopd.lora_file import adapter_file, inspect_adapter
-from danceopd.recipe import CAPABILITIES, Recipe
+from danceopd.recipe import Recipe
 from danceopd.sentences import nearest
 from danceopd.shipped import SHIPPED, portable, shipped
 
@@ -327,15 +327,3 @@ class Stage:
 def weights_of(part: Path) -> list[str]:
     """Hashes of the weights of one component of a pipeline."""
     return [sha256_of(file) for file in sorted(part.rglob("*.safetensors"))] if part.is_dir() else []
-
-
-def best_blend(summaries: dict[str, dict], blends: Sequence[str]) -> str | None:
-    """The blend with the highest sum of overall scores, editing counted from 0 to 1."""
-    if not blends:
-        return None
-    scale = dict.fromkeys(CAPABILITIES, 1.0) | {"editing": 0.1}
-
-    def worth(name: str) -> float:
-        return sum(scale[c] * s["overall"]["mean"] for c, s in summaries[name].items() if s)
-
-    return max(blends, key=worth)

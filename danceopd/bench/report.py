@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from typing import Any
 from PIL import Image
 
 from danceopd.bench import table
+from danceopd.bench.scores import load
 from danceopd.disk import disk_faults, replace_file
-from danceopd.errors import UserError
 
 PER_CATEGORY = 12
 BUDGET = 5_000_000
@@ -139,21 +138,15 @@ def _hues(models: Sequence[dict]) -> None:
 
 def _sentence(scores: dict) -> str:
     """What came out, in one sentence."""
-    parts = []
+    closed, stands = [], []
     for capability, found in scores["comparison"].items():
-        gap = found["gap_closed"]
+        gap, best = found["gap_closed"], found["best_teacher"]
         if gap and gap["share"] is not None:
-            parts.append(
-                f"closes {table.percent(gap['share'])} of the way from the base to {gap['teacher']} in {capability}"
-            )
-        elif found["best_teacher"]:
-            change = found["deltas"].get(found["best_teacher"], {}).get("mean")
-            parts.append(
-                f"stands at {change:+.2f} against {found['best_teacher']} in {capability}"
-                if change is not None
-                else f"was measured in {capability}"
-            )
-    return "The student " + " and ".join(parts) + "." if parts else "The student, measured on its own."
+            closed.append(f"{table.percent(gap['share'])} in {capability}")
+        elif best and best in found["deltas"]:
+            stands.append(f"stands at {found['deltas'][best]['mean']:+.2f} against {best} in {capability}")
+    parts = [f"closes {' and '.join(closed)} of the gap between the base and the best teacher"] if closed else []
+    return f"The student {' and '.join(parts + stands) or 'was measured on its own'}."
 
 
 def _environment() -> Any:

@@ -10,27 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from danceopd.bench import compare
-from danceopd.bench.models import Lineup, Model, Stage, best_blend, line_up
+from danceopd.bench.models import Lineup, Model, Stage, line_up
 from danceopd.bench.report import report as write_report
+from danceopd.bench.scores import machine, summarise
 from danceopd.bench.suites import Item, Suite
 from danceopd.disk import disk_faults, lock, replace_file
 from danceopd.errors import UserError
-from danceopd.recipe import CAPABILITIES, Recipe
+from danceopd.recipe import Recipe
 from danceopd.sample import call_defaults
 from danceopd.sentences import nearest
 
@@ -96,9 +92,9 @@ def bench(
         raise UserError(f"the batch is {batch}; give 1 or more")
     if seed < 0:
         raise UserError(f"the seed is {seed}; give a whole number from 0")
+    started = time.perf_counter()
     chosen = suite_named(suite)
     lineup = line_up(student, _words(against), blend_weights, recipe)
-    started = time.perf_counter()
     folder = _output(student, lineup, output)
     work = _Work(chosen, lineup, folder, limit, seed, probes, _device(device), batch, progress or (lambda *_: None))
     rows, seconds = work.run()
@@ -168,6 +164,9 @@ class _Work:
 
     def run(self) -> tuple[list[dict], dict]:
         """All rows, in the order of models and items, and the seconds it took."""
+        mark = self.folder / "bench.json"
+        if self.folder.is_dir() and not mark.is_file() and any(p.name != ".lock" for p in self.folder.iterdir()):
+            raise UserError(f"output folder {self.folder} holds files that are not a bench; choose another --output")
         with disk_faults(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             held = lock(self.folder / ".lock")
@@ -200,12 +199,7 @@ class _Work:
     def _continued(self) -> dict[tuple[str, str], dict]:
         """Rows of an interrupted bench with the same identity; UserError where the folder holds another."""
         mark, lines = self.folder / "bench.json", self.folder / "samples.jsonl"
-        there = [p for p in self.folder.iterdir() if p.name != ".lock"]
         if not mark.is_file():
-            if there:
-                raise UserError(
-                    f"output folder {self.folder} holds files that are not a bench; choose another --output"
-                )
             _write_json(mark, self.identity)
             return {}
         with suppress(ValueError):

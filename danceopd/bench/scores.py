@@ -15,11 +15,17 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from danceopd.bench import compare
-from danceopd.bench.models import Lineup, best_blend
 from danceopd.errors import UserError
 from danceopd.recipe import CAPABILITIES
+
+if TYPE_CHECKING:
+    from danceopd.bench.models import Lineup, Model
+
+FORMAT = "danceopd-bench/1"
+
 
 def load(folder: str | Path) -> tuple[dict, list[dict]]:
     """(scores, rows) of a bench folder. UserError when it is none, or is not complete."""
@@ -57,62 +63,73 @@ def machine(device: str) -> str:
     return f"{platform.system()} {platform.machine()}, {chip}"
 
 
-def summarise(work: _Work, rows: Sequence[dict]) -> dict:
-    """Everything `scores.json` says but the seconds."""
-    lineup, means = work.lineup, {}
-    capabilities = [c for c in CAPABILITIES if work.items.get(c)]
-    for model in lineup.models:
-        means[model.name] = {c: compare.summary(rows, model.name, c) for c in capabilities}
-    blends = lineup.roles("blend")
-    best = best_blend(means, blends)
+def summarise(rows: Sequence[dict], lineup: Lineup, settings: dict) -> dict:
+    """`scores.json` of a bench; `settings` is what its maker knows, from the suite to the seconds it took."""
+    capabilities = [c for c in CAPABILITIES if any(r["capability"] == c and not r["probe"] for r in rows)]
+    means = {m.name: {c: compare.summary(rows, m.name, c) for c in capabilities} for m in lineup.models}
+    best = best_blend(means, lineup.roles("blend"))
     shown = [m for m in lineup.models if m.role != "blend" or m.name == best]
-    blend_grid = []
-    for model in (m for m in lineup.models if m.role == "blend"):
-        found = {c: (means[model.name].get(c) or {}).get("overall", {}).get("mean") for c in CAPABILITIES}
-        blend_grid.append(
-            {"name": model.name, "label": model.label, "weights": list(model.weights), "best": model.name == best}
-            | found
-        )
     others = [m.name for m in shown if m.role != "student"]
-    teachers = {c: lineup.teachers_first_of(c) for c in capabilities}
     base = next((m.name for m in shown if m.role == "base"), None)
-    probes: dict[str, dict] = {}
-    for row in rows:
-        if row["probe"]:
-            entry = probes.setdefault(row["probe"], {"capability": row["capability"], "models": {}})
-            entry["models"].setdefault(row["model"], []).append(row["score"])
-    for entry in probes.values():
-        share = entry["capability"] == "generation"
-        entry["models"] = {name: compare.mean(values, share) for name, values in entry["models"].items()}
+    student = lineup.student.name
     return {
-        "format": "danceopd-bench/1",
-        "suite": {"name": work.suite.name, "version": work.suite.version, "protocol": work.suite.protocol},
+        "format": FORMAT,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "seed": work.seed,
-        "limit": work.limit,
-        "call": work.call,
         "base": {"path": lineup.base.path, "sha256": lineup.base.sha256},
-        "student": lineup.student.name,
-        "models": [
-            {
-                "name": m.name,
-                "label": m.label,
-                "role": m.role,
-                "path": m.path,
-                "sha256": m.sha256,
-                "weights": list(m.weights),
-                "capability": m.capability,
-            }
-            | means[m.name]
-            for m in shown
-        ],
+        "student": student,
+        "models": [_about(m) | means[m.name] for m in shown],
         "comparison": {
-            c: compare.comparison(rows, lineup.student.name, base, teachers[c], others, c) for c in capabilities
+            c: compare.comparison(rows, student, base, lineup.teachers_first_of(c), others, c) for c in capabilities
         },
-        "blend_grid": blend_grid if len(blend_grid) > 1 else [],
-        "probes": probes,
-        "ceiling": work.ceiling,
-        "versions": _versions(),
-        "machine": _machine(work.device),
+        "blend_grid": _blend_grid(lineup, means, best),
+        "probes": _probes(rows),
+        "versions": versions(),
+        **settings,
     }
+
+
+def _about(model: Model) -> dict:
+    kept = ("name", "label", "role", "path", "sha256", "capability")
+    return {key: getattr(model, key) for key in kept} | {"weights": list(model.weights)}
+
+
+def _blend_grid(lineup: Lineup, means: dict, best: str | None) -> list[dict]:
+    """Every blend that was tried, when there is more than one."""
+    blends = [m for m in lineup.models if m.role == "blend"]
+    if len(blends) < 2:
+        return []
+    found = []
+    for model in blends:
+        overall = {c: (means[model.name].get(c) or {}).get("overall", {}).get("mean") for c in CAPABILITIES}
+        found.append({"name": model.name, "label": model.label, "weights": list(model.weights)} | overall)
+        found[-1]["best"] = model.name == best
+    return found
+
+
+def _probes(rows: Sequence[dict]) -> dict[str, dict]:
+    """Probe -> its capability, and by model a mean with its interval."""
+    values: dict[str, dict[str, list[float]]] = {}
+    capability = {row["probe"]: row["capability"] for row in rows if row["probe"]}
+    for row in rows:
+        if row["probe"]:
+            values.setdefault(row["probe"], {}).setdefault(row["model"], []).append(row["score"])
+    return {
+        probe: {
+            "capability": capability[probe],
+            "models": {m: compare.mean(v, capability[probe] == "generation") for m, v in by_model.items()},
+        }
+        for probe, by_model in values.items()
+    }
+
+
+def best_blend(summaries: dict[str, dict], blends: Sequence[str]) -> str | None:
+    """The blend with the highest sum of overall scores, editing counted from 0 to 1."""
+    if not blends:
+        return None
+    scale = dict.fromkeys(CAPABILITIES, 1.0) | {"editing": 0.1}
+
+    def worth(name: str) -> float:
+        return sum(scale[c] * s["overall"]["mean"] for c, s in summaries[name].items() if s)
+
+    return max(blends, key=worth)

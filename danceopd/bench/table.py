@@ -83,13 +83,9 @@ def _capability_table(scores: dict, capability: str) -> Table | None:
         table.add_row(*row, end_section=model is models[-1])
     ceiling = (scores.get("ceiling") or {}).get(capability)
     if ceiling:
-        values = [ceiling["categories"].get(c) for c in categories] + [ceiling["overall"]]
-        table.add_row(
-            *[
-                Text(t, style="dim")
-                for t in ["ceiling", *("-" if v is None else number(v, capability) for v in values), ""]
-            ]
-        )
+        tops = [*(ceiling["categories"].get(c) for c in categories), ceiling["overall"]]
+        cells_of = ["-" if v is None else number(v, capability) for v in tops]
+        table.add_row(*[Text(text, style="dim") for text in ("ceiling", *cells_of, "")])
     return table
 
 

@@ -87,7 +87,7 @@ def _source(rng: random.Random, tier: str, limit: int) -> Scene | None:
     shapes = [rng.choice(SHAPES) for _ in range(number)]
     looks = [(s, rng.choice(allowed_colours(s, False))) for s in shapes]
     things = place(rng, looks, tier)
-    return things and Scene(things, rng.choice(BACKGROUNDS), rng.choice(STYLES))
+    return None if things is None else Scene(things, rng.choice(BACKGROUNDS), rng.choice(STYLES))
 
 
 def _add(rng: random.Random, scene: Scene, tier: str, shape: str, colour: str):
@@ -95,7 +95,7 @@ def _add(rng: random.Random, scene: Scene, tier: str, shape: str, colour: str):
     spots = free_places(scene, size, tier)
     if rng.random() < 0.25:
         corner = rng.choice(CORNERS)
-        goal = {"shape": shape, "colour": colour, "corner": corner}
+        goal: dict[str, object] = {"shape": shape, "colour": colour, "corner": corner}
         words = f"in the {corner} corner"
         right = 0 if corner.endswith("left") else IMAGE
         bottom = 0 if corner.startswith("top") else IMAGE

@@ -9,6 +9,8 @@ The decoder is an ordinary one, trained to undo the code from noisy latents.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKLFlux2
@@ -111,7 +113,7 @@ def fit_encoder(vae: AutoencoderKLFlux2) -> None:
             packed = channel * 4 + (y % 2) * 2 + x % 2
             second[out, packed, y // 2, x // 2] = half[out, channel * 16 + y * 4 + x]
     _pass_through(encoder.down_blocks[2].resnets[0], 32)
-    third = encoder.down_blocks[2].downsamplers[0].conv
+    third: Any = encoder.down_blocks[2].downsamplers[0].conv
     blocks = code.reshape(LATENT_CHANNELS, 3, 2, 4, 2, 4).permute(0, 2, 4, 1, 3, 5)
     third.weight[:LATENT_CHANNELS, :32, :2, :2] = (
         (blocks.reshape(LATENT_CHANNELS, 2, 2, 48) @ half.T).permute(0, 3, 1, 2).float()

@@ -31,12 +31,12 @@ class Mix:
 
 @dataclass
 class Batch:
-    """Clean tokens (n, 16, C), text (n, L, D), source tokens (n, 16, C) or None, and the drawn items."""
+    """Clean tokens (n, 16, C), text (n, L, D) and that of no prompt (L, D), source tokens (n, 16, C) or None."""
 
     clean: Tensor
     text: Tensor
+    empty: Tensor
     source: Tensor | None
-    items: list[Prompt] | list[Edit]
 
 
 class Batches:
@@ -58,7 +58,7 @@ class Batches:
             scenes, words = [e.target for e in items], [e.instruction for e in items]
             source = self.table.encode([e.source for e in items])
         words = ["" if rng.random() < self.drop else w for w in words]
-        return Batch(self.table.encode(scenes), self.text(words), source, items)
+        return Batch(self.table.encode(scenes), self.text(words), self.text([""])[0], source)
 
     def _prompt(self, rng: random.Random) -> Prompt:
         while True:

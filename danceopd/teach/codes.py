@@ -51,7 +51,7 @@ class CellTable:
         for row, chosen in enumerate(setting.tolist()):
             picks = which[:, row, chosen].tolist()
             things = [
-                Thing(*look, x, y, SIZES["cells"][0])
+                Thing(look[0], look[1], x, y, SIZES["cells"][0])
                 for (x, y), pick in zip(cell_centres(), picks, strict=True)
                 if (look := LOOKS[pick]) is not None
             ]

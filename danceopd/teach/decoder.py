@@ -23,6 +23,7 @@ from danceopd.teach.state import load_state, save_state
 RATE = 3e-3
 WARMUP = 100
 AVERAGE = 0.995
+SAVE_EVERY = 100
 NOISE = 0.1
 """Largest standard deviation of the noise on normalised latents."""
 
@@ -70,7 +71,6 @@ def train_decoder(
     seed: int = 0,
     batch: int = 24,
     report: Callable[[int, float], None] = lambda step, loss: None,
-    save_every: int = 100,
 ) -> None:
     """Train ``vae.decoder`` for ``steps`` updates and leave the averaged weights in it."""
     vae.encoder.requires_grad_(False)
@@ -92,7 +92,7 @@ def train_decoder(
         decay = min(AVERAGE, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - decay)
         report(step + 1, error.detach().square().mean().item())
-        if (step + 1) % save_every == 0:
+        if (step + 1) % SAVE_EVERY == 0:
             save_state(folder, step + 1, parameters, average, [optimizer], {"stage": "autoencoder"})
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import Flux2Transformer2DModel
@@ -20,6 +21,8 @@ from danceopd.lora import Adapter
 from danceopd.teach.batches import Batch, Batches
 from danceopd.teach.small import SHIFT
 from danceopd.teach.state import load_state, save_state
+
+SAVE_EVERY = 200
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Schedule:
     warmup: int = 50
     decay: float = 0.5
     ema: float = 0.998
+    guidance: float = 1.0
 
     def factor(self, step: int) -> float:
         """Multiplier of the learning rates at a step."""
@@ -63,19 +67,30 @@ def _ids(count: int, text: bool = False) -> Tensor:
     return ids
 
 
-def loss_of(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-    """Mean squared velocity error of a batch."""
+def loss_of(model: nn.Module, batch: Batch, generator: torch.Generator, guidance: float = 1.0) -> Tensor:
+    """Mean squared velocity error of a batch.
+
+    With ``guidance`` s above 1 the target moves by (s - 1) times the model's own difference between prompt and no
+    prompt, so that the trained model needs no guidance when it is sampled (model guidance, arXiv 2502.12154).
+    """
     n = len(batch.clean)
     noise = torch.randn(batch.clean.shape, generator=generator)
     sigma = torch.sigmoid(1 + torch.randn(n, generator=generator))
     mixed = torch.lerp(batch.clean, noise, sigma[:, None, None])
-    error = velocity(model, mixed, sigma, batch.text, batch.source) - (noise - batch.clean)
-    return error.square().mean()
+    answer = velocity(model, mixed, sigma, batch.text, batch.source)
+    target = noise - batch.clean
+    if guidance > 1:
+        with torch.no_grad():
+            blind = velocity(model, mixed, sigma, batch.empty.expand_as(batch.text), batch.source)
+            told = (batch.text != batch.empty).flatten(1).any(1)[:, None, None]
+            target = target + (guidance - 1) * told * (answer.detach() - blind)
+    return (answer - target).square().mean()
 
 
 def optimizers(parameters: Iterable[tuple[str, Tensor]], schedule: Schedule) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside blocks (and a LoRA's factors there), AdamW for the rest."""
-    matrices, rest = [], []
+    matrices: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, parameter in parameters:
         (matrices if parameter.ndim == 2 and "blocks." in name else rest).append(parameter)
     found: list[torch.optim.Optimizer] = [
@@ -98,7 +113,8 @@ class LoraTransformer(nn.Module):
         self.factors: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(seed)
         for module in modules:
-            out_features, in_features = transformer.get_submodule(module).weight.shape
+            linear: Any = transformer.get_submodule(module)
+            out_features, in_features = linear.weight.shape
             a = (2 * torch.rand(rank, in_features, generator=generator) - 1) * in_features**-0.5
             self.factors[f"{module}.lora_A"] = a.requires_grad_()
             self.factors[f"{module}.lora_B"] = torch.zeros(out_features, rank).requires_grad_()
@@ -108,8 +124,8 @@ class LoraTransformer(nn.Module):
         for name, a in self.factors.items():
             module, _, half = name.rpartition(".")
             if half == "lora_A":
-                frozen = self.transformer.get_submodule(module).weight
-                weights[f"{module}.weight"] = torch.addmm(frozen, self.factors[f"{module}.lora_B"], a)
+                linear: Any = self.transformer.get_submodule(module)
+                weights[f"{module}.weight"] = torch.addmm(linear.weight, self.factors[f"{module}.lora_B"], a)
         return torch.func.functional_call(self.transformer, weights, kwargs=call)
 
     @staticmethod
@@ -136,14 +152,14 @@ class Trainer:
         self.optimizers = optimizers(parameters.items(), schedule)
         self.step = 0
 
-    def run(self, report: Callable[[int, float], None], save_every: int = 200) -> dict[str, Tensor]:
+    def run(self, report: Callable[[int, float], None]) -> dict[str, Tensor]:
         """Train to the end; ``report(step, loss)`` is called after every step."""
         self.step = load_state(self.folder, self.parameters, self.average, self.optimizers)
         while self.step < self.schedule.steps:
             loss = self._update()
             self.step += 1
             report(self.step, loss)
-            if self.step % save_every == 0:
+            if self.step % SAVE_EVERY == 0:
                 save_state(
                     self.folder, self.step, self.parameters, self.average, self.optimizers, asdict(self.schedule)
                 )
@@ -155,7 +171,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
         generator = torch.Generator().manual_seed(1_000_003 * self.batches.seed + self.step)
-        loss = loss_of(self.model, self.batches(self.step), generator)
+        loss = loss_of(self.model, self.batches(self.step), generator, self.schedule.guidance)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         for optimizer in self.optimizers:

@@ -39,6 +39,7 @@ class Stage:
     mix: Mix | None = None
     rank: int | None = None
     muon: float = 3e-3
+    guidance: float = 1.0
 
 
 def _even(names: tuple[str, ...]) -> Mapping[str, float]:
@@ -52,8 +53,8 @@ RANK = 40
 
 STAGES: dict[str, Stage] = {
     "autoencoder": Stage(steps=2000, batch=24),
-    "base": Stage(steps=4400, mix=Mix(_even(TAGS), _even(TASKS), 0.6)),
-    "generation": Stage(steps=1600, mix=Mix(HARD, {}, 1.0), rank=RANK),
+    "base": Stage(steps=4000, mix=Mix(_even(TAGS), _even(TASKS), 0.6)),
+    "generation": Stage(steps=1600, mix=Mix(HARD, {}, 1.0), rank=RANK, guidance=2.0),
     "editing": Stage(steps=2000, mix=Mix({}, _even(TASKS), 0.0), rank=RANK),
     "local-edit": Stage(steps=1000, mix=Mix({}, _even(LOCAL), 0.0), rank=RANK),
     "global-edit": Stage(steps=600, mix=Mix({}, _even(GLOBAL), 0.0), rank=RANK),
@@ -139,5 +140,6 @@ def _teach_lora(
     assert plan.mix is not None and plan.rank is not None
     model = LoraTransformer(pipe.transformer, modules, plan.rank, seed)
     batches = Batches(pipe, CellTable(pipe.vae), plan.mix, plan.batch, seed)
-    average = Trainer(model, model.factors, batches, Schedule(total, muon=plan.muon), state).run(told)
+    schedule = Schedule(total, muon=plan.muon, guidance=plan.guidance)
+    average = Trainer(model, model.factors, batches, schedule, state).run(told)
     write_adapter(model.adapter(average), folder, torch.bfloat16)

@@ -13,7 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from danceopd.bench import compare
 from danceopd.bench.suites import Item
 from danceopd.bench.suites.diversity import diversity
 from danceopd.errors import UserError
-from danceopd.scenes.edits import GLOBAL, LOCAL, TASKS, Edit, edits
+from danceopd.scenes.edits import GLOBAL, LOCAL, PROBE_TASKS, TASKS, Edit, edits
 from danceopd.scenes.grammar import Scene
 from danceopd.scenes.prompts import PROBE_TAGS, TAGS, Prompt, prompts
 from danceopd.scenes.read import Reading, read_many
@@ -39,6 +39,16 @@ PROBES = {
     "compound": "editing",
 }
 """Sets that are reported apart, and the capability that each asks for."""
+DRAWN: dict[str, Callable[..., Sequence[Prompt | Edit]]] = {
+    "prompts": prompts,
+    "edits": edits,
+    "held-out binding": partial(prompts, heldout=True),
+    "five objects": partial(prompts, tags=PROBE_TAGS),
+    "held-out edit binding": partial(edits, heldout="binding"),
+    "held-out operation": partial(edits, heldout="operation"),
+    "compound": partial(edits, tasks=PROBE_TASKS),
+}
+"""How the tasks of each set are drawn."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,7 @@ class Suite:
 
     def __init__(self, tier: str = "cells", split: str = "test", seed: int = 0):
         self.tier, self.split, self.seed = tier, split, seed
+        self._drawn: dict[str, Sequence[Prompt | Edit]] = {}
 
     def generation_items(self, limit: int | None = None) -> list[Item]:
         """The first ``limit`` of the 512 prompts, the six categories in turn."""
@@ -106,8 +117,8 @@ class Suite:
     def protocol(self) -> str:
         """sha256 over the version and everything that the suite asks and expects, probes included."""
         facts: list[Any] = [self.name, self.version, self.tier, self.split, self.seed]
-        for name, tasks in self._tasks.items():
-            for task in tasks:
+        for name in DRAWN:
+            for task in self._tasks(name):
                 if isinstance(task, Prompt):
                     facts.append([name, task.record(), task.scene.key()])
                 else:
@@ -177,26 +188,19 @@ class Suite:
             out[capability] = {"overall": float(np.mean(list(means.values()))), "categories": means}
         return {"read": float(np.mean(right)), "n": len(right), **out}
 
-    @cached_property
-    def _tasks(self) -> dict[str, Sequence[Prompt | Edit]]:
-        """Everything that the suite asks, by set, drawn once."""
-        draw = (self.split, PROBE_SIZE)
-        more: dict[str, Any] = {"seed": self.seed, "tier": self.tier}
-        return {
-            "prompts": prompts(self.split, SIZE, **more),
-            "edits": edits(self.split, SIZE, **more),
-            "held-out binding": prompts(*draw, heldout=True, **more),
-            "five objects": prompts(*draw, tags=PROBE_TAGS, **more),
-            "held-out edit binding": edits(*draw, heldout="binding", **more),
-            "held-out operation": edits(*draw, heldout="operation", **more),
-            "compound": edits(*draw, tasks=("compound",), **more),
-        }
+    def _tasks(self, name: str) -> Sequence[Prompt | Edit]:
+        """Everything that a set asks, drawn once."""
+        if name not in self._drawn:
+            more: dict[str, Any] = {"seed": self.seed, "tier": self.tier}
+            number = PROBE_SIZE if name in PROBES else SIZE
+            self._drawn[name] = DRAWN[name](self.split, number, **more)
+        return self._drawn[name]
 
     def _items(self, name: str, limit: int | None) -> list[Item]:
         """The first items of a set; a task that comes twice gets two keys."""
         seen: Counter[str] = Counter()
         items = []
-        for task in self._tasks[name][:limit]:
+        for task in self._tasks(name)[:limit]:
             drawn = isinstance(task, Prompt)
             scenes = (task.scene,) if isinstance(task, Prompt) else (task.source, task.target)
             words = task.prompt if isinstance(task, Prompt) else task.instruction

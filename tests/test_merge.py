@@ -1,0 +1,186 @@
+"""The front door on a real, tiny pipeline: files out, the same bytes twice, exact continuation, refusals."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tiny import random_adapter, tiny_klein
+
+from danceopd.errors import UserError
+from danceopd.lora import read_adapter, write_adapter
+from danceopd.merge import merge
+from danceopd.recipe import Recipe
+
+CALL = {"height": 64, "width": 64, "steps": 4, "max_sequence_length": 24}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    pipe = tiny_klein(folder / "base")
+    for i, name in enumerate(("draws", "edits")):
+        write_adapter(random_adapter(pipe.transformer, seed=i, size=0.1), folder / name)
+    return folder
+
+
+def recipe(models, output, **fields):
+    given = {
+        "base": str(models / "base"),
+        "generation": str(models / "draws"),
+        "editing": str(models / "edits"),
+        "output": output,
+        "steps": 4,
+        "batch": 4,
+        "student": {"rank": 8},
+        "data": {"rows": 6},
+        "samples": {"every": 2, "count": 2},
+        "save_every": 2,
+        "call": CALL,
+    }
+    return Recipe(**{**given, **fields})
+
+
+def silent(progress, steps):
+    """A report that keeps quiet."""
+
+
+@pytest.fixture(scope="module")
+def done(models, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "student"
+    seen = []
+    student = merge(recipe(models, output), lambda progress, steps: seen.append((progress.step, steps)))
+    return output, student, seen
+
+
+def test_everything_is_written(done):
+    output, student, seen = done
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert student.folder == output and student.steps == 4
+    for name in ("recipe.yaml", "README.md", "pytorch_lora_weights.safetensors", "metrics.jsonl", "finished.json"):
+        assert (output / name).is_file(), name
+    assert [p.name for p in sorted((output / "samples").iterdir())] == [f"step-{i:06d}.png" for i in (0, 2, 4)]
+    assert Image.open(output / "samples" / "step-000004.png").size[0] > 128
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(line["loss/generation"] > 0 and line["loss/editing"] > 0 for line in lines)
+    assert any((output / "logs").iterdir())
+
+
+def test_stock_diffusers_draws_what_the_student_draws(done, models):
+    """The three lines of the model card, with and without a source image; not the base's pictures."""
+    output, student, _ = done
+    stock = DiffusionPipeline.from_pretrained(models / "base")
+    base = DiffusionPipeline.from_pretrained(models / "base")
+    stock.load_lora_weights(str(output))
+    ours = student.pipeline()
+    source = Image.new("RGB", (64, 64), (200, 80, 40))
+    call = {"height": 64, "width": 64, "num_inference_steps": 4, "max_sequence_length": 24, "output_type": "np"}
+    for extra in ({}, {"image": source}):
+        pictures = []
+        for pipe in (stock, ours, base):
+            pipe.set_progress_bar_config(disable=True)
+            generator = torch.Generator().manual_seed(5)
+            made = pipe(prompt="a red circle", generator=generator, guidance_scale=1.0, **extra, **call)
+            pictures.append(made.images)
+        assert (pictures[0] == pictures[1]).all()
+        assert (pictures[0] != pictures[2]).any()
+
+
+def test_same_seed_same_bytes(done, models, tmp_path):
+    output, _, _ = done
+    merge(recipe(models, tmp_path / "again"), silent)
+    name = "pytorch_lora_weights.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (output / name).read_bytes()
+    merge(recipe(models, tmp_path / "other", seed=1), silent)
+    assert (tmp_path / "other" / name).read_bytes() != (output / name).read_bytes()
+
+
+def test_interrupted_run_continues_to_the_same_bytes(done, models, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(progress, steps):
+        if progress.step == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        merge(recipe(models, tmp_path / "run"), stop)
+    assert not (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
+    steps = []
+    merge(recipe(models, tmp_path / "run"), lambda progress, total: steps.append(progress.step))
+    assert steps == [3, 4]  # the checkpoint after step 2 is the last whole one
+    name = "pytorch_lora_weights.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (done[0] / name).read_bytes()
+    lines = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [1, 2, 3, 4]
+
+
+def test_finished_run_is_left_alone(done, models):
+    output, _, _ = done
+    before = {p: p.stat().st_mtime_ns for p in output.rglob("*.safetensors")}
+    called = []
+    merge(recipe(models, output), lambda *a: called.append(a))
+    assert not called
+    assert {p: p.stat().st_mtime_ns for p in output.rglob("*.safetensors")} == before
+
+
+def test_another_run_in_the_folder_is_refused(done, models):
+    before = (done[0] / "pytorch_lora_weights.safetensors").read_bytes()
+    with pytest.raises(UserError, match="holds another run .*optimizer.lr"):
+        merge(recipe(models, done[0], optimizer={"lr": 0.5}), silent)
+    assert (done[0] / "pytorch_lora_weights.safetensors").read_bytes() == before
+
+
+def test_foreign_adapter_is_refused_before_anything_is_written(models, tmp_path):
+    pipe = tiny_klein()
+    wrong = random_adapter(pipe.transformer, seed=7)
+    a, b = wrong.tensors.popitem()[1]
+    wrong.tensors["transformer_blocks.9.attn.to_q"] = (a, b)
+    write_adapter(wrong, tmp_path / "foreign")
+    with pytest.raises(UserError, match="transformer_blocks.9.attn.to_q"):
+        merge(recipe(models, tmp_path / "run", editing=str(tmp_path / "foreign")), silent)
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_is_where_the_student_starts(models, tmp_path):
+    """With no learning to speak of, a student initialised as a teacher exports that teacher."""
+    fields = {"steps": 1, "optimizer": {"lr": 1e-12}, "student": {"rank": 8, "init": "editing"}}
+    merge(recipe(models, tmp_path / "run", **fields), silent)
+    got, want = read_adapter(tmp_path / "run"), read_adapter(models / "edits")
+    for module in want.tensors:
+        torch.testing.assert_close(got.delta(module), want.delta(module), atol=1e-6, rtol=0)
+
+
+def test_blend_is_the_default_init(models, tmp_path):
+    fields = {"steps": 1, "optimizer": {"lr": 1e-12}}
+    merge(recipe(models, tmp_path / "run", **fields), silent)
+    got = read_adapter(tmp_path / "run")
+    parts = [read_adapter(models / name) for name in ("draws", "edits")]
+    for module in got.tensors:
+        mean = 0.5 * parts[0].delta(module) + 0.5 * parts[1].delta(module)
+        torch.testing.assert_close(got.delta(module), mean, atol=1e-5, rtol=0)
+
+
+def test_damaged_checkpoint_falls_back(models, tmp_path):
+    merge(recipe(models, tmp_path / "run", steps=4), silent)
+    (tmp_path / "run" / "finished.json").unlink()
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    (newest / "state.safetensors").write_bytes(b"cut")
+    steps = []
+    merge(recipe(models, tmp_path / "run", steps=4), lambda progress, total: steps.append(progress.step))
+    assert steps == [3, 4]
+
+
+def test_cache_holds_the_conditions(done, models, tmp_path):
+    """A second run with the cache of the first encodes nothing anew."""
+    output, _, _ = done
+    run = tmp_path / "run"
+    run.mkdir()
+    names = sorted(p.name for p in (output / "cache").iterdir())
+    assert len(names) == 2
+    merge(recipe(models, tmp_path / "again"), silent)
+    assert sorted(p.name for p in (tmp_path / "again" / "cache").iterdir()) == names
+    shutil.rmtree(tmp_path / "again")
