@@ -65,7 +65,7 @@ def merge(
     seed: Annotated[int | None, typer.Option(help="Same seed, same machine: the same bytes.")] = None,
     device: Device = None,
     time_limit: Annotated[float | None, typer.Option(help="Stop after so many minutes.")] = None,
-    fuse: Annotated[bool, typer.Option("--fuse", help="Also write a whole pipeline to OUTPUT/pipeline.")] = False,
+    fuse: Annotated[bool, typer.Option("--fuse", help="Also make OUTPUT a whole pipeline.")] = False,
 ) -> None:
     """Distil the teachers into one student LoRA. With nothing given: the shipped small model.
 
@@ -86,12 +86,13 @@ def merge(
     )
     from .merge import merge as run
 
-    run(resolved)
-    typer.echo(f"student: {resolved.output}")
+    student = run(resolved)
+    done = "finished before" if student.seconds == 0 else f"{student.steps} steps, {student.seconds:.0f} s"
+    typer.echo(f"student: {resolved.output} ({done})")
     if fuse:
-        from .student import fuse as write_whole
+        from .student import fuse_in_place
 
-        typer.echo(f"pipeline: {write_whole(resolved.output, resolved.output / 'pipeline')}")
+        typer.echo(f"pipeline: {fuse_in_place(resolved.output)}")
 
 
 @app.command()

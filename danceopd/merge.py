@@ -39,7 +39,7 @@ EXPORTED = "exported"  # the averaged student's name on the backbone
 
 @dataclass(frozen=True)
 class Student:
-    """A merged student: its run folder, the steps it took, and the seconds this call worked on it."""
+    """A merged student: its run folder, its steps, and the seconds this call took (0: it was finished before)."""
 
     folder: Path
     steps: int
@@ -65,7 +65,7 @@ def merge(recipe: Recipe, report: Report | None = None) -> Student:
     init = _init(recipe, adapters, folder)
     with RunFolder(recipe.output, recipe) as run:
         if run.finished:
-            return Student(run.path, recipe.steps, time.monotonic() - began)
+            return Student(run.path, recipe.steps, 0.0)
         if report is not None:
             return _run(recipe, folder, adapters, init, run, report, began)
         from danceopd.progress import progress_line
@@ -87,7 +87,7 @@ def _run(
     device = _device(recipe.device)
     pipe = load_base(folder).to(device)
     family = family_of(pipe)
-    call = call_of(recipe, folder)
+    call = call_of(folder, recipe.call)
     draw = drawers(pipe, family, call)
     fingerprint = base_fingerprint(folder)
     backbone = Backbone(pipe.transformer, family)

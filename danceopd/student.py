@@ -32,7 +32,7 @@ from danceopd.pipelines.families import FAMILIES
 from danceopd.pipelines.record import Condition
 from danceopd.shipped import portable, resolve
 
-__all__ = ["ExportError", "Probe", "base_fingerprint", "export", "fuse", "load_student"]
+__all__ = ["ExportError", "Probe", "base_fingerprint", "export", "fuse", "fuse_in_place", "load_student"]
 
 NAME = "student"  # of the adapter inside the pipeline
 
@@ -277,6 +277,28 @@ def fuse(
     finally:
         shutil.rmtree(trial, ignore_errors=True)
     return output
+
+
+def fuse_in_place(folder: str | os.PathLike) -> Path:
+    """Turn a run folder into a whole pipeline too: `DiffusionPipeline.from_pretrained(folder)` alone loads it.
+
+    The LoRA and everything else that is there stays. Raises as `fuse`; does nothing when it is one already.
+    """
+    folder = Path(folder)
+    if (folder / "model_index.json").is_file():
+        return folder
+    trial = folder / ".fused"
+    shutil.rmtree(trial, ignore_errors=True)
+    try:
+        fuse(folder, trial)
+        # model_index.json goes last: until then the folder is no pipeline, and fusing can be repeated.
+        for item in sorted(trial.iterdir(), key=lambda part: part.name == "model_index.json"):
+            if not (folder / item.name).is_file():
+                shutil.rmtree(folder / item.name, ignore_errors=True)
+                os.replace(item, folder / item.name)
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+    return folder
 
 
 def _check_fused(transformer: nn.Module, adapter: Adapter, before: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ FALLBACK = {"height": 1024, "width": 1024, "num_inference_steps": 50}
 """How a base without a `danceopd.json` is called: what FLUX.2 klein's own pipeline does."""
 
 
-def call_of(recipe: Recipe, base: Path) -> dict[str, Any]:
-    """How the pipelines are called: the base's own settings, the recipe's over them; ``steps`` for sampling."""
+def call_of(base: Path, over: Mapping[str, int]) -> dict[str, Any]:
+    """How the pipelines are called: the base's own settings, a recipe's over them. Guidance is off."""
     call = FALLBACK | call_defaults(base)
     call["steps"] = call.pop("num_inference_steps")
     call.pop("guidance_scale", None)
-    return call | recipe.call
+    return {**call, **over}
 
 
 def drawers(pipe: Any, family: Family, call: dict[str, Any]) -> dict[str, GenerationPipeline]:

@@ -184,3 +184,24 @@ def test_cache_holds_the_conditions(done, models, tmp_path):
     merge(recipe(models, tmp_path / "again"), silent)
     assert sorted(p.name for p in (tmp_path / "again" / "cache").iterdir()) == names
     shutil.rmtree(tmp_path / "again")
+
+
+def test_fused_run_folder_loads_alone(done, models, tmp_path):
+    """`--fuse`: the run folder is a pipeline whose pictures are the student's, and still a LoRA."""
+    from danceopd.student import fuse_in_place
+
+    folder = tmp_path / "student"
+    shutil.copytree(done[0], folder)
+    fuse_in_place(folder)
+    fused = DiffusionPipeline.from_pretrained(folder)
+    stock = DiffusionPipeline.from_pretrained(models / "base")
+    stock.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors")
+    pictures = []
+    for pipe in (fused, stock):
+        pipe.set_progress_bar_config(disable=True)
+        call = {"height": 64, "width": 64, "num_inference_steps": 4, "max_sequence_length": 24, "output_type": "np"}
+        made = pipe(prompt="a red circle", generator=torch.Generator().manual_seed(1), guidance_scale=1.0, **call)
+        pictures.append(torch.from_numpy(made.images))
+    torch.testing.assert_close(pictures[0], pictures[1], atol=1e-4, rtol=0)
+    assert fuse_in_place(folder) == folder
+    assert (folder / "recipe.yaml").read_bytes() == (done[0] / "recipe.yaml").read_bytes()

@@ -85,7 +85,7 @@ def summary(rows: Sequence[dict], model: str, capability: str) -> dict | None:
         return None
     share = capability == "generation"
     values = {category: list(by_key.values()) for category, by_key in found.items()}
-    group_of = {row["category"]: row.get("group") for row in rows if row["capability"] == capability}
+    group_of = {row["category"]: row.get("group") for row in rows if not row.get("probe")}
     groups = {group: [values[c] for c in values if group_of[c] == group] for group in group_of.values() if group}
     return {
         "overall": macro(list(values.values()), share),

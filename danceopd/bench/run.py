@@ -27,8 +27,8 @@ from danceopd.bench.suites import Item, Suite
 from danceopd.disk import disk_faults, lock, replace_file
 from danceopd.errors import UserError
 from danceopd.recipe import Recipe
-from danceopd.sample import call_defaults
 from danceopd.sentences import nearest
+from danceopd.work import call_of
 
 SUITES = {"scenes": "danceopd.bench.suites.scenes"}
 AGAINST = ("base", "teachers", "blend")
@@ -149,7 +149,7 @@ class _Work:
         self.suite, self.lineup, self.folder, self.seed = suite, lineup, folder, seed
         self.device, self.batch, self.progress = device, batch, progress
         self.limit, self.probes = limit, probes
-        self.call = call_of(lineup)
+        self.call = call_of(lineup.folder, lineup.call)
         self.items = suite_items(suite, limit, probes)
         self.identity = {
             "suite": suite.name,
@@ -339,13 +339,6 @@ def score_row(score: Any) -> dict:
         "reason": score.reason,
         "parts": parts,
     }
-
-
-def call_of(lineup: Lineup) -> dict[str, Any]:
-    """height, width, steps, …: the base's `danceopd.json`, the recipe's `call` over it. Guidance is off."""
-    call = {"height": 1024, "width": 1024, "num_inference_steps": 50} | call_defaults(lineup.folder)
-    call["steps"] = call.pop("num_inference_steps")
-    return {key: value for key, value in (call | lineup.call).items() if key != "guidance_scale"}
 
 
 def _line(row: dict) -> str:

@@ -128,8 +128,9 @@ def fit_encoder(vae: AutoencoderKLFlux2) -> None:
     for latent in range(LATENT_CHANNELS):
         group, slot = divmod(latent, LATENT_CHANNELS // groups)
         encoder.conv_out.weight[latent, group * width + 2 * slot, 1, 1] = 1
-    encoder.conv_out.bias[:LATENT_CHANNELS] = -OFFSET
-    encoder.conv_out.bias[LATENT_CHANNELS:] = -30.0
+    last: Any = encoder.conv_out
+    last.bias[:LATENT_CHANNELS] = -OFFSET
+    last.bias[LATENT_CHANNELS:] = -30.0
     _set_statistics(vae, images)
 
 
@@ -146,6 +147,7 @@ def _spread_out(shortcut: nn.Conv2d) -> None:
         group, slot = divmod(latent, 2)
         shortcut.weight[group * 8 + 2 * slot, latent, 0, 0] = 1
         shortcut.weight[group * 8 + 2 * slot + 1, latent, 0, 0] = -1
+    assert shortcut.bias is not None
     for group in range(8):
         shortcut.bias[group * 8 + 4 : group * 8 + 8] = torch.tensor([LARGE, -LARGE, LARGE, -LARGE])
 

@@ -46,7 +46,7 @@ def _even(names: tuple[str, ...]) -> Mapping[str, float]:
     return dict.fromkeys(names, 1.0)
 
 
-HARD = {"single_object": 0.5, "two_object": 1.0, "counting": 3.0, "colors": 0.5, "position": 3.0, "color_attr": 2.0}
+HARD = {"single_object": 0.4, "two_object": 1.5, "counting": 2.0, "colors": 0.4, "position": 5.0, "color_attr": 2.0}
 """What the generation teacher practises: counting, position and binding."""
 RANK = 40
 """Rank of the shipped teachers: 1.4 MB each in bfloat16."""
@@ -54,8 +54,8 @@ RANK = 40
 STAGES: dict[str, Stage] = {
     "autoencoder": Stage(steps=2000, batch=24),
     "base": Stage(steps=4000, mix=Mix(_even(TAGS), _even(TASKS), 0.6)),
-    "generation": Stage(steps=1600, mix=Mix(HARD, {}, 1.0), rank=RANK, guidance=2.0),
-    "editing": Stage(steps=2000, mix=Mix({}, _even(TASKS), 0.0), rank=RANK),
+    "generation": Stage(steps=1700, mix=Mix(HARD, {}, 1.0), rank=RANK, guidance=2.0),
+    "editing": Stage(steps=1800, mix=Mix({}, _even(TASKS), 0.0), rank=RANK),
     "local-edit": Stage(steps=1000, mix=Mix({}, _even(LOCAL), 0.0), rank=RANK),
     "global-edit": Stage(steps=600, mix=Mix({}, _even(GLOBAL), 0.0), rank=RANK),
 }
