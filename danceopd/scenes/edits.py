@@ -169,11 +169,13 @@ def _apply(rng: random.Random, task: str, scene: Scene, tier: str, heldout: str 
     return f"replace the {named} with {a(colour)} {shape}", target, goal
 
 
-def draw_edit(rng: random.Random, task: str, tier: str = "cells", heldout: str | None = None) -> Edit | None:
-    """One random edit of a category, or None when the draw does not fit the scene."""
+def draw_edit(
+    rng: random.Random, task: str, tier: str = "cells", heldout: str | None = None, split: str | None = None
+) -> Edit | None:
+    """One random edit of a category, or None when the draw does not fit the scene or the ``split``."""
     limit = MAX_THINGS - 1 if task == "subject-add" else MAX_THINGS
     source = _source(rng, tier, limit)
-    if source is None:
+    if source is None or (split is not None and source.split() != split):
         return None
     if task != "compound":
         drawn = _apply(rng, task, source, tier, heldout)
@@ -218,8 +220,8 @@ def edits(
     rng = random.Random(f"edits/{split}/{seed}/{tier}/{heldout}")
     found: list[Edit] = []
     while len(found) < count:
-        edit = draw_edit(rng, tasks[len(found) % len(tasks)], tier, heldout)
-        if edit is not None and edit.source.split() == split == edit.target.split():
+        edit = draw_edit(rng, tasks[len(found) % len(tasks)], tier, heldout, split)
+        if edit is not None and edit.target.split() == split:
             found.append(edit)
     return found
 

@@ -56,8 +56,8 @@ STAGES: dict[str, Stage] = {
     "base": Stage(steps=4000, mix=Mix(_even(TAGS), _even(TASKS), 0.6)),
     "generation": Stage(steps=1700, mix=Mix(HARD, {}, 1.0), rank=RANK, guidance=2.0),
     "editing": Stage(steps=1800, mix=Mix({}, _even(TASKS), 0.0), rank=RANK),
-    "local-edit": Stage(steps=1000, mix=Mix({}, _even(LOCAL), 0.0), rank=RANK),
-    "global-edit": Stage(steps=600, mix=Mix({}, _even(GLOBAL), 0.0), rank=RANK),
+    "local-edit": Stage(steps=500, mix=Mix({}, _even(LOCAL), 0.0), rank=RANK),
+    "global-edit": Stage(steps=300, mix=Mix({}, _even(GLOBAL), 0.0), rank=RANK),
 }
 
 
