@@ -177,11 +177,24 @@ def draw_edit(
     source = _source(rng, tier, limit)
     if source is None or (split is not None and source.split() != split):
         return None
-    if task != "compound":
-        drawn = _apply(rng, task, source, tier, heldout)
-        if drawn is None or (heldout != "binding" and has_heldout_binding(drawn[1])):
-            return None
-        return Edit(task, group_of(task), drawn[0], source, drawn[1], drawn[2], heldout)
+    draw = _compound if task == "compound" else _single
+    # A source of a rare split is worth several tries at a target of the same split.
+    for _ in range(1 if split is None else 12):
+        edit = draw(rng, task, source, tier, heldout)
+        if edit is not None and (split is None or edit.target.split() == split):
+            return edit
+    return None
+
+
+def _single(rng: random.Random, task: str, source: Scene, tier: str, heldout: str | None) -> Edit | None:
+    drawn = _apply(rng, task, source, tier, heldout)
+    if drawn is None or (heldout != "binding" and has_heldout_binding(drawn[1])):
+        return None
+    return Edit(task, group_of(task), drawn[0], source, drawn[1], drawn[2], heldout)
+
+
+def _compound(rng: random.Random, task: str, source: Scene, tier: str, heldout: str | None) -> Edit | None:
+    """A local edit and a global one in one sentence."""
     first_task, second_task = rng.choice(LOCAL), rng.choice(GLOBAL)
     first = _apply(rng, first_task, source, tier, None)
     if first is None or has_heldout_binding(first[1]):
@@ -221,7 +234,7 @@ def edits(
     found: list[Edit] = []
     while len(found) < count:
         edit = draw_edit(rng, tasks[len(found) % len(tasks)], tier, heldout, split)
-        if edit is not None and edit.target.split() == split:
+        if edit is not None:
             found.append(edit)
     return found
 
