@@ -52,7 +52,7 @@ RANK = 40
 """Rank of the shipped teachers: 1.4 MB each in bfloat16."""
 
 STAGES: dict[str, Stage] = {
-    "autoencoder": Stage(steps=2000, batch=24),
+    "autoencoder": Stage(steps=8000, batch=24),
     "base": Stage(steps=4000, mix=Mix(_even(TAGS), _even(TASKS), 0.6)),
     "generation": Stage(steps=1700, mix=Mix(HARD, {}, 1.0), rank=RANK, guidance=2.0),
     "editing": Stage(steps=1800, mix=Mix({}, _even(TASKS), 0.0), rank=RANK),
