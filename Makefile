@@ -14,7 +14,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 demo: $(VENV)/.installed
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/danceopd merge --output $(DEMO)/student
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/danceopd bench $(DEMO)/student --suite scenes \
-		--against base,generation,editing,blend -o $(DEMO)/bench
+		--against base,generation,editing,blend --limit 96 -o $(DEMO)/bench
 	@printf '\n%s\n\n%s\n\n    %s\n    %s\n    %s\n' "Report: $(DEMO)/bench/report.html" \
 		"The student is an ordinary diffusers adapter ($(BIN)/python):" \
 		"from diffusers import DiffusionPipeline" \

@@ -1,8 +1,9 @@
 """What to merge, and how: one frozen pydantic model that YAML files, flags and Python share.
 
-Every default of a merge stands here and nowhere else. A `Recipe` that exists is a valid one: unknown keys,
-impossible numbers, missing files and misspelt names are refused when it is made, with a `UserError` that
-names the key, the file and the nearest thing that would have been right.
+Every default of a merge stands here and nowhere else, and is the paper's; what `danceopd merge` does with nothing
+given is the shipped recipe `checkpoints/demo.yaml`. A `Recipe` that exists is a valid one: unknown keys, impossible
+numbers, missing files and misspelt names are refused when it is made, with a `UserError` that names the key, the
+file and the nearest thing that would have been right.
 Shipped checkpoints ("base", "generation", ...) go by their bare names; a folder is written "./generation".
 """
 
@@ -27,7 +28,7 @@ from pydantic_core import PydanticCustomError
 
 from .errors import UserError
 from .sentences import explain, nearest, read_yaml
-from .shipped import SHIPPED, portable, resolve, shipped
+from .shipped import SHIPPED, demo, portable, resolve, shipped
 
 __all__ = ["CAPABILITIES", "SHIPPED", "Recipe", "Teacher", "shipped"]
 
@@ -100,22 +101,22 @@ class Student(Part):
 
 class Optimizer(Part):
     name: Literal["adamw"] = "adamw"
-    lr: PositiveFloat = 1e-3
+    lr: PositiveFloat = 2e-4
     betas: tuple[Unit, Unit] = (0.9, 0.99)
     weight_decay: float = Field(0.0, ge=0)
     warmup: int = Field(10, ge=0)
     clip: PositiveFloat = 1.0
-    schedule: Literal["constant", "cosine"] = "cosine"
+    schedule: Literal["constant", "cosine"] = "constant"
 
 
 class Rollout(Part):
-    steps: PositiveInt = 8
+    steps: PositiveInt = 16
 
 
 class Query(Part):
     """At which noise level to ask. `beta` replaces the law's own Beta(a, b)."""
 
-    law: Literal["low-noise", "uniform", "mid", "high-noise", "paper"] = "low-noise"
+    law: Literal["low-noise", "uniform", "mid", "high-noise", "paper"] = "paper"
     beta: tuple[PositiveFloat, PositiveFloat] | None = None
 
 
@@ -135,7 +136,7 @@ class Data(Part):
 
 
 class Samples(Part):
-    every: int = Field(50, ge=0)  # 0: only at the first and the last step
+    every: int = Field(200, ge=0)  # 0: only at the first and the last step
     count: PositiveInt = 6
 
 
@@ -144,25 +145,25 @@ def _shipped_teachers() -> tuple[dict[str, str], ...]:
 
 
 class Recipe(Part):
-    """Everything a merge needs. `Recipe()` is the demo: the shipped teachers on the shipped base."""
+    """Everything a merge needs. Without teachers it takes the shipped ones, on the shipped base."""
 
     base: Annotated[str, BeforeValidator(_base)] = "base"
     teachers: tuple[Teacher, ...] = Field(default_factory=_shipped_teachers, validate_default=True)
     output: Path = Path("student")
-    steps: PositiveInt = 300
-    batch: PositiveInt = 32
+    steps: PositiveInt = 2000
+    batch: PositiveInt = 8
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     student: Student = Student()
     optimizer: Optimizer = Optimizer()
-    ema: Unit = 0.98
+    ema: Unit = 0.99
     rollout: Rollout = Rollout()
     query: Query = Query()
     routing: Routing = Routing()
     objective: Literal["danceopd"] = "danceopd"
     data: Data = Data()
     samples: Samples = Samples()
-    save_every: PositiveInt = 50
+    save_every: PositiveInt = 100
     time_limit: PositiveFloat | None = None  # minutes
     call: dict[str, PositiveInt] = {}  # over the base's own: height, width, steps, max_sequence_length
 
@@ -226,7 +227,12 @@ class Recipe(Part):
 
     @classmethod
     def load(cls, path: str | Path | None = None, **flags: Any) -> Recipe:
-        """What the command line uses: a file or none, then flags (None: not given)."""
+        """What the command line uses: a file, then flags (None: not given).
+
+        Without a file and without a model among the flags: the shipped demo.
+        """
+        if path is None and all(flags.get(model) is None for model in ("base", *CAPABILITIES)):
+            return cls._with_flags(read_yaml(demo(), "recipe"), flags, "the command line")
         return cls._with_flags({}, flags, "the command line") if path is None else cls.from_yaml(path, **flags)
 
     @classmethod

@@ -37,6 +37,11 @@ def shipped(name: str) -> Path:
     return folder
 
 
+def demo() -> Path:
+    """The recipe of `danceopd merge` with nothing given."""
+    return _root() / "demo.yaml"
+
+
 def portable(path: str) -> str:
     """The shipped name of a path below the shipped checkpoints; any other path as it is."""
     try:

@@ -184,6 +184,6 @@ def test_a_shipped_name_that_is_none() -> None:
 
 
 def test_the_default_recipe_is_whole() -> None:
-    recipe = Recipe()
+    recipe = Recipe.load()
     assert [t.name for t in recipe.teachers] == ["generation", "editing"]
     assert yaml.safe_load(recipe.to_yaml())["base"] == "base"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import re
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,14 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLFlux2
 
-from danceopd.base_model import base_folder, load_base
+from danceopd.base_model import base_fingerprint, base_folder, load_base
 from danceopd.errors import UserError
 from danceopd.lora import write_adapter
 from danceopd.pipelines.families import family_of
 from danceopd.scenes.edits import GLOBAL, LOCAL, TASKS
 from danceopd.scenes.prompts import TAGS
 from danceopd.sentences import nearest
+from danceopd.shipped import portable
 from danceopd.teach.autoencoder import fit_encoder, make_autoencoder
 from danceopd.teach.batches import Batches, Mix
 from danceopd.teach.codes import CellTable
@@ -52,9 +52,9 @@ RANK = 40
 """Rank of the shipped teachers: 1.4 MB each in bfloat16."""
 
 STAGES: dict[str, Stage] = {
-    "autoencoder": Stage(steps=8000, batch=24),
+    "autoencoder": Stage(steps=6400, batch=24),
     "base": Stage(steps=4000, mix=Mix(_even(TAGS), _even(TASKS), 0.6)),
-    "generation": Stage(steps=1700, mix=Mix(HARD, {}, 1.0), rank=RANK, guidance=2.0),
+    "generation": Stage(steps=3600, mix=Mix(HARD, {}, 1.0), rank=RANK, guidance=2.0),
     "editing": Stage(steps=1800, mix=Mix({}, _even(TASKS), 0.0), rank=RANK),
     "local-edit": Stage(steps=500, mix=Mix({}, _even(LOCAL), 0.0), rank=RANK),
     "global-edit": Stage(steps=300, mix=Mix({}, _even(GLOBAL), 0.0), rank=RANK),
@@ -84,7 +84,6 @@ def teach(
         raise UserError(f"steps is {total}; give 1 or more")
     pipeline = stage in ("autoencoder", "base")
     folder = Path(output) if output is not None else Path("checkpoints") / ("base" if pipeline else stage)
-    began = time.monotonic()
     state = folder / ".training" / stage
 
     def told(step: int, loss: float) -> None:
@@ -106,8 +105,8 @@ def teach(
         _write_pipeline(folder, seed, transformer=transformer)
     else:
         _teach_lora(plan, base, folder, state, total, seed, told)
-    facts = {"stage": stage, "seed": seed, "steps": total, "minutes": round((time.monotonic() - began) / 60, 1)}
-    note = {**facts, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"}
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    note = {"stage": stage, "seed": seed, "steps": total, "machine": machine}
     (folder / f"{stage}.json").write_text(json.dumps(note, indent=1) + "\n")
     return folder
 
@@ -134,7 +133,8 @@ def _write_pipeline(folder: Path, seed: int, vae=None, transformer=None) -> None
 def _teach_lora(
     plan: Stage, base: str | Path, folder: Path, state: Path, total: int, seed: int, told: Callable[[int, float], None]
 ) -> None:
-    pipe = load_base(base_folder(base))
+    place = base_folder(base)
+    pipe = load_base(place)
     targets = family_of(pipe).lora_targets
     modules = [n for n, m in pipe.transformer.named_modules() if hasattr(m, "weight") and re.fullmatch(targets, n)]
     assert plan.mix is not None and plan.rank is not None
@@ -142,4 +142,5 @@ def _teach_lora(
     batches = Batches(pipe, CellTable(pipe.vae), plan.mix, plan.batch, seed)
     schedule = Schedule(total, muon=plan.muon, guidance=plan.guidance)
     average = Trainer(model, model.factors, batches, schedule, state).run(told)
-    write_adapter(model.adapter(average), folder, torch.bfloat16)
+    origin = {"base": portable(str(place)), "base_sha256": base_fingerprint(place)}
+    write_adapter(model.adapter(average), folder, torch.bfloat16, origin)
