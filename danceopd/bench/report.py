@@ -117,18 +117,17 @@ def _panels(scores: dict, capability: str) -> list[dict]:
             found = model[capability]
             value = found["overall"] if category is None else found["categories"].get(category)
             if value:
-                bars.append(
-                    {"label": model["label"], "hue": model["hue"], "student": model["role"] == "student"} | value
-                )
+                bars.append({"label": model["who"], "hue": model["hue"], "student": model["role"] == "student"} | value)
         top = ceiling and (ceiling["overall"] if category is None else ceiling["categories"].get(category))
         panels.append({"title": category or "overall", "bars": bars, "ceiling": top, "limit": LIMIT[capability]})
     return panels
 
 
 def _hues(models: Sequence[dict]) -> None:
-    """Gives each model the name of its colour in the style sheet."""
+    """Gives each model the name of its colour in the style sheet, and a short name for tight places."""
     count = {"teacher": 0, "other": 0}
     for model in models:
+        model["who"] = "student" if model["role"] == "student" else model["label"]
         if model["role"] in count:
             count[model["role"]] += 1
             model["hue"] = f"{model['role']}{(count[model['role']] - 1) % 3 + 1}"

@@ -74,7 +74,7 @@ def _capability_table(scores: dict, capability: str) -> Table | None:
     best = [max((c for c in column if c != "-"), key=float, default=None) for column in zip(*rows)]
     for model, values in zip(models, rows):
         is_student = model["role"] == "student"
-        row = [Text(model["label"], style="bold magenta" if is_student else "")]
+        row = [Text("student" if is_student else model["label"], style="bold magenta" if is_student else "")]
         for value, top in zip(values, best):
             style = ("bold " if value == top else "") + ("magenta" if is_student else "")
             row.append(Text(value, style=style.strip()))
