@@ -43,7 +43,7 @@ def write_card(
         _front_matter(base, {str(teacher.get("capability")) for teacher in teachers}, fused),
         f"# {_title(folder)}",
         f"One {'pipeline' if fused else 'LoRA'} that does what {_and(names)} do, merged on `{base}` by "
-        f"[danceopd](https://pypi.org/project/danceopd/): the student walked its own denoising path and learned, "
+        f"`danceopd`: the student walked its own denoising path and learned, "
         f"at one state of each, the velocity of the right teacher ({PAPER}).",
     ]
     if grid is not None:

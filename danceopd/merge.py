@@ -8,6 +8,7 @@ compared. Running the same recipe again continues, or says that it is finished.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,7 +22,7 @@ from torch import Tensor
 from danceopd.backbone import Backbone
 from danceopd.base_model import base_fingerprint, base_folder, empty_transformer, load_base
 from danceopd.blend import blend
-from danceopd.card import write_card
+from danceopd.card import load_snippet, write_card
 from danceopd.errors import UserError
 from danceopd.fields import AdapterField
 from danceopd.loop import STUDENT, Loop, Progress, Source
@@ -70,6 +71,7 @@ def merge(recipe: Recipe, report: Report | None = None) -> Student:
             return _run(recipe, folder, adapters, init, run, report, began)
         from danceopd.progress import progress_line
 
+        print(f"encoding what the teachers will be asked, then {recipe.steps} steps", file=sys.stderr, flush=True)
         with progress_line("merging") as line:
             drawn = lambda done, steps: line(done.step, steps, done.loss)  # noqa: E731
             return _run(recipe, folder, adapters, init, run, drawn, began)
@@ -191,11 +193,13 @@ def _export(
         probes.append(Probe(x, sigma, condition, field(x, sigma, condition)))
     export(student, run.path, recipe.base, probes, metadata={"steps": str(loop.step), "seed": str(recipe.seed)})
     hashes = {name: a.sha256 for name, a in adapters.items() if a is not None}
-    told = recipe.resolved() | {"call": call}
+    # The student is trained without guidance; stock pipelines would add it unasked.
+    snippet = load_snippet(str(recipe.resolved()["base"]), {**call, **backbone.family.unguided})
     grid = run.path / "samples" / f"step-{loop.step:06d}.png"
     write_card(
         run.path,
-        told,
+        recipe,
         hashes=hashes | {"base": fingerprint, "student": student.sha256},
+        snippet=snippet,
         grid=grid if grid.exists() else None,
     )

@@ -67,6 +67,7 @@ def test_everything_is_written(done):
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(line["loss/generation"] > 0 and line["loss/editing"] > 0 for line in lines)
     assert any((output / "logs").iterdir())
+    assert "guidance_scale=1.0" in (output / "README.md").read_text()
 
 
 def test_stock_diffusers_draws_what_the_student_draws(done, models):
