@@ -45,7 +45,9 @@ def pictures(
 
     call = call_defaults(pipe.config.get("_name_or_path") or "") | over
     if image is not None:
-        pipe = _editor(pipe)
+        from .pipelines.editing import editing_pipe
+
+        pipe = editing_pipe(pipe)
         call["image"] = open_image(image)
     drawn = []
     for i in range(count):
@@ -104,16 +106,6 @@ def _trained_call(student: Path) -> dict[str, Any]:
     if "steps" in call:
         call["num_inference_steps"] = call.pop("steps")
     return call
-
-
-def _editor(pipe: Any) -> Any:
-    """The family's editing pipeline on the same weights; for FLUX.2 that is the pipeline itself."""
-    import diffusers
-
-    from .pipelines.families import family_of
-
-    name = family_of(pipe).editing
-    return pipe if type(pipe).__name__ == name else getattr(diffusers, name).from_pipe(pipe)
 
 
 def _free(folder: Path, prompt: str, seed: int) -> Path:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from danceopd.data import edits_from, open_image, prompts_from
 from danceopd.disk import disk_faults
-from danceopd.pipelines.editing import EditingPipeline
+from danceopd.pipelines.editing import EditingPipeline, editing_pipe
 from danceopd.pipelines.families import Family
 from danceopd.pipelines.generation import GenerationPipeline
 from danceopd.pipelines.record import Condition
@@ -39,16 +39,8 @@ def drawers(pipe: Any, family: Family, call: dict[str, Any]) -> dict[str, Genera
     """The generation and the editing pipeline of one base, by capability."""
     return {
         "generation": GenerationPipeline(pipe, family, call),
-        "editing": EditingPipeline(_editor(pipe, family), family, call),
+        "editing": EditingPipeline(editing_pipe(pipe), family, call),
     }
-
-
-def _editor(pipe: Any, family: Family) -> Any:
-    if type(pipe).__name__ == family.editing:
-        return pipe
-    import diffusers
-
-    return getattr(diffusers, family.editing).from_pipe(pipe)
 
 
 def conditions_of(

@@ -5,7 +5,7 @@ prompt encoding, image encoding and packing are never written twice. `Generation
 `EditingPipeline` batch that; what differs between model families is one small `Family` in `FAMILIES`.
 """
 
-from .editing import EditingPipeline, check_image
+from .editing import EditingPipeline, check_image, editing_pipe
 from .families import FAMILIES, Family, family_of
 from .generation import DenoisingState, GenerationPipeline, check_prompts
 from .record import Condition, record, stack
@@ -19,6 +19,7 @@ __all__ = [
     "GenerationPipeline",
     "check_image",
     "check_prompts",
+    "editing_pipe",
     "family_of",
     "record",
     "stack",

@@ -7,12 +7,14 @@ its own source image, and the rows are stacked; the rest is `GenerationPipeline`
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from PIL.Image import Image
 
 from danceopd.errors import UserError
 
-from .families import Family
+from .families import Family, family_of
 from .generation import GenerationPipeline, check_prompts
 from .record import Condition, record, stack
 
@@ -41,6 +43,14 @@ class EditingPipeline(GenerationPipeline):
                 prompt = {key: value[i : i + 1] for key, value in encoded.items()}
                 rows.append(record(self.pipe, self.family, image=image, **prompt, **self.call)[0])
         return stack(rows)
+
+
+def editing_pipe(pipe: Any) -> Any:
+    """The family's stock editing pipeline on the same weights; for one class that does both, `pipe` itself."""
+    import diffusers
+
+    name = family_of(pipe).editing
+    return pipe if type(pipe).__name__ == name else getattr(diffusers, name).from_pipe(pipe)
 
 
 def check_image(image: Image, family: Family, name: str = "the source image") -> None:

@@ -275,15 +275,6 @@ class Stage:
                 self.backbone.add_adapter(model.name, model.adapter)
         self.large = sum(p.numel() for p in self.pipe.transformer.parameters()) > LARGE
 
-    @property
-    def editor(self) -> Any:
-        """The family's editing pipeline on the same weights; the pipeline itself where one class does both."""
-        import diffusers
-
-        if type(self.pipe).__name__ == self.family.editing:
-            return self.pipe
-        return getattr(diffusers, self.family.editing).from_pipe(self.pipe)
-
     @torch.no_grad()
     def round_trip(self, images: list[Any], batch: int = 64) -> list[Any]:
         """Pictures through the autoencoder and back: what is lost before any model draws."""

@@ -258,7 +258,7 @@ class _Work:
 
     def _encode(self, stage: Stage, capability: str, items: Sequence[Any]) -> tuple[Any, Any, Any]:
         """(pipeline, condition, noise) of all items, recorded once for all models; sources and targets written."""
-        from danceopd.pipelines import EditingPipeline, GenerationPipeline
+        from danceopd.pipelines import EditingPipeline, GenerationPipeline, editing_pipe
 
         prompts, seeds = [i.prompt for i in items], [seed_of(self.seed, i) for i in items]
         if capability == "generation":
@@ -268,7 +268,7 @@ class _Work:
             self._save("source", item, item.source, "_SRCIMG")
             if item.target is not None:
                 self._save("target", item, item.target)
-        editing = EditingPipeline(stage.editor, stage.family, self.call, chunk=self.batch)
+        editing = EditingPipeline(editing_pipe(stage.pipe), stage.family, self.call, chunk=self.batch)
         return editing, editing.conditions(prompts, [i.source for i in items]), editing.noise(seeds)
 
     def _measure_ceiling(self, stage: Stage) -> None:
