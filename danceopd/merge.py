@@ -8,6 +8,7 @@ compared. Running the same recipe again continues, or says that it is finished.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -32,9 +33,11 @@ from danceopd.pipelines.generation import GenerationPipeline
 from danceopd.recipe import Recipe
 from danceopd.run import RunFolder
 from danceopd.samples import SampleGrid
+from danceopd.shipped import SHIPPED
 from danceopd.student import Probe, export, load_student
 from danceopd.work import call_of, conditions_of, drawers
 
+_log = logging.getLogger("danceopd")
 EXPORTED = "exported"  # the averaged student's name on the backbone
 
 
@@ -86,6 +89,7 @@ def _run(
     report: Report,
     began: float,
 ) -> Student:
+    _warn_of_scenes(recipe)
     device = _device(recipe.device)
     pipe = load_base(folder).to(device)
     family = family_of(pipe)
@@ -129,6 +133,14 @@ def _run(
     seconds = time.monotonic() - began
     run.finish(loop.step, seconds=round(seconds, 1))
     return Student(run.path, loop.step, seconds)
+
+
+def _warn_of_scenes(recipe: Recipe) -> None:
+    """The exact world's prompts suit the shipped base; another one deserves work of its own."""
+    if recipe.resolved()["base"] in SHIPPED:
+        return
+    for key in sorted({t.capability for t in recipe.teachers if recipe.work(t).startswith("scenes")}):
+        _log.warning("data.%s is the exact world of 64-pixel shapes; name your own prompts or pairs for this base", key)
 
 
 class _OutOfTime(Exception):

@@ -90,9 +90,10 @@ def test_stock_diffusers_draws_what_the_student_draws(done, models):
         assert (pictures[0] != pictures[2]).any()
 
 
-def test_same_seed_same_bytes(done, models, tmp_path):
+def test_same_seed_same_bytes(done, models, tmp_path, caplog):
     output, _, _ = done
     merge(recipe(models, tmp_path / "again"), silent)
+    assert "data.editing is the exact world" in caplog.text  # on a base that is not the shipped one
     name = "pytorch_lora_weights.safetensors"
     assert (tmp_path / "again" / name).read_bytes() == (output / name).read_bytes()
     merge(recipe(models, tmp_path / "other", seed=1), silent)
