@@ -138,7 +138,14 @@ def _with_merge(body: str) -> str:
 def test_ctrl_c_says_how_to_continue(files: dict) -> None:
     code = _with_merge("import time; print('running', flush=True); time.sleep(30)")
     command = [sys.executable, "-c", code, "merge", *flags(files)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job, as CI may be, starts with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout is not None and process.stdout.readline() == "running\n"
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
