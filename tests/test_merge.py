@@ -176,16 +176,24 @@ def test_damaged_checkpoint_falls_back(models, tmp_path):
     assert steps == [3, 4]
 
 
-def test_cache_holds_the_conditions(done, models, tmp_path):
-    """A second run with the cache of the first encodes nothing anew."""
-    output, _, _ = done
-    run = tmp_path / "run"
-    run.mkdir()
-    names = sorted(p.name for p in (output / "cache").iterdir())
-    assert len(names) == 2
-    merge(recipe(models, tmp_path / "again"), silent)
-    assert sorted(p.name for p in (tmp_path / "again" / "cache").iterdir()) == names
-    shutil.rmtree(tmp_path / "again")
+def test_continued_run_encodes_nothing_anew(models, tmp_path, monkeypatch):
+    """The conditions of a run are kept: continuing it never asks the data for a teacher's work again."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(progress, steps):
+        raise Stop
+
+    with pytest.raises(Stop):
+        merge(recipe(models, tmp_path / "run"), stop)
+
+    def refused(*arguments):
+        raise AssertionError("the work was read again")
+
+    monkeypatch.setattr("danceopd.work.prompts_from", refused)
+    monkeypatch.setattr("danceopd.work.edits_from", refused)
+    merge(recipe(models, tmp_path / "run"), silent)
 
 
 def test_fused_run_folder_loads_alone(done, models, tmp_path):
