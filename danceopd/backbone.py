@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from danceopd.errors import UserError
 from danceopd.lora import Adapter
-from danceopd.pipelines.families import Family
+from danceopd.pipelines.family import Family
 from danceopd.pipelines.record import Condition
 
 State = tuple[str | None, str | None]  # (adapter in the LoRA layers, adapter merged into the weights)

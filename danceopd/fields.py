@@ -56,7 +56,7 @@ class MergedField:
 
 @dataclass(frozen=True)
 class GuidedField:
-    """Classifier-free guidance of another field: `v_null + scale · (v − v_null)`.
+    """Classifier-free guidance of another field as its family does it: most often `v_null + scale · (v − v_null)`.
 
     `null_condition` is the recorded condition of the null prompt, one row or as many as the batch; only its
     prompt is used, so a source image stays in place on both sides, as in the stock pipelines. Scale 1 is
@@ -69,12 +69,12 @@ class GuidedField:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        null = self.null_condition
+        null, family = self.null_condition, FAMILIES[condition.family]
         if len(null) not in (1, len(x)):
             raise ValueError(f"the null condition has {len(null)} rows; give 1 or {len(x)}")
         kwargs = dict(condition.kwargs)
-        for key in FAMILIES[condition.family].prompt_kwargs:
+        for key in family.prompt_kwargs:
             value = null.kwargs[key]
             kwargs[key] = None if value is None else value.expand(len(x), *value.shape[1:])
         away = self.field(x, sigma, replace(condition, kwargs=kwargs))
-        return away + self.scale * (self.field(x, sigma, condition) - away)
+        return family.guide(self.field(x, sigma, condition), away, self.scale)

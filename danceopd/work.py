@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from danceopd.data import edits_from, open_image, prompts_from
 from danceopd.disk import disk_faults
 from danceopd.pipelines.editing import EditingPipeline, editing_pipe
-from danceopd.pipelines.families import Family
+from danceopd.pipelines.family import Family
 from danceopd.pipelines.generation import GenerationPipeline
 from danceopd.pipelines.record import Condition
 from danceopd.recipe import Recipe, Teacher

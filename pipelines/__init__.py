@@ -6,7 +6,8 @@ prompt encoding, image encoding and packing are never written twice. `Generation
 """
 
 from .editing import EditingPipeline, check_image, editing_pipe
-from .families import FAMILIES, Family, family_of
+from .families import FAMILIES, family_of
+from .family import Family
 from .generation import DenoisingState, GenerationPipeline, check_prompts
 from .record import Condition, record, stack
 

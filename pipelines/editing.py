@@ -14,7 +14,8 @@ from PIL.Image import Image
 
 from danceopd.errors import UserError
 
-from .families import Family, family_of
+from .families import family_of
+from .family import Family
 from .generation import GenerationPipeline, check_prompts
 from .record import Condition, record, stack
 
@@ -38,10 +39,12 @@ class EditingPipeline(GenerationPipeline):
             check_image(image, self.family, f"source image {number} of {len(images)}")
         rows = []
         for start in range(0, len(prompts), self.chunk):
-            encoded = self.family.encode(self.pipe, prompts[start : start + self.chunk], **self.call)
-            for i, image in enumerate(images[start : start + self.chunk]):
-                prompt = {key: value[i : i + 1] for key, value in encoded.items()}
-                rows.append(record(self.pipe, self.family, image=image, **prompt, **self.call)[0])
+            words, sources = prompts[start : start + self.chunk], images[start : start + self.chunk]
+            calls = self.family.encode(self.pipe, words, sources, **self.call)
+            rows += [
+                record(self.pipe, self.family, **{**self.call, "image": image, **call})[0]
+                for image, call in zip(sources, calls, strict=True)
+            ]
         return stack(rows)
 
 
@@ -49,7 +52,10 @@ def editing_pipe(pipe: Any) -> Any:
     """The family's stock editing pipeline on the same weights; for one class that does both, `pipe` itself."""
     import diffusers
 
-    name = family_of(pipe).editing
+    family = family_of(pipe)
+    name = family.editing
+    if name is None:
+        raise UserError(f"{family.name} has no editing pipeline in diffusers; give it generation teachers only")
     return pipe if type(pipe).__name__ == name else getattr(diffusers, name).from_pipe(pipe)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from danceopd.errors import UserError
 
-from .families import Family
+from .family import Family
 from .record import Condition, first_call, record, stack
 
 
@@ -96,7 +96,7 @@ class GenerationPipeline:
         return [image for part in parts for image in part]
 
     def _blank(self, rows: int) -> dict[str, Any]:
-        return {**self.call, **self.family.blank(self.pipe, rows)}
+        return {**self.call, **self.family.blank(self.pipe, rows, **self.call)}
 
 
 def check_prompts(pipe: Any, family: Family, prompts: list[str], call: dict[str, Any]) -> None:

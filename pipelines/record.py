@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from danceopd.errors import UserError
 
 if TYPE_CHECKING:
-    from .families import Family
+    from .family import Family
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,14 +32,20 @@ class Condition:
     """One recorded transformer call without its noisy latents and its time.
 
     `family` is a key of `FAMILIES`, `shape` the shape of one row's latents (e.g. `(16, 32)`), `kwargs` the
-    remaining transformer arguments (every tensor has batch dimension 0), `context` the source tokens
-    `(B, m, C)` that follow the latents, or None for a plain prompt.
+    transformer arguments that have a row for each picture (batch dimension 0), `context` the source tokens
+    `(B, m, C)` that follow the latents, or None for a plain prompt. `shared` are tensors that all rows use alike
+    (position tables without a batch dimension), `fixed` plain values that JSON can hold (a row's image shapes).
+    `ragged` names the kwargs whose dimension 1 counts text tokens: rows of different lengths are padded with
+    zeros (False) when they are stacked, so a mask or a length must stand beside them.
     """
 
     family: str
     shape: tuple[int, ...]
     kwargs: dict[str, Tensor | None]
     context: Tensor | None = None
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
+    ragged: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Rows."""
@@ -48,11 +55,14 @@ class Condition:
     def layout(self) -> tuple:
         """Hashable; conditions of equal layout stack.
 
-        Besides shapes it holds a checksum of every `*_ids` tensor: transformers read positions from row 0
-        only, so two sources with as many tokens but another grid must not share a batch.
+        Besides shapes it holds the fixed values, and a checksum of what is shared and of every `*_ids` tensor:
+        transformers read positions from row 0 only, so two sources with as many tokens but another grid must
+        not share a batch.
         """
-        kwargs = tuple((key, _layout(key, self.kwargs[key])) for key in sorted(self.kwargs))
-        return self.family, self.shape, kwargs, _layout("context", self.context)
+        kwargs = tuple((key, self._part(key)) for key in sorted(self.kwargs))
+        shared = tuple((key, _layout(self.shared[key], True)) for key in sorted(self.shared))
+        fixed = json.dumps(self.fixed, sort_keys=True)
+        return self.family, self.shape, kwargs, _layout(self.context), shared, fixed, self.ragged
 
     def rows(self, index: slice | list[int] | Tensor) -> Condition:
         """The rows at `index` (slice: views; list of int or LongTensor: copies), as a Condition."""
@@ -65,15 +75,17 @@ class Condition:
 
     def to(self, device: torch.device | str | None = None) -> Condition:
         """The same condition with every tensor on `device`."""
-        return self._map(lambda value: value.to(device))
+        shared = {key: value.to(device) for key, value in self.shared.items()}
+        return replace(self._map(lambda value: value.to(device)), shared=shared)
 
     def state(self) -> dict[str, Tensor]:
         """A flat dict of contiguous tensors, ready for safetensors; `from_state` is its inverse."""
-        state = {"family": torch.tensor(list(self.family.encode()), dtype=torch.uint8)}
-        state["shape"] = torch.tensor(self.shape, dtype=torch.long)
+        facts = {"family": self.family, "shape": self.shape, "fixed": self.fixed, "ragged": self.ragged}
+        state = {"facts": torch.tensor(list(json.dumps(facts, sort_keys=True).encode()), dtype=torch.uint8)}
         for key, value in self.kwargs.items():
             name, value = ("none." + key, torch.zeros(0)) if value is None else ("kwargs." + key, value)
             state[name] = value.detach().contiguous()
+        state.update({"shared." + key: value.detach().contiguous() for key, value in self.shared.items()})
         if self.context is not None:
             state["context"] = self.context.detach().contiguous()
         return state
@@ -82,23 +94,30 @@ class Condition:
     def from_state(cls, state: dict[str, Tensor]) -> Condition:
         """The condition whose `state()` this is; KeyError when it is not one."""
         kwargs: dict[str, Tensor | None] = {}
+        shared: dict[str, Tensor] = {}
         for key in state:
             kind, _, name = key.partition(".")
             if name and kind in ("none", "kwargs"):
                 kwargs[name] = state[key] if kind == "kwargs" else None
-        family = bytes(state["family"].tolist()).decode()
-        return cls(family, tuple(state["shape"].tolist()), kwargs, state.get("context"))
+            elif name and kind == "shared":
+                shared[name] = state[key]
+        facts = json.loads(bytes(state["facts"].tolist()))
+        shape, ragged = tuple(facts["shape"]), tuple(facts["ragged"])
+        return cls(facts["family"], shape, kwargs, state.get("context"), shared, facts["fixed"], ragged)
 
-    def _map(self, change) -> Condition:
+    def _part(self, key: str) -> tuple | None:
+        return _layout(self.kwargs[key], key.endswith("_ids"), key in self.ragged)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Condition:
         kwargs = {key: None if value is None else change(value) for key, value in self.kwargs.items()}
         return replace(self, kwargs=kwargs, context=None if self.context is None else change(self.context))
 
 
-def _layout(key: str, value: Tensor | None) -> tuple | None:
+def _layout(value: Tensor | None, content: bool = False, ragged: bool = False) -> tuple | None:
     if value is None:
         return None
-    content = zlib.crc32(value[0].cpu().contiguous().numpy().tobytes()) if key.endswith("_ids") else 0
-    return tuple(value.shape[1:]), str(value.dtype).removeprefix("torch."), content
+    seen = zlib.crc32(value[0].cpu().contiguous().numpy().tobytes()) if content and len(value) else 0
+    return tuple(value.shape[2 if ragged else 1 :]), str(value.dtype).removeprefix("torch."), seen
 
 
 def stack(conditions: Sequence[Condition]) -> Condition:
@@ -114,22 +133,42 @@ def stack(conditions: Sequence[Condition]) -> Condition:
                 f"condition {number} cannot share a batch with condition 0: {_difference(first, other)}; give all "
                 f"rows of a batch the same picture size, source size and max_sequence_length"
             )
-    kwargs = {
-        key: None if value is None else torch.cat([c.kwargs[key] for c in conditions])  # type: ignore[misc]
-        for key, value in first.kwargs.items()
-    }
+    kwargs: dict[str, Tensor | None] = {}
+    for key, value in first.kwargs.items():
+        parts = [c.kwargs[key] for c in conditions]
+        kwargs[key] = None if value is None else torch.cat(_even(parts) if key in first.ragged else parts)  # type: ignore[arg-type]
     context = None if first.context is None else torch.cat([c.context for c in conditions])  # type: ignore[misc]
     return replace(first, kwargs=kwargs, context=context)
+
+
+def _even(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Padded with zeros along dimension 1 to the longest."""
+    longest = max(part.shape[1] for part in parts)
+    return [
+        torch.cat([part, part.new_zeros(len(part), longest - part.shape[1], *part.shape[2:])], dim=1)
+        if part.shape[1] < longest
+        else part
+        for part in parts
+    ]
 
 
 def _difference(a: Condition, b: Condition) -> str:
     if a.family != b.family or a.shape != b.shape:
         return f"{a.family} latents {a.shape} against {b.family} latents {b.shape}"
-    if a.kwargs.keys() != b.kwargs.keys():
-        return f"its transformer call has other arguments ({', '.join(sorted(a.kwargs.keys() ^ b.kwargs.keys()))})"
-    pairs = [("context", a.context, b.context), *((k, a.kwargs[k], b.kwargs[k]) for k in a.kwargs)]
-    key, x, y = next(p for p in pairs if _layout(p[0], p[1]) != _layout(p[0], p[2]))
-    shown = ["none" if v is None else f"{tuple(v.shape[1:])} {v.dtype}" for v in (x, y)]
+    if a.kwargs.keys() != b.kwargs.keys() or a.shared.keys() != b.shared.keys():
+        odd = (a.kwargs.keys() ^ b.kwargs.keys()) | (a.shared.keys() ^ b.shared.keys())
+        return f"its transformer call has other arguments ({', '.join(sorted(odd))})"
+    odd = {key for key in a.fixed.keys() | b.fixed.keys() if a.fixed.get(key) != b.fixed.get(key)}
+    if odd:
+        key = min(odd)
+        return f"{key} is {b.fixed.get(key)} against {a.fixed.get(key)}"
+    pairs = [
+        ("context", _layout(a.context), _layout(b.context)),
+        *((key, a._part(key), b._part(key)) for key in a.kwargs),
+        *((key, _layout(a.shared[key], True), _layout(b.shared[key], True)) for key in a.shared),
+    ]
+    key, x, y = next(pair for pair in pairs if pair[1] != pair[2])
+    shown = ["none" if v is None else f"{v[0]} {v[1]}" for v in (x, y)]
     return f"{key} has other positions" if shown[0] == shown[1] else f"{key} is {shown[1]} against {shown[0]}"
 
 
@@ -186,8 +225,8 @@ def record(pipe: Any, family: Family, **call: Any) -> tuple[Condition, Tensor]:
     `(N+1,)` fp32 on the CPU, last 0. Errors of the pipeline itself pass through.
     """
     kwargs, sigmas = first_call(pipe, family, **call)
-    latents, context, rest = family.split(kwargs)
-    strange = [key for key, value in rest.items() if value is not None and not isinstance(value, Tensor)]
+    condition = family.split(kwargs)[1]
+    strange = [key for key, value in condition.kwargs.items() if not isinstance(value, Tensor | None)]
     if strange:
         raise TypeError(f"{family.name}: cannot record the transformer argument(s) {', '.join(strange)}")
-    return Condition(family.name, tuple(latents.shape[1:]), rest, context), sigmas
+    return replace(condition, family=family.name), sigmas

@@ -65,11 +65,12 @@ def test_cell_pictures_are_pictures_of_their_tokens(parts):
     """The decoder's targets, put together from tiles, encode to their own tokens."""
     pipe, _ = parts
     pictures = CellPictures(pipe.vae, 4, 0)
-    tokens, images = pictures(5)
+    tokens, images, weights = pictures(5)
+    assert weights.shape == (4, 1, 64, 64) and weights.min() >= 1 and weights.max() > 4
     with torch.no_grad():
         encoded = torch.cat([pipe._pack_latents(pipe._encode_vae_image(i[None], None)) for i in images])
     assert (encoded - tokens).square().mean().sqrt() < 0.11  # the noise that was added
-    again, _ = CellPictures(pipe.vae, 4, 0)(5)
+    again, *_ = CellPictures(pipe.vae, 4, 0)(5)
     assert torch.equal(again, tokens)
 
 

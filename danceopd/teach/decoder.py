@@ -2,7 +2,8 @@
 
 Pictures are put together from the table of all cells, so no encoder and no renderer runs; the latents get noise
 of up to a tenth of their spread, because a sampler's are never clean. Mean squared error plus a little absolute
-error, AdamW, a warm-up and a cosine; the exponential average is kept. Resumes from its last save.
+error, faint things weighing as much as bright ones, AdamW, a warm-up and a cosine; the exponential average is kept.
+Resumes from its last save.
 """
 
 from __future__ import annotations
@@ -26,20 +27,25 @@ AVERAGE = 0.995
 SAVE_EVERY = 100
 NOISE = 0.1
 """Largest standard deviation of the noise on normalised latents."""
+FAINT = (1.0, 12.0)
+"""Bounds of a cell's weight: white on sky is a hundred times fainter than black, and must be told apart as well."""
 
 
 class CellPictures:
-    """Random pictures and their normalised tokens: ``pictures(step)`` is a function of (seed, step)."""
+    """Random pictures, their normalised tokens and weights: ``pictures(step)`` is a function of (seed, step)."""
 
     def __init__(self, vae: AutoencoderKLFlux2, size: int, seed: int) -> None:
         images = all_cells()
         blocks = images.unfold(4, CELL, CELL).unfold(5, CELL, CELL)
         self.blocks = blocks.permute(0, 1, 2, 4, 5, 3, 6, 7).reshape(*images.shape[:3], GRID * GRID, 3, CELL, CELL)
+        contrast = (self.blocks - self.blocks[:, :, :1]).square().mean((4, 5, 6))
+        self.weights = (contrast[:, :, 1:].mean() / contrast.clamp_min(1e-6)).clamp(*FAINT)
+        self.weights[:, :, 0] = 1
         self.table = CellTable(vae).table
         self.size, self.seed = size, seed
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Tokens (n, 16, C) with noise, and pictures (n, 3, 64, 64) in [-1, 1]."""
+    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (n, 16, C) with noise, pictures (n, 3, 64, 64) in [-1, 1], and weights of their pixels."""
         g = torch.Generator().manual_seed(7_919 * self.seed + step)
         n, cells = self.size, GRID * GRID
         style = torch.randint(self.table.shape[0], (n, 1), generator=g)
@@ -52,7 +58,9 @@ class CellPictures:
         spread = NOISE * torch.rand(n, 1, 1, generator=g)
         tokens = tokens + spread * torch.randn(tokens.shape, generator=g)
         tiles = self.blocks[style, ground, look, where].reshape(n, GRID, GRID, 3, CELL, CELL)
-        return tokens, tiles.permute(0, 3, 1, 4, 2, 5).reshape(n, 3, GRID * CELL, GRID * CELL)
+        weights = self.weights[style, ground, look, where].reshape(n, 1, GRID, GRID)
+        weights = weights.repeat_interleave(CELL, 2).repeat_interleave(CELL, 3)
+        return tokens, tiles.permute(0, 3, 1, 4, 2, 5).reshape(n, 3, GRID * CELL, GRID * CELL), weights
 
 
 def unpack(vae: AutoencoderKLFlux2, tokens: Tensor) -> Tensor:
@@ -82,9 +90,9 @@ def train_decoder(
     for step in range(start, steps):
         rate = RATE * min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = rate
-        tokens, target = pictures(step)
+        tokens, target, weight = pictures(step)
         error = vae.decode(unpack(vae, tokens)).sample - target
-        loss = error.square().mean() + 0.1 * error.abs().mean()
+        loss = (weight * (error.square() + 0.1 * error.abs())).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()

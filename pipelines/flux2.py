@@ -1,0 +1,81 @@
+"""FLUX.2 klein: one pipeline class for both tasks; packed tokens; source tokens follow the latents."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .family import Family
+from .record import Condition
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def _klein_lengths(pipe: Any, prompts: list[str]) -> list[int]:
+    texts = [
+        pipe.tokenizer.apply_chat_template(
+            [{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        for p in prompts
+    ]
+    return [len(ids) for ids in pipe.tokenizer(texts)["input_ids"]]
+
+
+def _klein_encode(pipe: Any, prompts: list[str], images: Any = None, **call: Any) -> list[dict[str, Any]]:
+    keys = ("max_sequence_length", "text_encoder_out_layers")
+    embeds = pipe.encode_prompt(prompts, **{k: call[k] for k in keys if k in call})[0]
+    return [{"prompt_embeds": row} for row in embeds.split(1)]
+
+
+def _klein_blank(pipe: Any, rows: int, **call: Any) -> dict[str, Any]:
+    like = pipe.transformer if pipe.text_encoder is None else pipe.text_encoder
+    size = (rows, 1, pipe.transformer.config.joint_attention_dim)
+    return {"prompt_embeds": torch.zeros(size, device=pipe._execution_device, dtype=like.dtype)}
+
+
+def _klein_split(call: dict[str, Any]) -> tuple[Tensor, Condition]:
+    tokens, n = call["hidden_states"], int((call["img_ids"][0, :, 0] == 0).sum())  # T = 0 marks the target
+    dropped = ("hidden_states", "timestep", "return_dict", "joint_attention_kwargs")
+    rest = {key: value for key, value in call.items() if key not in dropped}
+    context = tokens[:, n:].clone() if tokens.shape[1] > n else None
+    return tokens[:, :n], Condition("flux2-klein", tuple(tokens[:, :n].shape[1:]), rest, context)
+
+
+def _klein_velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    dtype = transformer.x_embedder.weight.dtype
+    tokens = x if condition.context is None else torch.cat([x, condition.context.to(x.dtype)], dim=1)
+    time = (sigma * 1000).to(condition.kwargs["encoder_hidden_states"].dtype) / 1000  # type: ignore[union-attr]
+    out = transformer(hidden_states=tokens.to(dtype), timestep=time, return_dict=False, **condition.kwargs)[0]
+    return out[:, : x.shape[1]].float()
+
+
+def _klein_decode(pipe: Any, x: Tensor, height: int, width: int) -> list[Image]:
+    side = 2 * pipe.vae_scale_factor
+    grid = x.to(pipe.vae.dtype).transpose(1, 2).unflatten(2, (height // side, width // side))
+    mean, var = (s.view(1, -1, 1, 1).to(grid) for s in (pipe.vae.bn.running_mean, pipe.vae.bn.running_var))
+    grid = pipe._unpatchify_latents(grid * torch.sqrt(var + pipe.vae.config.batch_norm_eps) + mean)
+    return pipe.image_processor.postprocess(pipe.vae.decode(grid, return_dict=False)[0], output_type="pil")
+
+
+FLUX2_KLEIN = Family(
+    name="flux2-klein",
+    generation="Flux2KleinPipeline",
+    editing="Flux2KleinPipeline",
+    lora_targets=r"transformer_blocks\.\d+\.attn\.(to_[qkv]|add_[qkv]_proj|to_add_out|to_out\.0)"
+    r"|transformer_blocks\.\d+\.ff(_context)?\.linear_(in|out)"
+    r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",
+    unguided={"guidance_scale": 1.0},
+    guided=lambda scale: {"guidance_scale": scale},
+    prompt_kwargs=("encoder_hidden_states", "txt_ids"),
+    text_components=("text_encoder",),
+    smallest_source=64,
+    prompt_lengths=_klein_lengths,
+    encode=_klein_encode,
+    blank=_klein_blank,
+    split=_klein_split,
+    velocity=_klein_velocity,
+    decode=_klein_decode,
+)
