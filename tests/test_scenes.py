@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from danceopd.errors import UserError
 from danceopd.scenes.edits import LOCAL, PROBE_TASKS, TASKS, edits
 from danceopd.scenes.grammar import (
     BACKGROUNDS,
@@ -179,3 +180,9 @@ def test_places_and_grounds_are_uniform():
     drawn = prompts("train", 600, seed=rng.randrange(100))
     grounds = [sum(p.scene.background == b for p in drawn) for b in BACKGROUNDS]
     assert min(grounds) > 80
+
+
+@pytest.mark.parametrize("draw", [prompts, edits])
+def test_an_unknown_split_is_refused_at_once(draw):
+    with pytest.raises(UserError, match="no split is named 'validate'; did you mean 'val'"):
+        draw("validate", 1)

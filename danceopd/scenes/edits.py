@@ -24,6 +24,7 @@ from danceopd.scenes.grammar import (
     Thing,
     a,
     allowed_colours,
+    check_split,
     corner_of,
     free_places,
     has_heldout_binding,
@@ -230,6 +231,7 @@ def edits(
     ``heldout`` asks for edits that need a held-out "binding" or a held-out "operation".
     """
     tasks = tasks or (HELDOUT_TASKS[heldout] if heldout else TASKS)
+    check_split(split)
     rng = random.Random(f"edits/{split}/{seed}/{tier}/{heldout}")
     found: list[Edit] = []
     while len(found) < count:

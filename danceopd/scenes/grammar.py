@@ -14,6 +14,9 @@ import random
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from danceopd.errors import UserError
+from danceopd.sentences import nearest
+
 IMAGE = 64
 """Side of an image in pixels."""
 CELL = 16
@@ -82,6 +85,12 @@ def split_of(key: str) -> str:
     """The split that a scene key falls into (80 / 10 / 10 per cent)."""
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 100
     return next(name for name, buckets in SPLITS.items() if bucket in buckets)
+
+
+def check_split(split: str) -> None:
+    """UserError unless a scene can fall into this split: asking for another one would never end."""
+    if split not in SPLITS:
+        raise UserError(f"no split is named {split!r}{nearest(split, SPLITS)}")
 
 
 def is_heldout_binding(shape: str, colour: str) -> bool:

@@ -19,6 +19,7 @@ from danceopd.scenes.grammar import (
     Scene,
     a,
     allowed_colours,
+    check_split,
     place,
     relations,
 )
@@ -133,6 +134,7 @@ def prompts(
     ``heldout`` asks for the binding that training never shows (``colors`` and ``color_attr`` only).
     """
     tags = tags or (("colors", "color_attr") if heldout else TAGS)
+    check_split(split)
     rng = random.Random(f"prompts/{split}/{seed}/{tier}/{heldout}")
     found: list[Prompt] = []
     while len(found) < count:
