@@ -3,17 +3,19 @@
 PEFT injects the layers; from then on only their active-adapter marks change, never `requires_grad`, so a
 teacher call between the student's forward and backward cannot silence the student. Under gradient
 checkpointing the recompute runs under the adapter of its forward. `merged` swaps in weights W + BA kept in
-buffers that never move (a CUDA graph stays valid), so a rollout pays nothing for being adapted.
+buffers that never move (a CUDA graph stays valid), so a rollout pays nothing for being adapted. Rows of one
+batch may act under different adapters: the base runs once for all, each row's own adapter is added to it.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -27,7 +29,17 @@ from danceopd.lora import Adapter
 from danceopd.pipelines.family import Family
 from danceopd.pipelines.record import Condition
 
-State = tuple[str | None, str | None]  # (adapter in the LoRA layers, adapter merged into the weights)
+
+class State(NamedTuple):
+    """Who is acting: the adapter in the LoRA layers, the one merged into the weights, or one for each row."""
+
+    adapter: str | None = None
+    merged: str | None = None
+    rows: tuple[str | None, ...] = ()
+
+
+class _NotRows(Exception):
+    """A layer whose input has no row for each row of the batch cannot tell the rows' adapters apart."""
 
 
 @dataclass
@@ -69,7 +81,9 @@ class Backbone:
         self._merged: dict[str, _Merged] = {}
         self._adapted: dict[str, list[str]] = {}  # adapter -> module paths
         self._parameters: dict[str, list[Parameter]] = {}  # adapter -> A, B of each module
-        self._state: State = (None, None)
+        self._state = State()
+        self._mixing: list[Any] = []  # hooks of the LoRA layers while rows act under different adapters
+        self._rowless: set[str] = set()  # module paths that were seen without rows
         if getattr(transformer, "is_gradient_checkpointing", False):
             self.checkpoint_gradients()
 
@@ -182,7 +196,7 @@ class Backbone:
         """
         if name is not None:
             self._paths(name)
-        return _As(self, (name, None))
+        return _As(self, State(adapter=name))
 
     def merged(self, name: str) -> AbstractContextManager[None]:
         """Inside, the base weights are W + BA of `name` and no LoRA layer runs. Nests; restores.
@@ -195,7 +209,7 @@ class Backbone:
         self._paths(name)
         if name not in self._merged or self._merged[name].versions != self._versions(name):
             self.refresh(name)
-        return _As(self, (None, name))
+        return _As(self, State(merged=name))
 
     @torch.no_grad()
     def refresh(self, name: str) -> None:
@@ -213,11 +227,37 @@ class Backbone:
                 merged.weights[path].copy_(torch.addmm(weight.float(), b, a, alpha=layer.scaling[name]))
         merged.versions = self._versions(name)
 
-    def velocity(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        """Velocity `v = ε − x0` under whoever is acting: `x (B, …)`, `sigma (B,)` -> shape of `x`, fp32."""
+    def velocity(
+        self, x: Tensor, sigma: Tensor, condition: Condition, names: Sequence[str | None] | None = None
+    ) -> Tensor:
+        """Velocity `v = ε − x0` under whoever is acting: `x (B, …)`, `sigma (B,)` -> shape of `x`, fp32.
+
+        `names` gives each row its own adapter (None: the bare base), whoever is acting: one forward for all,
+        equal to each row's own, and a gradient reaches an adapter from its own rows only. ValueError unless there
+        is one name a row, KeyError for an adapter that is not there.
+        """
         if getattr(self.transformer, "gradient_checkpointing", False) and torch.is_grad_enabled():
             self.checkpoint_gradients()
-        return self.family.velocity(self.transformer, x, sigma, condition)
+        if names is None:
+            return self.family.velocity(self.transformer, x, sigma, condition)
+        if len(names) != len(x):
+            raise ValueError(f"there are {len(names)} adapter names for {len(x)} rows")
+        groups: dict[str | None, list[int]] = {}
+        for row, name in enumerate(names):
+            groups.setdefault(name, []).append(row)
+        adapted = {path for name in groups if name is not None for path in self._paths(name)}
+        if len(groups) > 1 and not adapted & self._rowless:
+            try:
+                with _As(self, State(rows=tuple(names))):
+                    return self.family.velocity(self.transformer, x, sigma, condition)
+            except _NotRows:
+                pass
+        parts = []
+        for name, rows in groups.items():
+            with self.acting_as(name):
+                parts.append(self.family.velocity(self.transformer, x[rows], sigma[rows], condition.rows(rows)))
+        place = torch.tensor([row for rows in groups.values() for row in rows], device=x.device).argsort()
+        return torch.cat(parts)[place]
 
     def checkpoint_gradients(self, enable: bool = True) -> None:
         """Trade time for memory: blocks recompute in backward, each under the adapter of its forward."""
@@ -233,17 +273,51 @@ class Backbone:
         return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _As(self, state)))
 
     def _switch(self, state: State) -> None:
-        (adapter, merged), (old_adapter, old_merged) = state, self._state  # most switches change little
-        if merged != old_merged:
+        old = self._state  # most switches change little
+        if state.merged != old.merged:
             for path, weight in self._pristine.items():
                 self._layers[path].base_layer.weight.data = weight
             self._pristine = {}
-            for path, weight in self._merged[merged].weights.items() if merged else ():
+            for path, weight in self._merged[state.merged].weights.items() if state.merged else ():
                 parameter = self._layers[path].base_layer.weight
                 self._pristine[path], parameter.data = parameter.data, weight
-        if adapter != old_adapter:
-            self._mark(adapter)
+        if state.adapter != old.adapter:
+            self._mark(state.adapter)
+        if state.rows != old.rows:
+            self._mix(state.rows)
         self._state = state
+
+    def _mix(self, names: tuple[str | None, ...]) -> None:
+        """Hook the layers that any of these rows adapts; no names: unhook."""
+        for handle in self._mixing:
+            handle.remove()
+        self._mixing = []
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(names):
+            if name is not None:
+                rows.setdefault(name, []).append(row)
+        groups: dict[str, dict[str, Tensor]] = {}  # module path -> adapter -> its rows
+        for name, mine in rows.items():
+            index = torch.tensor(mine, device=self._parameters[name][0].device)
+            for path in self._adapted[name]:
+                groups.setdefault(path, {})[name] = index
+        for path, group in groups.items():
+            hook = partial(self._add_rows, path, len(names), group)
+            self._mixing.append(self._layers[path].register_forward_hook(hook))
+
+    def _add_rows(
+        self, path: str, count: int, group: dict[str, Tensor], layer: Any, inputs: tuple[Tensor, ...], out: Tensor
+    ) -> Tensor:
+        """Add each adapter's B·A x to its own rows of the bare layer's output, as PEFT adds one to all."""
+        x = inputs[0]
+        if len(x) != count:
+            self._rowless.add(path)
+            raise _NotRows
+        for name, rows in group.items():
+            a, b = layer.lora_A[name], layer.lora_B[name]
+            part = b(a(x[rows].to(a.weight.dtype))) * layer.scaling[name]
+            out.index_copy_(0, rows, (out[rows] + part).to(out.dtype))  # the bare layer's own output, fresh
+        return out
 
     def _mark(self, adapter: str | None) -> None:
         adapted, active = set(self._adapted[adapter] if adapter else ()), [adapter or ""]
@@ -252,7 +326,7 @@ class Backbone:
             layer._active_adapter = active
 
     def _inject(self, name: str, adapter: Adapter, scale: float, trainable: bool) -> None:
-        if self._state != (None, None):
+        if self._state != State():
             raise RuntimeError("adapters are added to the backbone at rest, outside acting_as and merged")
         grads = {p: p.requires_grad for p in self.transformer.parameters()}
         paths = list(adapter.tensors)

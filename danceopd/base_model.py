@@ -6,7 +6,7 @@ folder shares. `empty_transformer` has the shapes and no weights: enough to refu
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,34 +85,45 @@ def load_base(folder: str | Path, dtype: torch.dtype | None = None, **components
 
 def empty_transformer(folder: str | Path) -> nn.Module:
     """The pipeline's transformer on the meta device, from its config alone: shapes without weights."""
-    config = _config(Path(folder))
+    return empty_model(transformer_config(Path(folder) / "transformer"), folder)
+
+
+def empty_model(config: Mapping[str, Any], where: str | Path) -> nn.Module:
+    """The model of a diffusers config on the meta device; `where` is what a refusal names."""
     import diffusers
 
     model = getattr(diffusers, str(config.get("_class_name")), None)
     if model is None:
         raise UserError(
-            f"{folder} has a transformer of class {config.get('_class_name')}, which this diffusers does not "
+            f"{where} has a transformer of class {config.get('_class_name')}, which this diffusers does not "
             "know; install a newer diffusers"
         )
     with torch.device("meta"):
-        return model.from_config(config)
+        return model.from_config(dict(config))
 
 
 def base_fingerprint(base: str | Path) -> str:
-    """The identity of a base model's transformer: sha256 over its safetensors files and its configuration.
+    """The identity of a base model's transformer: `transformer_fingerprint` of its folder.
+
+    Raises UserError when the folder has no transformer weights in safetensors.
+    """
+    return transformer_fingerprint(base_folder(base) / "transformer")
+
+
+def transformer_fingerprint(folder: Path) -> str:
+    """sha256 over a transformer folder's safetensors files and its configuration.
 
     The same for every copy of the folder; another training step, shape or rope gives another one. Names of
     paths and versions in the configuration do not count. Files are hashed once per process while their time
-    and size stay. Raises UserError when the folder has no transformer weights in safetensors.
+    and size stay. Raises UserError when there are no weights in safetensors.
     """
-    folder = base_folder(base)
-    config = {k: v for k, v in _config(folder).items() if k == "_class_name" or not k.startswith("_")}
+    config = {k: v for k, v in transformer_config(folder).items() if k == "_class_name" or not k.startswith("_")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    shards = sorted((folder / "transformer").glob("*.safetensors"))
+    shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        raise UserError(f"{folder / 'transformer'} holds no safetensors weights; save the base with safetensors")
+        raise UserError(f"{folder} holds no safetensors weights; save the base with safetensors")
     for shard in shards:
-        digest.update(f"\n{shard.name} {_sha256(shard)}".encode())
+        digest.update(f"\n{shard.name} {file_sha256(shard)}".encode())
     return digest.hexdigest()
 
 
@@ -130,15 +141,17 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
     return names.get(max(counts, key=lambda name: counts[name], default="F32"), torch.float32)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    file = folder / "transformer" / "config.json"
+def transformer_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a transformer folder; UserError when it cannot be read."""
+    file = folder / "config.json"
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({type(error).__name__}); fetch the base model again") from None
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
+    """Of a file, computed once per process while its time and size stay."""
     stat = file.stat()
     key = (str(file.resolve()), stat.st_mtime_ns, stat.st_size)
     if key not in _HASHES:

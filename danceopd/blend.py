@@ -1,83 +1,194 @@
 """Merging adapters in weight space: the baseline every merge is measured against, and a warm start.
 
-A method turns one module's weighted factors into one pair of factors. `linear` concatenates ranks, which is
-the sum Σ w·B·A exactly and lets ranks differ. Going back to a smaller rank is the best possible one (SVD),
-computed in the small core between two QR decompositions, so the full (out, in) delta is never formed.
+A method (`blend_methods.py`) works on what the adapters add to each weight, module by module, so ranks may differ.
+Exact methods concatenate ranks and never form the (out, in) delta; dense ones form it for one module at a time.
+Going back to a rank is the best possible approximation (SVD), and every result says what it lost.
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import isfinite
 
 import torch
 from torch import Tensor
 
+from danceopd.blend_methods import METHODS, Factors, Method
 from danceopd.errors import UserError
 from danceopd.lora import Adapter
 from danceopd.lora_file import few
+from danceopd.sentences import nearest
 
-Factors = tuple[Tensor, Tensor]  # A (r, in), B (out, r)
-Method = Callable[[Sequence[Factors], Sequence[float]], Factors]
+__all__ = ["METHODS", "Blended", "blend", "blended", "residual", "scaled", "shrink", "truncate", "truncate_dense"]
+
+SMALL = 1024
+"""Up to this many rows or columns a dense SVD is exact; above it is randomised."""
+
+
+@dataclass(frozen=True)
+class Blended:
+    """A blend, and what its rank lost of the merged delta: ‖Δ − BA‖ / ‖Δ‖, Frobenius, by module and together."""
+
+    adapter: Adapter
+    residuals: dict[str, float]
+    residual: float
 
 
 def blend(
-    adapters: Sequence[Adapter], weights: Sequence[float], rank: int | None = None, method: str = "linear"
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    method: str = "linear",
+    density: float | None = None,
+    scale: float = 1.0,
+    seed: int = 0,
 ) -> Adapter:
-    """Merge adapters of one base into one: per module Σ w·B·A over the adapters that have it.
+    """`blended(...)` without its residuals."""
+    return blended(adapters, weights, rank, method, density, scale, seed).adapter
 
-    Without `rank` the sum is exact and ranks add up (an adapter of weight 0 takes none). With it, every module
-    whose summed rank is larger gets its closest approximation of that rank in the Frobenius norm; `residual`
-    says what that lost. Weights may be negative. fp32 on the CPU or wherever the adapters are.
 
-    Raises UserError when weights do not fit the adapters, the adapters do not fit one base, or rank < 1.
+def blended(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    method: str = "linear",
+    density: float | None = None,
+    scale: float = 1.0,
+    seed: int = 0,
+) -> Blended:
+    """Merge adapters of one base into one, times `scale`.
+
+    `weights` None are the method's own: 1/N each, or 1 each where it sums task vectors. They may be negative; an
+    adapter of weight 0 takes no part. `density` is the share of entries kept, for the methods that drop some;
+    `seed` draws for the random ones. Without `rank` each module gets the sum of its adapters' ranks: exact for
+    linear, slerp and task-arithmetic, the closest of that rank for the others. With it, every module of a larger
+    rank gets its closest approximation. fp32 on the CPU or wherever the adapters are.
+
+    Raises UserError when weights, density or method do not fit, or the adapters are not of one base.
     """
-    if method not in METHODS:
-        raise UserError(f"there is no blend method {method!r}; choose one of {', '.join(METHODS)}")
-    if not adapters or len(adapters) != len(weights):
-        raise UserError(f"{len(adapters)} adapters and {len(weights)} weights cannot be blended; give each its own")
-    if not all(isfinite(weight) for weight in weights) or not any(weights):
-        raise UserError(f"blend weights {list(weights)} are not finite or all zero; give numbers, one of them not 0")
-    if rank is not None and rank < 1:
-        raise UserError(f"an adapter of rank {rank} cannot be blended into; give a rank of 1 or more")
-    merged = {}
-    for name in sorted({name for adapter in adapters for name in adapter.tensors}):
-        parts = [
-            (adapter.tensors[name], float(weight))
-            for adapter, weight in zip(adapters, weights)
-            if weight and name in adapter.tensors
-        ]
-        sizes = {(a.shape[1], b.shape[0]) for (a, b), _ in parts}
+    how = _checked(adapters, weights, rank, method, density, scale)
+    given = [float(weight) for weight in (how.weights(len(adapters)) if weights is None else weights)]
+    share = how.density if density is None else density
+    active = [i for i, weight in enumerate(given) if weight or how.adapters]
+    merged, lost, whole = {}, {}, {}
+    for name in sorted({name for i in active for name in adapters[i].tensors}):
+        pairs = [adapters[i].tensors.get(name) for i in active]
+        held = [pair for pair in pairs if pair is not None]
+        sizes = {(a.shape[1], b.shape[0]) for a, b in held}
         if len(sizes) > 1:
             raise UserError(
                 f"the adapters were made for different bases: {name} maps {few(f'{i} to {o}' for i, o in sizes)}; "
                 "blend adapters of one base"
             )
-        if parts:
-            factors = METHODS[method]([pair for pair, _ in parts], [weight for _, weight in parts])
-            merged[name] = factors if rank is None else truncate(*factors, rank)
-    return Adapter(merged)
+        taken = [given[i] for i in active]
+        if how.coefficients is not None:
+            shares = [scale * c for c in how.coefficients(pairs, taken)]
+            parts = [(pair, share) for pair, share in zip(pairs, shares) if pair is not None and share]
+            if parts:
+                a, b = _joined(parts)
+                merged[name], lost[name], whole[name] = shrink(a, b, rank or a.shape[0])
+            continue
+        assert how.merge is not None and share is not None
+        shape = held[0][1].shape[0], held[0][0].shape[1]
+        deltas = [held[0][0].new_zeros(shape) if pair is None else pair[1] @ pair[0] for pair in pairs]
+        draws = [_generator(seed, name, i) for i in active]
+        delta = scale * how.merge(deltas, taken, share, draws)
+        width = min(rank or sum(a.shape[0] for a, _ in held), *delta.shape)
+        merged[name], lost[name], whole[name] = truncate_dense(delta, width, _generator(seed, name, -1))
+    total = sum(whole.values())
+    return Blended(
+        Adapter(merged),
+        {name: _share(lost[name], whole[name]) for name in merged},
+        _share(sum(lost.values()), total),
+    )
 
 
-def linear(pairs: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    """Σ w·B·A exactly, by concatenating ranks: A (Σr, in), B (out, Σr)."""
-    return torch.cat([a for a, _ in pairs]), torch.cat([b * w for (_, b), w in zip(pairs, weights)], dim=1)
+def _checked(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None,
+    rank: int | None,
+    method: str,
+    density: float | None,
+    scale: float,
+) -> Method:
+    """The method, when everything else suits it."""
+    if method not in METHODS:
+        raise UserError(f"there is no blend method {method!r}{nearest(method, METHODS)}")
+    how = METHODS[method]
+    if not adapters or (weights is not None and len(adapters) != len(weights)):
+        raise UserError(
+            f"{len(adapters)} adapters and {len(weights or ())} weights cannot be blended; give each its own weight"
+        )
+    if weights is not None and (not all(isfinite(weight) for weight in weights) or not any(weights)):
+        raise UserError(f"blend weights {list(weights)} are not finite or all zero; give numbers, one of them not 0")
+    if rank is not None and rank < 1:
+        raise UserError(f"an adapter of rank {rank} cannot be blended into; give a rank of 1 or more")
+    if how.adapters is not None and len(adapters) != how.adapters:
+        raise UserError(f"{method} blends {how.adapters} adapters and here are {len(adapters)}; choose another method")
+    if how.adapters is not None and weights is not None and (min(weights) < 0 or not sum(weights)):
+        raise UserError(f"{method} goes from one adapter to the other; give two weights of 0 or more, not {weights}")
+    if not isfinite(scale) or scale == 0:
+        raise UserError(f"a blend of scale {scale:g} is none; give a number other than 0")
+    if density is not None and how.density is None:
+        raise UserError(f"{method} keeps every entry, so it takes no density; leave the density out")
+    if density is not None and not 0 < density <= 1:
+        raise UserError(f"density {density:g} is no share of the entries; give a number above 0 and up to 1")
+    return how
 
 
-METHODS: dict[str, Method] = {"linear": linear}
+def scaled(adapter: Adapter, scale: float) -> Adapter:
+    """The adapter at another strength: `scale` folded into B. The adapter itself at 1."""
+    return adapter if scale == 1 else Adapter({name: (a, b * scale) for name, (a, b) in adapter.tensors.items()})
 
 
-def truncate(a: Tensor, b: Tensor, rank: int) -> Factors:
-    """The pair of at most `rank` whose product is closest to B·A; the pair itself when it is small enough.
+def _joined(parts: Sequence[tuple[Factors, float]]) -> Factors:
+    """Σ c·B·A exactly, by concatenating ranks: A (Σr, in), B (out, Σr)."""
+    return torch.cat([a for (a, _), _ in parts]), torch.cat([b * c for (_, b), c in parts], dim=1)
 
-    A (r, in), B (out, r). Computed in fp64 on r-sized matrices; the singular values are shared evenly.
+
+def shrink(a: Tensor, b: Tensor, rank: int) -> tuple[Factors, float, float]:
+    """(the pair of at most `rank` whose product is closest to B·A, ‖lost‖², ‖B·A‖²), Frobenius.
+
+    A (r, in), B (out, r); the pair itself when it is small enough. Computed in fp64 on r-sized matrices, so the
+    (out, in) product is never formed; the singular values are shared evenly.
     """
-    if a.shape[0] <= rank:
-        return a, b
     left, right, core = _core(a, b)
+    if a.shape[0] <= rank:
+        return (a, b), 0.0, float(core.square().sum())
     u, s, vh = torch.linalg.svd(core, full_matrices=False)
     root = s[:rank].sqrt()
     new_a = (root[:, None] * vh[:rank]) @ right.T
     new_b = left @ (u[:, :rank] * root)
-    return new_a.to(a.dtype).contiguous(), new_b.to(b.dtype).contiguous()
+    pair = new_a.to(a.dtype).contiguous(), new_b.to(b.dtype).contiguous()
+    return pair, float(s[rank:].square().sum()), float(s.square().sum())
+
+
+def truncate(a: Tensor, b: Tensor, rank: int) -> Factors:
+    """`shrink` without what it lost."""
+    return shrink(a, b, rank)[0]
+
+
+def truncate_dense(delta: Tensor, rank: int, draw: torch.Generator) -> tuple[Factors, float, float]:
+    """(A (rank, in), B (out, rank) closest to delta (out, in), ‖lost‖², ‖delta‖²), Frobenius.
+
+    Small matrices get the exact SVD; large ones a randomised one with power iterations (Halko, Martinsson and
+    Tropp, arXiv 0909.4061), which costs a few products with `delta`.
+    """
+    if min(delta.shape) <= SMALL:
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+    else:
+        width = min(rank + 16, *delta.shape)
+        sample = delta @ torch.randn(delta.shape[1], width, generator=draw).to(delta)
+        for _ in range(4):
+            sample = delta @ torch.linalg.qr(delta.T @ torch.linalg.qr(sample)[0])[0]
+        span = torch.linalg.qr(sample)[0]
+        u, s, vh = torch.linalg.svd(span.T @ delta, full_matrices=False)
+        u = span @ u
+    root = s[:rank].sqrt()
+    a, b = (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
+    return (a, b), float((delta - b @ a).double().square().sum()), float(delta.double().square().sum())
 
 
 def _core(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,6 +196,16 @@ def _core(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     left, rb = torch.linalg.qr(b.double())
     right, ra = torch.linalg.qr(a.double().T)
     return left, right, rb @ ra.T
+
+
+def _generator(seed: int, module: str, index: int) -> torch.Generator:
+    """One for each module and adapter, so that the order of neither counts."""
+    digest = hashlib.sha256(f"{seed}/{module}/{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _share(lost: float, whole: float) -> float:
+    return (lost / whole) ** 0.5 if whole else 0.0
 
 
 def residual(whole: Adapter, part: Adapter) -> float:

@@ -27,12 +27,14 @@ def write_card(
     snippet: str | None = None,
     grid: str | Path | None = None,
     fused: bool = False,
+    start: str | None = None,
 ) -> Path:
     """Write `folder/README.md`.
 
     `recipe` is a Recipe or its resolved mapping; `scores` is {row: {column: value}}, e.g.
     {"student": {"generation": 0.93, "editing": 9.1}}, None for a value that was not measured; `hashes` is
-    {"student" | "base" | teacher: sha256}; `snippet` replaces the load snippet; `grid` is a picture in the folder.
+    {"student" | "base" | teacher: sha256}; `snippet` replaces the load snippet; `grid` is a picture in the folder;
+    `start` a sentence on where the student started.
     Returns its path. Raises UserError when it cannot be written.
     """
     folder = Path(folder)
@@ -51,7 +53,7 @@ def write_card(
     parts += ["## Use", _block(snippet or load_snippet(base, told.get("call") or {}, fused), "python")]
     if scores:
         parts += ["## Scores", _score_table(scores)]
-    parts += ["## Merged from", _origin_table(base, teachers, hashes or {})]
+    parts += ["## Merged from", _origin_table(base, teachers, hashes or {}), *([start] if start else [])]
     parts += ["## Recipe", _block(yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=100), "yaml")]
     parts.append("Made again by `danceopd merge recipe.yaml`.")
     path = folder / "README.md"

@@ -48,6 +48,28 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _list(text: str) -> list[str]:
+    """What a flag gives with commas between."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _number(text: str, flag: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{flag} has {text!r}, which is no number; write numbers with commas between") from None
+
+
+def _weights(text: str) -> dict[str, float]:
+    """`generation=0.7,editing=0.9` as a mapping."""
+    pairs = [word.partition("=") for word in _list(text)]
+    for name, sign, _ in pairs:
+        if not sign:
+            raise UserError(f"--blend-weights has {name!r}; write each teacher's name and weight, as generation=0.7")
+    return {name.strip(): _number(weight, "--blend-weights") for name, _, weight in pairs}
+
+
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same machine: the same bytes.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for what is made.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
@@ -96,6 +118,37 @@ def merge(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe; flags win over it.")] = None,
+    base: Base = None,
+    generation: Annotated[str | None, typer.Option(help='Generation teacher: a LoRA, or "base".')] = None,
+    editing: Annotated[str | None, typer.Option(help='Editing teacher: a LoRA, or "base".')] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; default: student.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    device: Device = None,
+    tflops: Annotated[float | None, typer.Option(min=0.0001, help="Reckon with this speed; default: measure.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check all that a merge would, and say what memory, time and disk it takes. Loads no weight."""
+    from .recipe import Recipe
+
+    resolved = Recipe.load(
+        recipe, base=base, generation=generation, editing=editing, output=output, steps=steps, device=device
+    )
+    from .plan import plan as run
+
+    facts = run(resolved, tflops)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(facts, indent=1))
+    else:
+        from .commands.plan import show
+
+        show(facts)
+
+
+@app.command()
 def sample(
     student: Annotated[Path, typer.Argument(help="A student's folder, a LoRA, or a whole pipeline.")],
     prompt: Annotated[str, typer.Argument(help="What the picture shows, or what to change in the image.")],
@@ -125,23 +178,26 @@ def bench(
     seed: Seed = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
     probes: Annotated[bool, typer.Option("--probes", help="Also held-out and compound items.")] = False,
+    blend_method: Annotated[str, typer.Option(help="How blend is made: a method, or several with commas.")] = "linear",
+    blend_weights: Annotated[str, typer.Option(help="Its weights, such as generation=0.7,editing=0.9.")] = "",
 ) -> None:
     """Score a student, and what it came from, on the same prompts, edits and seeds; write a report."""
     from .bench.run import bench as run
     from .bench.table import print_table, progress_bar
 
-    others = [name.strip() for name in against.split(",") if name.strip()]
     with progress_bar() as progress:
         result = run(
             student,
             suite=suite,
-            against=others,
+            against=_list(against),
             output=output,
             limit=limit,
             seed=seed,
             device=device,
             probes=probes,
             progress=progress,
+            blend_weights=_weights(blend_weights),
+            blend_methods=_list(blend_method),
         )
     print_table(result.scores)
     typer.echo(f"report: {result.report}")
@@ -166,6 +222,69 @@ def teach(
     with progress_line(stage) as line:
         folder = run(stage, output=output, steps=steps, seed=seed, base=base, report=line)
     typer.echo(f"{stage}: {folder}")
+
+
+@app.command()
+def extract(
+    base: Annotated[str, typer.Argument(help="The base: a pipeline or transformer folder, or a safetensors file.")],
+    finetuned: Annotated[str, typer.Argument(help="A whole model that was trained from it, in the same forms.")],
+    rank: Annotated[int, typer.Option("--rank", "-r", help="Rank of the LoRA; with --energy, the largest.")] = 64,
+    output: Output = Path("extracted"),
+    energy: Annotated[
+        float | None, typer.Option(help="Give each layer the smallest rank that keeps this share, such as 0.99.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="What the LoRA is stored in: fp32, bf16 or fp16.")] = "fp32",
+) -> None:
+    """Turn a fine-tuned model into a LoRA of its base, and say what each layer lost."""
+    from .commands.extract import run, show, summary
+
+    file, found = run(base, finetuned, output, rank, energy, device, dtype)
+    show(found)
+    typer.echo(summary(found))
+    typer.echo(f"LoRA: {file.parent}")
+
+
+@app.command()
+def blend(
+    adapters: Annotated[list[str], typer.Argument(help="LoRAs of one base: files, folders or shipped names.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="linear, slerp, task-arithmetic, ties, dare-linear, dare-ties, magnitude-prune, breadcrumbs or sce."
+        ),
+    ] = "linear",
+    weights: Annotated[str, typer.Option(help="One for each, with commas; default: the method's own.")] = "",
+    density: Annotated[float | None, typer.Option(help="Share of entries kept, where a method drops some.")] = None,
+    scale: Annotated[float, typer.Option(help="Strength of the whole.")] = 1.0,
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Rank to end at; default: the sum of all.")] = None,
+    output: Output = Path("blend"),
+    seed: Seed = 0,
+    base: Base = None,
+) -> None:
+    """Merge LoRAs in weight space, without training, into one LoRA of any rank."""
+    from .commands.blend import run, show, summary
+
+    shares = [_number(word, "--weights") for word in _list(weights)] or None
+    file, found = run(adapters, output, method, shares, rank, density, scale, seed, base)
+    show(found)
+    typer.echo(summary(found))
+    typer.echo(f"LoRA: {file.parent}")
+
+
+@app.command()
+def export(
+    student: Annotated[str, typer.Argument(help="A run's folder, a LoRA, or a shipped name.")],
+    format: Annotated[str, typer.Option(help="diffusers, comfyui, peft or kohya.")] = "diffusers",
+    output: Output = Path("exported"),
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Largest rank of a layer; default: exact.")] = None,
+    base: Base = None,
+) -> None:
+    """Write a student under the names another tool wants, and read it back to prove it."""
+    from .formats import export_as
+
+    typer.echo(export_as(student, output, format, dtype, base, rank).sentence)
 
 
 @app.command()

@@ -1,121 +1,251 @@
 """Where the work comes from: prompts for generation, instructions with a source image for editing.
 
-A source is "scenes" (the exact world; "scenes:local", "scenes:counting,position" for some of its tasks), a
-.txt (a prompt a line), a .csv, .jsonl or .parquet with named columns, or a folder of images with same-named
-.txt files. Everything is looked at before anything is trained, and a fault names its file and line.
-Images are opened one at a time, when they are encoded: a big dataset never sits in memory.
+A source is "scenes" (the exact world; "scenes:local", "scenes:counting,position" for some of its tasks), a .txt (a
+prompt a line), a .csv, .jsonl or .parquet with named columns, a folder of images with same-named .txt files, or
+"hub:owner/name[:config][:split]". Rows are lazy: a million of them open in a moment and are read as they are drawn.
+`check` looks at everything before a model is loaded: every row's text, every path (by listing folders, not by
+asking for each file), and the image headers of the rows that will be drawn. A fault names its file and line.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from .errors import UserError
+from .folders import FolderTable, HubTable
+from .images import Source, image_size, open_image
 from .sentences import nearest
+from .tables import TABLES, CsvTable, JsonTable, MadeTable, ParquetTable, Row, Table, TextTable
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-TABLES = (".csv", ".jsonl", ".parquet")
-SMALLEST = 64
-PROMPT, INSTRUCTION, SOURCE = ("prompt", "caption", "text"), ("instruction", "prompt"), ("image", "source")
+__all__ = ["Edits", "Prompts", "Source", "edits_from", "image_size", "is_made", "open_image", "prompts_from"]
 
-Source = Image.Image | Path
-Row = tuple[str, dict[str, Any]]
+PROMPT = ("prompt", "caption", "text")
+INSTRUCTION = ("instruction", "edit_instruction", "edit_prompt", *PROMPT)
+SOURCE = (
+    "source", "source_image", "source_path", "input_image", "cond_image", "control_image", "control_path", "control",
+    "image",
+)  # fmt: skip
+"""Where a table has both a source and an `image`, the image is the result, which distillation does not need."""
+LOOKED = 1000
+"""Image headers that `check` opens when it is not told which rows will be drawn, spread evenly."""
 
 
-def prompts_from(spec: str | Path, rows: int = 1024, seed: int = 0) -> list[str]:
-    """The prompts of a source; `rows` of them from "scenes", every one of a file's."""
-    if _is_scenes(spec):
+class Prompts(Sequence[str]):
+    """The prompts of a table, each read when it is asked for."""
+
+    columns: tuple[str, ...] = PROMPT
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        if not len(table):
+            raise UserError(f"data source {table.path} has no rows; add some")
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, row: int) -> Any: ...
+    @overload
+    def __getitem__(self, row: slice) -> Any: ...
+    def __getitem__(self, row: int | slice) -> Any:
+        """One row's prompt, or a list of them; UserError where the row is faulty."""
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        row = range(len(self))[row]
+        return self._item(row, self.table[row])
+
+    def _item(self, row: int, cells: Row) -> Any:
+        return self._words(row, cells)
+
+    def where(self, row: int) -> str:
+        """The file and line of a row."""
+        return self.table.where(row)
+
+    def check(self, rows: Iterable[int] | None = None) -> None:
+        """UserError for the first faulty row, which says how many more there are.
+
+        The texts and paths of all rows; what takes opening a file (image headers, the texts of a folder) only of
+        `rows`, those that will be drawn, or of a thousand spread evenly.
+        """
+        first, count = None, 0
+        if not isinstance(self.table, FolderTable | MadeTable):
+            plain = self._plainly()
+            for row, cells in enumerate(self.table.scan()):
+                if type(cells) is dict and plain(cells):
+                    continue
+                fault = cells if isinstance(cells, UserError) else self._fault(row, cells)
+                first, count = first or fault, count + (fault is not None)
+        if first is None:
+            every = max(1, -(-len(self) // LOOKED))
+            for row in sorted(set(rows)) if rows is not None else range(0, len(self), every):
+                try:
+                    self._look(row)
+                except UserError as error:
+                    first, count = first or error, count + 1
+        if first is not None:
+            raise UserError(f"{first}{f' (and {count - 1} more rows are faulty)' if count > 1 else ''}")
+
+    def _plainly(self) -> Callable[[Row], bool]:
+        """A quick test of whether nothing is wrong with a row; what it denies is left to `_fault`."""
+        columns = self._present(self.columns)
+
+        def plain(cells: Row) -> bool:
+            for column in columns:
+                value = cells.get(column)
+                if value is not None:
+                    return type(value) is str and value != "" and not value.isspace()
+            return False
+
+        return plain
+
+    def _present(self, columns: tuple[str, ...]) -> list[str]:
+        known = self.table.columns
+        return [column for column in columns if known is None or column in known]
+
+    def _fault(self, row: int, cells: Row) -> UserError | None:
+        try:
+            self._item(row, cells)
+        except UserError as error:
+            return error
+        return None
+
+    def _look(self, row: int) -> None:
+        self[row]
+
+    def _words(self, row: int, cells: Row) -> str:
+        """The text in the first of `columns` that the row has."""
+        value = self._cell(row, cells, self.columns)
+        if not isinstance(value, str):
+            raise UserError(f"{self.where(row)}: {_named(cells, self.columns)} is {value!r}, not text; mend that row")
+        if not value.strip():
+            column = _named(cells, self.columns)
+            raise UserError(f"{self.where(row)}: {column} is empty; write it or remove the row")
+        return value.strip()
+
+    def _cell(self, row: int, cells: Row, columns: tuple[str, ...]) -> Any:
+        column = _named(cells, columns)
+        if column is None:
+            known = [str(k) for k in cells]
+            wanted = nearest(columns[0], known).replace("did you mean", "is it called").replace("known:", "it has:")
+            raise UserError(f"{self.where(row)} has no column {columns[0]!r}{wanted}")
+        return cells[column]
+
+
+class Edits(Prompts):
+    """(instruction, source image or its path) pairs; a picture is opened by whoever draws the row."""
+
+    columns = INSTRUCTION
+
+    def __init__(self, table: Table) -> None:
+        super().__init__(table)
+        self._home = os.path.dirname(table.path) if isinstance(table.path, Path) else ""
+        self._names: dict[tuple[str, str], frozenset[str]] = {}  # of folders, while all rows are checked
+
+    def _item(self, row: int, cells: Row) -> tuple[str, Source]:
+        return self._words(row, cells), self._source(row, cells)
+
+    def _source(self, row: int, cells: Row) -> Source:
+        value = self._cell(row, cells, SOURCE)
+        value = value() if callable(value) else value
+        if isinstance(value, Image.Image):
+            return value
+        if not isinstance(value, str) or not value.strip():
+            shown = "empty" if isinstance(value, str) else f"{value!r}, not a path"
+            raise UserError(f"{self.where(row)}: {_named(cells, SOURCE)} is {shown}; write it or remove the row")
+        return Path(self._home, value.strip())
+
+    def size(self, row: int) -> tuple[int, int]:
+        """(width, height) of a row's source image in pixels, from its header."""
+        try:
+            return image_size(self[row][1])
+        except UserError as error:
+            if str(error).startswith(str(self.table.path)):
+                raise
+            raise UserError(f"{self.where(row)}: {error}") from None
+
+    def _look(self, row: int) -> None:
+        self.size(row)
+
+    def _plainly(self) -> Callable[[Row], bool]:
+        plain, there = super()._plainly(), self._there()
+        return lambda cells: plain(cells) and there(cells)
+
+    def _there(self) -> Callable[[Row], bool]:
+        """A test of whether the listing of its folder has a row's image."""
+        columns, names = self._present(SOURCE), self._names
+
+        def there(cells: Row) -> bool:
+            for column in columns:
+                value = cells.get(column)
+                if value is None:
+                    continue
+                if type(value) is not str:
+                    return callable(value)
+                folder, slash, name = value.rpartition(os.sep)
+                if (slash, folder) not in names:
+                    names[slash, folder] = _names(os.path.join(self._home, folder + slash))
+                return name in names[slash, folder]
+            return False
+
+        return there
+
+    def _fault(self, row: int, cells: Row) -> UserError | None:
+        fault = super()._fault(row, cells)
+        if fault is None and isinstance(path := self._source(row, cells), Path) and not path.exists():
+            return UserError(f"{self.where(row)}: image {path} does not exist; check the path")
+        return fault
+
+    def check(self, rows: Iterable[int] | None = None) -> None:
+        try:
+            super().check(rows)
+        finally:
+            self._names.clear()
+
+
+def prompts_from(spec: str | Path, rows: int = 1024, seed: int = 0, check: bool = True) -> Prompts:
+    """The prompts of a source; `rows` of them from "scenes", every one of a file's. Checked unless told not to."""
+    if is_made(spec):
         from .scenes.prompts import TAGS, prompts
 
         tags = _only(spec, {tag: (tag,) for tag in TAGS})
-        return [p.prompt for p in prompts("train", rows, seed, tags)]
-    path = _existing(spec)
-    if path.is_dir():
-        found = [(str(file), {"prompt": _read(file)}) for file in sorted(path.glob("*.txt"))]
-    elif path.suffix.lower() == ".txt":
-        lines = _read(path).splitlines()
-        found = [(f"{path}, line {n}", {"prompt": line}) for n, line in enumerate(lines, 1)]
-        while found and not found[-1][1]["prompt"].strip():
-            found.pop()
-    else:
-        found = list(_table(path))
-    _refuse_empty(found, path)
-    return [_words(where, row, PROMPT) for where, row in found]
+        return Prompts(MadeTable(str(spec), [{"prompt": p.prompt} for p in prompts("train", rows, seed, tags)]))
+    found = Prompts(_table(spec, PROMPT, images=False))
+    if check:
+        found.check()
+    return found
 
 
-def edits_from(spec: str | Path, rows: int = 1024, seed: int = 0) -> list[tuple[str, Source]]:
-    """(instruction, source image or its path) pairs of a source; paths are checked, not yet read in full."""
-    if _is_scenes(spec):
-        from .scenes.edits import TASKS, edits, group_of
-        from .scenes.render import render
-
-        known = {task: (task,) for task in TASKS}
-        for task in TASKS:
-            known[group_of(task)] = (*known.get(group_of(task), ()), task)
-        drawn = edits("train", rows, seed, _only(spec, known))
-        return [(edit.instruction, Image.fromarray(render(edit.source))) for edit in drawn]
-    path = _existing(spec)
-    if path.is_dir():
-        found = list(_folder(path))
-    elif path.suffix.lower() == ".txt":
-        raise UserError(f"{path} holds prompts only; edits need a source image each: give a .csv, .jsonl or folder")
-    else:
-        found = list(_table(path))
-    _refuse_empty(found, path)
-    pairs: list[tuple[str, Source]] = []
-    for where, row in found:
-        instruction = _words(where, row, INSTRUCTION)
-        image = path.parent / _words(where, row, SOURCE)
-        with _look(image, where):
-            pairs.append((instruction, image))
-    return pairs
+def edits_from(spec: str | Path, rows: int = 1024, seed: int = 0, check: bool = True) -> Edits:
+    """(instruction, source image or its path) pairs of a source. Checked unless told not to, in full by `check`."""
+    if is_made(spec):
+        return Edits(MadeTable(str(spec), _made_edits(spec, rows, seed)))
+    if Path(spec).suffix.lower() == ".txt" and Path(spec).is_file():
+        raise UserError(f"{spec} holds prompts only; edits need a source image each: give a .csv, .jsonl or folder")
+    found = Edits(_table(spec, INSTRUCTION + SOURCE, images=True))
+    if check:
+        found.check()
+    return found
 
 
-def open_image(source: Source, where: str = "") -> Image.Image:
-    """The picture in RGB, upright; refuses what is not an image, is smaller than 64 pixels, or has alpha."""
-    if isinstance(source, Image.Image):
-        return _checked(source, where or "the source image").convert("RGB")
-    with _look(source, where) as image:
-        try:
-            return ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{_at(where)}{source} is a damaged image ({error}); replace it") from None
+def is_made(spec: str | Path) -> bool:
+    """Whether the source is the exact world, whose rows are made and not read."""
+    return str(spec).partition(":")[0] == "scenes"
 
 
-def _look(path: Path, where: str = "") -> Image.Image:
-    """The image file, opened and checked by its header."""
-    if not path.exists():
-        raise UserError(f"{_at(where)}image {path} does not exist; check the path")
-    try:
-        image = Image.open(path)
-    except (UnidentifiedImageError, Image.DecompressionBombError, IsADirectoryError, SyntaxError, ValueError):
-        raise UserError(f"{_at(where)}{path} is not an image; give a PNG, JPEG or WebP file") from None
-    except OSError as error:
-        raise UserError(f"{_at(where)}image {path} cannot be read: {error.strerror or error}") from None
-    return _checked(image, f"{_at(where)}{path}")
+def _made_edits(spec: str | Path, rows: int, seed: int) -> list[Row]:
+    from .scenes.edits import TASKS, edits, group_of
+    from .scenes.render import render
 
-
-def _checked(image: Image.Image, where: str) -> Image.Image:
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        raise UserError(f"{where} has an alpha channel, which no model here reads; flatten it onto a background")
-    if min(image.size) < SMALLEST:
-        raise UserError(
-            f"{where} is {image.width}x{image.height} pixels, too small; give at least {SMALLEST}x{SMALLEST}"
-        )
-    return image
-
-
-# -- the exact world ------------------------------------------------------------------------------------
-
-
-def _is_scenes(spec: str | Path) -> bool:
-    return str(spec) == "scenes" or str(spec).startswith("scenes:")
+    known = {task: (task,) for task in TASKS}
+    for task in TASKS:
+        known[group_of(task)] = (*known.get(group_of(task), ()), task)
+    drawn = edits("train", rows, seed, _only(spec, known))
+    return [{"instruction": edit.instruction, "source": Image.fromarray(render(edit.source))} for edit in drawn]
 
 
 def _only(spec: str | Path, known: Mapping[str, tuple[str, ...]]) -> tuple[str, ...] | None:
@@ -131,98 +261,33 @@ def _only(spec: str | Path, known: Mapping[str, tuple[str, ...]]) -> tuple[str, 
     return chosen
 
 
-# -- files ----------------------------------------------------------------------------------------------
-
-
-def _existing(spec: str | Path) -> Path:
+def _table(spec: str | Path, columns: tuple[str, ...], images: bool) -> Table:
+    if str(spec).startswith("hub:"):
+        return HubTable(str(spec))
     path = Path(spec).expanduser()
     if not path.exists():
-        raise UserError(f"data source {str(spec)!r} does not exist; give \"scenes\", a file or a folder")
-    if path.is_file() and path.suffix.lower() not in (".txt", *TABLES):
-        raise UserError(f"data source {path} is of an unknown kind; give .txt, {', '.join(TABLES)} or a folder")
-    return path
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text in UTF-8; save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _table(path: Path) -> Iterator[Row]:
+        raise UserError(f'data source {str(spec)!r} does not exist; give "scenes", a file, a folder or hub:owner/name')
     kind = path.suffix.lower()
-    if kind == ".csv":
-        reader = csv.DictReader(_read(path).splitlines(keepends=True), strict=True)
-        try:
-            for row in reader:
-                if None in row:
-                    raise UserError(f"{path}, line {reader.line_num} has more fields than the header; quote commas")
-                yield f"{path}, line {reader.line_num}", dict(row)
-        except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num} is not valid CSV: {error}; mend that line") from None
-    elif kind == ".jsonl":
-        for number, line in enumerate(_read(path).split("\n"), 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{where} is not valid JSON: {error}; mend that line") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{where} is not a JSON object; write one {{...}} a line")
-            yield where, row
-    else:
-        yield from _parquet(path)
+    if path.is_dir():
+        return FolderTable(path, images)
+    if kind == ".parquet":
+        return ParquetTable(path, columns)
+    kinds: dict[str, type[TextTable | JsonTable | CsvTable]] = {
+        ".txt": TextTable, ".jsonl": JsonTable, ".csv": CsvTable
+    }  # fmt: skip
+    if kind not in kinds:
+        raise UserError(f"data source {path} is of an unknown kind; give .txt, {', '.join(TABLES)} or a folder")
+    return kinds[kind](path)
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _named(cells: Row, columns: tuple[str, ...]) -> str | None:
+    """The first of `columns` that the row fills, or else has."""
+    filled = next((c for c in columns if cells.get(c) is not None), None)
+    return filled or next((c for c in columns if c in cells), None)
+
+
+def _names(folder: str) -> frozenset[str]:
     try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise UserError(f"reading {path} needs pyarrow; `pip install pyarrow`, or give a .csv or .jsonl") from None
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable parquet file: {error}") from None
-    for number, row in enumerate(rows, 1):
-        yield f"{path}, row {number}", row
-
-
-def _folder(path: Path) -> Iterator[Row]:
-    images = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES)
-    for image in images:
-        words = image.with_suffix(".txt")
-        if not words.exists():
-            raise UserError(f"{image} has no instruction; write it into {words}")
-        yield str(words), {"instruction": _read(words), "image": str(image.absolute())}
-    alone = {p.stem for p in path.glob("*.txt")} - {p.stem for p in images}
-    if alone:
-        raise UserError(f"{path / min(alone)}.txt has no image of the same name; add it or remove the text")
-
-
-def _refuse_empty(rows: list[Row], path: Path) -> None:
-    if not rows:
-        raise UserError(f"data source {path} has no rows; add some")
-
-
-def _words(where: str, row: dict[str, Any], columns: tuple[str, ...]) -> str:
-    """The text in the first of `columns` that the row has."""
-    column = next((c for c in columns if c in row), None)
-    if column is None:
-        known = [str(k) for k in row]
-        wanted = nearest(columns[0], known).replace("did you mean", "is it called").replace("known:", "it has:")
-        raise UserError(f"{where} has no column {columns[0]!r}{wanted}")
-    value = row[column]
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {column} is {value!r}, not text; mend that row")
-    if not value.strip():
-        raise UserError(f"{where}: {column} is empty; write it or remove the row")
-    return value.strip()
-
-
-def _at(where: str) -> str:
-    return f"{where}: " if where else ""
+        return frozenset(os.listdir(folder or "."))
+    except OSError:
+        return frozenset()

@@ -1,9 +1,10 @@
 """The names LoRA files use: every dialect's keys are read here, and nowhere else.
 
 A key is split into (layer, part). A layer's name in the file becomes a module path of the diffusers
-transformer in three tries: as it stands; with its dots restored (kohya flattens them); through the
-family's own diffusers converter, ONE LAYER AT A TIME, so that a layer the converter drops or invents is
-seen and named. Alpha is folded before any of that, in fp32, so no converter's rounding touches it.
+transformer in four tries: as it stands; with its dots restored (kohya flattens them); by the table of the
+original model's names; through the family's own diffusers converter, ONE LAYER AT A TIME, so that a layer the
+converter drops or invents is seen and named. Alpha is folded before any of that, in fp32, so no rounding
+touches it.
 """
 
 import math
@@ -13,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+
+from danceopd.original_names import Names
 
 PREFIXES = (
     "base_model.model.transformer.",
@@ -151,10 +154,16 @@ class Renamer:
 
     `sizes` (module path -> (in, out)) says what exists; without it only names that no other dialect uses pass
     as they stand. `pipeline` gives the pipeline class whose converter to ask; it is called once, when needed.
+    `names` are the architecture's original ones, where they are known.
     """
 
-    def __init__(self, sizes: Mapping[str, tuple[int, int]] | None, pipeline: Callable[[], type | None]):
-        self.sizes, self.pipeline = sizes, pipeline
+    def __init__(
+        self,
+        sizes: Mapping[str, tuple[int, int]] | None,
+        pipeline: Callable[[], type | None],
+        names: Names | None = None,
+    ):
+        self.sizes, self.pipeline, self.names = sizes, pipeline, names
         self.converter: Callable[..., Any] | None = None
         self.asked = False
         self.dotted: dict[str, list[str]] = {}
@@ -171,6 +180,8 @@ class Renamer:
             return {name: (a, b)}
         elif len(self.dotted.get(name, ())) == 1:
             return {self.dotted[name][0]: (a, b)}
+        elif self.names is not None and (found := self.names.split(name, a, b, self.sizes)):
+            return found
         flat = name.replace(".", "_")
         for stem, down, up in (
             (f"diffusion_model.{name}", "lora_A", "lora_B"),

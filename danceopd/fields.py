@@ -7,8 +7,8 @@ gradient is `backbone.velocity` inside `backbone.acting_as("student")`.) Fields 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from danceopd.backbone import Backbone
 from danceopd.pipelines.families import FAMILIES
 from danceopd.pipelines.record import Condition
+from danceopd.questions import unprompted
 
 VelocityField = Callable[[Tensor, Tensor, Condition], Tensor]
 
@@ -69,12 +70,28 @@ class GuidedField:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        null, family = self.null_condition, FAMILIES[condition.family]
-        if len(null) not in (1, len(x)):
-            raise ValueError(f"the null condition has {len(null)} rows; give 1 or {len(x)}")
-        kwargs = dict(condition.kwargs)
-        for key in family.prompt_kwargs:
-            value = null.kwargs[key]
-            kwargs[key] = None if value is None else value.expand(len(x), *value.shape[1:])
-        away = self.field(x, sigma, replace(condition, kwargs=kwargs))
-        return family.guide(self.field(x, sigma, condition), away, self.scale)
+        away = self.field(x, sigma, unprompted(condition, self.null_condition))
+        return FAMILIES[condition.family].guide(self.field(x, sigma, condition), away, self.scale)
+
+
+def answers(
+    fields: Sequence[VelocityField], routes: Sequence[int], x: Tensor, sigma: Tensor, condition: Condition
+) -> Tensor:
+    """Each row's velocity by its own field, `fields[routes[row]]`: shape of `x`, fp32.
+
+    Rows whose fields are the base or adapters of one backbone share one forward, whichever they are.
+    """
+    found = torch.empty_like(x, dtype=torch.float32)
+    groups: dict[int, list[int]] = {}  # by backbone where rows can mix, else by field
+    for row, route in enumerate(routes):
+        field = fields[route]
+        groups.setdefault(id(field.backbone if isinstance(field, AdapterField) else field), []).append(row)
+    for rows in groups.values():
+        first, part = fields[routes[rows[0]]], condition.rows(rows)
+        if isinstance(first, AdapterField):
+            names = [fields[routes[row]].name for row in rows]  # type: ignore[attr-defined]
+            with torch.no_grad():
+                found[rows] = first.backbone.velocity(x[rows], sigma[rows], part, names)
+        else:
+            found[rows] = first(x[rows], sigma[rows], part)
+    return found

@@ -1,46 +1,57 @@
 """DanceOPD's algorithm box: route, condition, draw the query, walk there, ask the teacher, match its velocity.
 
-The student walks on weights with its LoRA merged in; the routed teachers answer at the states where it stopped;
-one gradient step follows. Rows whose conditions have one layout share a batch, whichever teacher they go to.
-Everything drawn is a function of (seed, step), so a run continues exactly where it stopped.
+One update draws its routes, questions and query levels, gathers rows of one layout and one schedule into lessons,
+whichever teacher they go to, and lets the objective learn from each (`danceopd.lesson`, `danceopd.objectives`); one
+gradient step follows. Everything drawn is a function of (seed, step), so a run continues exactly where it stopped,
+and each of several processes learns its own rows of the same update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from danceopd.backbone import Backbone
 from danceopd.errors import UserError
-from danceopd.fields import MergedField, VelocityField
-from danceopd.gates import full_trust
-from danceopd.objectives import OBJECTIVES
+from danceopd.fields import AdapterField, MergedField, VelocityField
+from danceopd.lesson import Fields, Lesson
+from danceopd.objectives import OBJECTIVES, refuse_without_targets
 from danceopd.pipelines.record import Condition, stack
-from danceopd.query import draw_stops
+from danceopd.query import draw
+from danceopd.questions import Targets, Work, unprompted
 from danceopd.recipe import Recipe
-from danceopd.rollout import rollout
-from danceopd.routing import route, stream
+from danceopd.routing import pick, stream
 
 STUDENT = "student"
 PATIENCE = 5
 """Updates in a row whose loss may be NaN or infinite before the run gives up."""
+BINS, FINE = 4, 10
+"""Equal bins of the noise level in which errors are reported, and in which queries are counted."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One teacher at work: its velocity field, and the conditions it is asked about (one row each)."""
+    """One teacher at work: its velocity field, what it is asked about, and the null prompt (one row, or one each)."""
 
     name: str
     field: VelocityField
-    conditions: Condition
+    questions: Work
+    null: Condition | None = None
 
 
 @dataclass
 class Progress:
-    """What one update did: loss overall and by teacher, mean query level, gradient norm, learning rate."""
+    """What one update did: loss overall and by teacher, mean query level, gradient norm, learning rate.
+
+    `errors` are the mean squared velocity errors in `BINS` bins of the noise level from 0 to 1, by bin; one without a
+    query has none. `asked` is the histogram of the queries: the share of each of `FINE` bins.
+    """
 
     step: int
     loss: float = 0.0
@@ -49,21 +60,37 @@ class Progress:
     gradient: float = 0.0
     rate: float = 0.0
     skipped: bool = False
+    errors: dict[int, float] = field(default_factory=dict)
+    asked: list[float] = field(default_factory=list)
 
     def scalars(self) -> dict[str, float]:
         """Flat names for the log."""
         named = {f"loss/{name}": value for name, value in self.by_teacher.items()}
-        return {"loss": self.loss, **named, "sigma": self.sigma, "gradient": self.gradient, "rate": self.rate}
+        levels = {f"error/sigma {i / BINS:g}-{(i + 1) / BINS:g}": value for i, value in self.errors.items()}
+        asked = {f"asked/sigma {i / FINE:g}-{(i + 1) / FINE:g}": value for i, value in enumerate(self.asked)}
+        rest = {"sigma": self.sigma, "gradient": self.gradient, "rate": self.rate}
+        return {"loss": self.loss, **named, **levels, **asked, **rest}
 
 
 class Loop:
-    """The student's parameters, their optimizer and average, and the teachers they learn from."""
+    """The student's parameters, their optimizer and average, and the teachers they learn from.
+
+    As process `rank` of `ranks` it learns its own rows of each update; gradients are of the whole update's mean, so
+    that their sum over the processes is the update.
+    """
 
     def __init__(
-        self, recipe: Recipe, backbone: Backbone, sources: Sequence[Source], sigmas: Tensor, device: torch.device
+        self,
+        recipe: Recipe,
+        backbone: Backbone,
+        sources: Sequence[Source],
+        device: torch.device,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
-        self.recipe, self.backbone, self.sources = recipe, backbone, list(sources)
-        self.sigmas, self.device = sigmas, device
+        self.recipe, self.backbone, self.sources, self.device = recipe, backbone, list(sources), device
+        self.rank, self.ranks = rank, ranks
+        self._refuse()
         self.shares = [recipe.shares()[s.name] for s in self.sources]
         self.parameters = backbone.parameters(STUDENT)
         self.average = [p.detach().clone() for p in self.parameters]
@@ -72,7 +99,7 @@ class Loop:
             self.parameters, lr=knobs.lr, betas=knobs.betas, weight_decay=knobs.weight_decay
         )
         self.objective = OBJECTIVES[recipe.objective]
-        self.walk = MergedField(backbone, STUDENT)
+        self.walk: VelocityField = (MergedField if recipe.rollout.merged else AdapterField)(backbone, STUDENT)
         self.step, self._bad = 0, 0
 
     def run(self, report: Callable[[Progress], None]) -> None:
@@ -83,54 +110,126 @@ class Loop:
             report(progress)
 
     def _update(self) -> Progress:
-        recipe, done = self.recipe, Progress(self.step + 1)
-        rows = range(recipe.batch)
-        routes = [route(recipe.seed, self.step, r, len(rows), self.shares, recipe.routing.per) for r in rows]
-        drawn = stream(recipe.seed, self.step, "data")
-        picks = [int(drawn.integers(len(self.sources[m].conditions))) for m in routes]
-        stops = draw_stops(
-            recipe.seed, self.step, len(rows), self.sigmas, recipe.query.law, recipe.query.beta
-        )
-        losses: list[tuple[int, Tensor]] = []
-        for group in self._layouts(routes):
-            condition = stack([self._conditions(m, [picks[r] for r in mine]) for m, mine in group.items()])
-            order = [r for mine in group.values() for r in mine]
-            losses += self._match(condition, stops[order], [routes[r] for r in order], len(losses))
-        done.sigma = float(self.sigmas[stops].mean())
-        for m in sorted({m for m, _ in losses}):
-            done.by_teacher[self.sources[m].name] = float(torch.stack([v for k, v in losses if k == m]).mean())
-        done.loss = float(torch.stack([v for _, v in losses]).mean())
+        done = Progress(self.step + 1)
+        lessons = list(self._lessons())
+        for lesson in lessons:
+            self.objective(lesson)
+        self._report(done, lessons)
         self._descend(done)
         return done
 
-    def _layouts(self, routes: Sequence[int]) -> list[dict[int, list[int]]]:
-        """Rows by teacher, teachers whose conditions stack together in one group."""
-        groups: dict[object, dict[int, list[int]]] = {}
-        for row, m in enumerate(routes):
-            groups.setdefault(self.sources[m].conditions.layout, {}).setdefault(m, []).append(row)
+    def _lessons(self) -> Iterator[Lesson]:
+        """This process's part of the update: rows of one layout and schedule together.
+
+        Rows are drawn in units: one row, or the walks of one question that Flow-OPD compares.
+        """
+        recipe = self.recipe
+        unit = recipe.flowopd.group if recipe.objective == "flowopd" else 1
+        units, per = recipe.batch // unit, recipe.routing
+        lengths = [len(source.questions) for source in self.sources]
+        routes, picks = pick(recipe.seed, self.step, units, self.shares, lengths, per.per, per.groups)
+        blank = stream(recipe.seed, self.step, "blank").random(units) < recipe.guidance.unconditional
+        query = recipe.query
+        levels = draw(recipe.seed, self.step, recipe.batch, query.count, query.law, query.beta)
+        fields = Fields(self.walk, self._student, [s.field for s in self.sources], self.shares)
+        start = 0
+        for group in self._layouts(routes, picks, blank):
+            order = [row for members in group.values() for u in members for row in range(u * unit, (u + 1) * unit)]
+            mine = [place for place in range(len(order)) if place // unit % self.ranks == self.rank]
+            if mine:
+                rows = [order[place] // unit for place in mine]
+                first = self.sources[routes[rows[0]]].questions
+                yield Lesson(
+                    recipe=recipe,
+                    fields=fields,
+                    step=self.step,
+                    name=str(start),
+                    whole=len(order),
+                    mine=mine,
+                    routes=[routes[u] for u in rows],
+                    blank=[bool(blank[u]) for u in rows],
+                    condition=self._condition(rows, routes, picks, blank),
+                    null=self._null(rows, routes, picks) if recipe.rollout.guidance != 1 else None,
+                    sigmas=first.sigmas(picks[rows[0]]).float().cpu(),
+                    drawn=levels[[order[place] for place in mine]],
+                    device=self.device,
+                    targets=lambda rows=rows: self._targets(rows, routes, picks),  # type: ignore[misc]
+                )
+            start += len(order)
+
+    def _layouts(
+        self, routes: Sequence[int], picks: Sequence[int], blank: np.ndarray
+    ) -> list[dict[tuple[int, bool], list[int]]]:
+        """Units by teacher and by prompt or none; those whose questions batch together are in one group."""
+        groups: dict[Hashable, dict[tuple[int, bool], list[int]]] = {}
+        for u, (m, row) in enumerate(zip(routes, picks, strict=True)):
+            questions = self.sources[m].questions
+            key = (questions.layout(row), tuple(questions.sigmas(row).tolist()))
+            groups.setdefault(key, {}).setdefault((m, bool(blank[u])), []).append(u)
         return list(groups.values())
 
-    def _conditions(self, teacher: int, picks: list[int]) -> Condition:
-        return self.sources[teacher].conditions.rows(picks).to(self.device)
+    def _condition(
+        self, rows: Sequence[int], routes: Sequence[int], picks: Sequence[int], blank: np.ndarray
+    ) -> Condition:
+        """The conditions of these units, in order, the blank ones with the null prompt."""
+        parts = []
+        for (m, unasked), run in _runs(rows, lambda u: (routes[u], bool(blank[u]))):
+            part = self.sources[m].questions.rows([picks[u] for u in run]).to(self.device)
+            parts.append(unprompted(part, self._null(run, routes, picks)) if unasked else part)
+        return stack(parts)
 
-    def _match(
-        self, condition: Condition, stops: Tensor, routes: list[int], group: int
-    ) -> list[tuple[int, Tensor]]:
-        """Walk, ask, match; the gradient of the mean over the whole update is added. Losses by row."""
-        seed = int(stream(self.recipe.seed, self.step, f"noise/{group}").integers(2**62))
-        shape = (len(routes), *condition.shape)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
-        states = rollout(self.walk, noise, self.sigmas, stops, condition)
-        sigma = self.sigmas.to(self.device)[stops.to(self.device)]
-        answers = torch.empty_like(states)
-        for m in sorted(set(routes)):
-            mine = [i for i, r in enumerate(routes) if r == m]
-            answers[mine] = self.sources[m].field(states[mine], sigma[mine], condition.rows(mine))
+    def _null(self, rows: Sequence[int], routes: Sequence[int], picks: Sequence[int]) -> Condition:
+        """The null prompt's conditions of these units, in order."""
+        parts = []
+        for m, run in _runs(rows, lambda u: routes[u]):
+            null = self.sources[m].null
+            assert null is not None  # refused when the loop was made
+            parts.append(null.rows([0] * len(run) if len(null) == 1 else [picks[u] for u in run]).to(self.device))
+        return stack(parts)
+
+    def _targets(self, rows: Sequence[int], routes: Sequence[int], picks: Sequence[int]) -> Tensor:
+        """Clean latents of these units, in order."""
+        parts = []
+        for m, run in _runs(rows, lambda u: routes[u]):
+            questions = self.sources[m].questions
+            assert isinstance(questions, Targets)  # refused when the loop was made
+            parts.append(questions.targets([picks[u] for u in run]))
+        return torch.cat(parts).float()
+
+    def _student(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         with self.backbone.acting_as(STUDENT):
-            velocity = self.backbone.velocity(states, sigma, condition)
-        losses = self.objective(velocity, answers, full_trust(states, answers))
-        (losses.sum() / self.recipe.batch).backward()
-        return list(zip(routes, losses.detach(), strict=True))
+            return self.backbone.velocity(x, sigma, condition)
+
+    def _refuse(self) -> None:
+        """Faults of the work that the recipe alone does not show."""
+        recipe = self.recipe
+        for source in self.sources:
+            if not isinstance(source.questions, Targets):
+                refuse_without_targets(recipe.objective, recipe.offpolicy.clean, source.name)
+            if source.null is None and (recipe.guidance.unconditional or recipe.rollout.guidance != 1):
+                knob = "guidance.unconditional" if recipe.guidance.unconditional else "rollout.guidance"
+                raise UserError(f"{knob} needs the null prompt, and teacher {source.name!r} has none; leave it out")
+
+    def _report(self, done: Progress, lessons: Sequence[Lesson]) -> None:
+        """Losses by teacher, errors and queries by noise level, of this process's rows."""
+        by_teacher: dict[int, list[Tensor]] = {}
+        for lesson in lessons:
+            losses = torch.stack([told.loss for told in lesson.told]).sum(0)
+            for m, loss in zip(lesson.routes, losses, strict=True):
+                by_teacher.setdefault(m, []).append(loss)
+        for m in sorted(by_teacher):
+            done.by_teacher[self.sources[m].name] = float(torch.stack(by_teacher[m]).mean())
+        if not lessons:
+            return
+        done.loss = float(torch.stack([loss for losses in by_teacher.values() for loss in losses]).mean())
+        told = [told for lesson in lessons for told in lesson.told]
+        sigma = torch.cat([t.sigma for t in told]).cpu()
+        error = torch.cat([t.error for t in told]).cpu()
+        done.sigma = float(sigma.mean())
+        places = (sigma * BINS).long().clamp(max=BINS - 1)
+        done.errors = {i: float(error[places == i].mean()) for i in range(BINS) if (places == i).any()}
+        fine = (sigma * FINE).long().clamp(max=FINE - 1)
+        done.asked = (torch.bincount(fine, minlength=FINE) / len(fine)).tolist()
 
     def _descend(self, done: Progress) -> None:
         """Clip, step, average; an update with a NaN or an infinity is skipped, and too many end the run."""
@@ -188,3 +287,8 @@ class Loop:
             if moments:
                 placed = {k: v if k == "step" else v.to(weight) for k, v in moments.items()}
                 self.optimizer.state[weight] = placed
+
+
+def _runs(rows: Sequence[int], key: Callable[[int], Any]) -> Iterator[tuple[Any, list[int]]]:
+    """Consecutive rows of an equal key together."""
+    return ((value, list(run)) for value, run in groupby(rows, key))

@@ -29,6 +29,7 @@ from danceopd.dialects import (
 from danceopd.disk import disk_faults, replace_file
 from danceopd.errors import UserError
 from danceopd.lora_file import MARK, WEIGHTS, Header, few, inspect_adapter, refuse_foreign
+from danceopd.original_names import ARCHITECTURES
 
 __all__ = ["Adapter", "Header", "WEIGHTS", "inspect_adapter", "read_adapter", "write_adapter"]
 
@@ -126,15 +127,26 @@ def read_adapter(path: str | os.PathLike, transformer: nn.Module | None = None, 
     return adapter
 
 
-def _layers(header: Header) -> list[Layer]:
-    """The file's layers with fp32 tensors, A and B both there, of one rank, finite; UserError otherwise."""
+def adapter_shapes(path: str | os.PathLike, transformer: nn.Module | None = None, family: Any = None) -> Adapter:
+    """`read_adapter` from the header alone: the same refusals but of values, and an Adapter on the meta device."""
+    header = inspect_adapter(path)
+    refuse_foreign(header)
+    return Adapter(_rename(header, _layers(header, read=False), transformer, family))
+
+
+def _layers(header: Header, read: bool = True) -> list[Layer]:
+    """The file's layers with fp32 tensors, A and B both there, of one rank, finite; UserError otherwise.
+
+    Without `read` they are on the meta device: shapes only.
+    """
     from safetensors import SafetensorError, safe_open
 
     file = header.file
     layers: dict[str, Layer] = {}
+    tensors = {key: torch.empty(header.shapes[key], device="meta") for key in sorted(header.shapes)}
     try:
         with safe_open(str(file), framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key).float() for key in sorted(header.shapes)}
+            tensors = {key: opened.get_tensor(key).float() if read else empty for key, empty in tensors.items()}
     except (SafetensorError, OSError, RuntimeError) as error:
         raise UserError(f"{file} cannot be read ({error}); download or copy it again") from None
     for key, tensor in tensors.items():
@@ -165,7 +177,8 @@ def _layers(header: Header) -> list[Layer]:
                 f"{file}: A {tuple(a.shape)} and B {tuple(b.shape)} of {name} are not (rank, in) and "
                 "(out, rank) of a Linear; train the LoRA on linear layers, or save it again"
             )
-    bad = [name for name, layer in layers.items() if not all(t.isfinite().all() for t in layer.parts.values())]
+    finite = {name: not read or all(t.isfinite().all() for t in layer.parts.values()) for name, layer in layers.items()}
+    bad = [name for name in layers if not finite[name]]
     if bad:
         raise UserError(
             f"{file} holds NaN or infinite numbers in {few(bad)}; its training diverged, take an earlier checkpoint"
@@ -180,7 +193,7 @@ def _rename(
     file = header.file
     sizes = linear_sizes(transformer) if transformer is not None else None
     model = type(transformer).__name__
-    renamer = Renamer(sizes, lambda: pipeline_class(family, transformer))
+    renamer = Renamer(sizes, lambda: pipeline_class(family, transformer), ARCHITECTURES.get(model))
     tensors: dict[str, tuple[Tensor, Tensor]] = {}
     unmatched: list[str] = []
     for layer in layers:

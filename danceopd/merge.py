@@ -22,20 +22,21 @@ from torch import Tensor
 
 from danceopd.backbone import Backbone
 from danceopd.base_model import base_fingerprint, base_folder, empty_transformer, load_base
-from danceopd.blend import blend
 from danceopd.card import load_snippet, write_card
-from danceopd.errors import UserError
+from danceopd.extract import device_of
 from danceopd.fields import AdapterField
 from danceopd.loop import STUDENT, Loop, Progress, Source
 from danceopd.lora import Adapter, read_adapter
 from danceopd.pipelines.families import family_of
-from danceopd.pipelines.generation import GenerationPipeline
+from danceopd.questions import alike
 from danceopd.recipe import Recipe
 from danceopd.run import RunFolder
 from danceopd.samples import SampleGrid
 from danceopd.shipped import SHIPPED
 from danceopd.student import Probe, export, load_student
-from danceopd.work import call_of, conditions_of, drawers
+from danceopd.teachers import Known, look, null_condition, prepare, remember
+from danceopd.warm_start import Start, warm_start
+from danceopd.work import Asked, Encoder, call_of, drawers, open_work, release_encoders
 
 _log = logging.getLogger("danceopd")
 EXPORTED = "exported"  # the averaged student's name on the backbone
@@ -65,50 +66,61 @@ def merge(recipe: Recipe, report: Report | None = None) -> Student:
     """
     began = time.monotonic()
     folder = base_folder(recipe.base)
-    adapters = {t.name: _teacher(t.adapter, folder) for t in recipe.teachers}
-    init = _init(recipe, adapters, folder)
+    known = look(recipe.teachers, folder)
+    whole = any(teacher.checkpoint is not None for teacher in known)  # then its difference is taken in the run folder
+    start = None if whole else _start(recipe, known, folder)
     with RunFolder(recipe.output, recipe) as run:
         if run.finished:
             return Student(run.path, recipe.steps, 0.0)
+        asked = open_work(recipe)
+        device, cache = device_of(recipe.device), run.path / "cache"
+        starters = [k.teacher.name for k in known if recipe.student.init in ("blend", k.teacher.name)]
+        known = [prepare(k, folder, cache, device, k.teacher.name in starters) for k in known]
+        start = start or _start(recipe, known, folder)
         if report is not None:
-            return _run(recipe, folder, adapters, init, run, report, began)
+            return _run(recipe, folder, known, start, asked, run, report, began)
         from danceopd.progress import progress_line
 
+        print(start.sentence, file=sys.stderr, flush=True)
         print(f"encoding what the teachers will be asked, then {recipe.steps} steps", file=sys.stderr, flush=True)
         with progress_line("merging") as line:
             drawn = lambda done, steps: line(done.step, steps, done.loss)  # noqa: E731
-            return _run(recipe, folder, adapters, init, run, drawn, began)
+            return _run(recipe, folder, known, start, asked, run, drawn, began)
 
 
 def _run(
     recipe: Recipe,
     folder: Path,
-    adapters: dict[str, Adapter | None],
-    init: Adapter | None,
+    known: list[Known],
+    start: Start,
+    asked: dict[str, Asked],
     run: RunFolder,
     report: Report,
     began: float,
 ) -> Student:
     _warn_of_scenes(recipe)
-    device = _device(recipe.device)
+    fingerprint, device = base_fingerprint(folder), device_of(recipe.device)
+    whose = remember(run.path, fingerprint, known)
     pipe = load_base(folder).to(device)
-    family = family_of(pipe)
-    call = call_of(folder, recipe.call)
-    draw = drawers(pipe, family, call)
-    fingerprint = base_fingerprint(folder)
+    family = family_of(pipe, recipe.family)
+    call = call_of(folder, recipe.call, family)
+    draw = drawers(pipe, family, call, (t.capability for t in recipe.teachers), recipe.editing_base)
     backbone = Backbone(pipe.transformer, family)
+    encoder = Encoder(folder, family, draw, recipe.editing_base)
     sources = []
-    for teacher in recipe.teachers:
-        adapter = adapters[teacher.name]
-        if adapter is not None:
-            backbone.add_adapter(teacher.name, adapter, teacher.scale)
-        field = AdapterField(backbone, None if adapter is None else teacher.name)
-        work = conditions_of(recipe, teacher, draw[teacher.capability], fingerprint, run.path / "cache")
-        sources.append(Source(teacher.name, field, work))
-    grid = SampleGrid(recipe, draw, backbone)
-    walk = GenerationPipeline(pipe, family, {**call, "steps": recipe.rollout.steps})
-    backbone.new_student(STUDENT, recipe.student.rank, recipe.seed, init)
-    loop = Loop(recipe, backbone, sources, walk.sigmas(), device)
+    away = recipe.guidance.unconditional > 0 or recipe.rollout.guidance != 1  # then the student meets the null prompt
+    for one in known:
+        teacher, drawer, null = one.teacher, draw[one.teacher.capability], None
+        if away or teacher.guidance is not None:
+            null = null_condition(drawer, teacher, fingerprint, run.path / "cache").to(device)
+        field = one.field(backbone, null)
+        data, rows = asked[teacher.name].data, asked[teacher.name].rows
+        questions = encoder.questions(teacher.capability, data, rows, recipe.rollout.steps)
+        sources.append(Source(teacher.name, field, questions, null))
+    grid = SampleGrid(recipe, encoder, backbone)
+    release_encoders(encoder, pipe)
+    backbone.new_student(STUDENT, recipe.student.rank, recipe.seed, start.adapter)
+    loop = Loop(recipe, backbone, sources, device)
     saved = run.load()
     if saved is not None:
         loop.restore(saved[0], saved[1])
@@ -122,14 +134,14 @@ def _run(
             run.image(done.step, grid.draw(_averaged(backbone, loop.average)))
         late = recipe.time_limit is not None and time.monotonic() - began > 60 * recipe.time_limit
         if late or done.step == recipe.steps or done.step % recipe.save_every == 0:
-            run.save(done.step, loop.state(), {"recipe": recipe.identity()})
+            run.save(done.step, loop.state(), {"recipe": recipe.identity(), "weights": whose})
         report(done, recipe.steps)
         if late and done.step < recipe.steps:
             raise _OutOfTime
 
     with suppress(_OutOfTime):
         loop.run(after)
-    _export(recipe, folder, run, backbone, loop, adapters, fingerprint, call)
+    _export(recipe, folder, run, backbone, loop, known, fingerprint, call, start)
     seconds = time.monotonic() - began
     run.finish(loop.step, seconds=round(seconds, 1))
     return Student(run.path, loop.step, seconds)
@@ -147,29 +159,17 @@ class _OutOfTime(Exception):
     """The recipe's time limit is reached: export what there is."""
 
 
-def _teacher(path: str, base: Path) -> Adapter | None:
-    return None if path == "base" else read_adapter(path, empty_transformer(base))
-
-
-def _init(recipe: Recipe, adapters: dict[str, Adapter | None], base: Path) -> Adapter | None:
-    """The adapter that the student starts as; None for the bare base."""
-    init = recipe.student.init
-    if init == "base" or (init in adapters and adapters[init] is None):
-        return None
-    if init in adapters:
-        return adapters[init]
-    if init != "blend":
-        return read_adapter(init, empty_transformer(base))
-    given = recipe.student.init_weights
-    even = 1 / len(adapters)
-    parts = {name: a for name, a in adapters.items() if a is not None}
-    return blend(list(parts.values()), [given.get(n, even) for n in parts], rank=recipe.student.rank)
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, and this machine has no CUDA device that torch can use; give --device cpu")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+def _start(recipe: Recipe, known: list[Known], base: Path) -> Start:
+    """Where the student starts, as `student.init` says."""
+    teachers = {one.teacher.name: (one.adapter, one.teacher.scale) for one in known}
+    student = recipe.student
+    if student.init == "blend" and all(one.adapter is None for one in known):
+        student = student.model_copy(update={"init": "base"})
+    start = warm_start(
+        student, teachers, lambda path: read_adapter(path, empty_transformer(base)), seed=recipe.seed
+    )
+    _log.info(start.sentence)
+    return start
 
 
 def _averaged(backbone: Backbone, average: list[Tensor]) -> Adapter:
@@ -185,9 +185,10 @@ def _export(
     run: RunFolder,
     backbone: Backbone,
     loop: Loop,
-    adapters: dict[str, Adapter | None],
+    known: list[Known],
     fingerprint: str,
     call: dict[str, Any],
+    start: Start,
 ) -> None:
     """Write the averaged student, proven through the stock pipeline, and its card."""
     student = _averaged(backbone, loop.average)
@@ -198,13 +199,13 @@ def _export(
     field = AdapterField(backbone, EXPORTED)
     probes = []
     for source in loop.sources:
-        condition = source.conditions.rows(slice(0, 4)).to(loop.device)
+        condition = source.questions.rows(alike(source.questions, 4)).to(loop.device)
         generator = torch.Generator().manual_seed(recipe.seed)
         x = torch.randn(len(condition), *condition.shape, generator=generator).to(loop.device)
         sigma = torch.linspace(1.0, 0.25, len(condition), device=loop.device)
         probes.append(Probe(x, sigma, condition, field(x, sigma, condition)))
     export(student, run.path, recipe.base, probes, metadata={"steps": str(loop.step), "seed": str(recipe.seed)})
-    hashes = {name: a.sha256 for name, a in adapters.items() if a is not None}
+    hashes = {one.teacher.name: one.sha256 for one in known if one.sha256 is not None}
     # The student is trained without guidance; stock pipelines would add it unasked.
     snippet = load_snippet(str(recipe.resolved()["base"]), {**call, **backbone.family.unguided})
     grid = run.path / "samples" / f"step-{loop.step:06d}.png"
@@ -214,4 +215,5 @@ def _export(
         hashes=hashes | {"base": fingerprint, "student": student.sha256},
         snippet=snippet,
         grid=grid if grid.exists() else None,
+        start=start.sentence,
     )

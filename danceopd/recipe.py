@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -33,7 +34,7 @@ from .shipped import SHIPPED, demo, portable, resolve, shipped
 __all__ = ["CAPABILITIES", "SHIPPED", "Recipe", "Teacher", "shipped"]
 
 CAPABILITIES = ("generation", "editing")
-CALL_KEYS = ("height", "width", "steps", "max_sequence_length")
+CALL_KEYS = ("height", "width", "steps", "max_sequence_length", "guidance_scale")
 CONTINUES = ("steps", "output", "device", "samples", "save_every", "time_limit")
 """Fields that may differ between a run and its continuation: they do not change what a step computes."""
 
@@ -43,6 +44,18 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 def _adapter(value: Any) -> Any:
     return value if value == "base" else _existing(value, "adapter")
+
+
+def _editing_base(value: Any) -> Any:
+    return None if value is None else _existing(value, "editing base", hub=True, shipped_names=False)
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    for key, value in call.items():
+        kinds, kind = ((int, float), "a number") if key == "guidance_scale" else ((int,), "a whole number")
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
+            raise ValueError(f"{key} is {value!r}; it must be {kind} greater than 0")
+    return call
 
 
 def _base(value: Any) -> Any:
@@ -65,6 +78,20 @@ def _work(value: Any) -> Any:
 Work = Annotated[str, BeforeValidator(_work)]
 
 
+BlendMethod = Literal[
+    "linear",
+    "slerp",
+    "task-arithmetic",
+    "ties",
+    "dare-linear",
+    "dare-ties",
+    "magnitude-prune",
+    "breadcrumbs",
+    "sce",
+]
+"""The names of `blend_methods.METHODS`, which a recipe may say before torch is there."""
+
+
 class Part(BaseModel):
     """What all parts of a recipe share: frozen, no unknown keys, finite numbers, no YAML booleans."""
 
@@ -81,13 +108,24 @@ class Part(BaseModel):
 
 
 class Teacher(Part):
-    """A frozen velocity field: an adapter on the base, or the bare base itself."""
+    """A frozen velocity field: "base", a LoRA, or a whole model trained from the base (a folder or a file).
+
+    A whole model is kept as its rank-`rank` difference from the base when that loses at most `residual` of the
+    change (0: never, 1: always), else it is streamed. `guidance` is classifier-free guidance away from the prompt
+    `negative` (None: the family's own). `accept` silences a refusal: a LoRA of another base, a whole pipeline with
+    another scheduler or other components (its text encoder, its autoencoder).
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     adapter: Annotated[str, BeforeValidator(_adapter)] = "base"
     capability: Literal["generation", "editing"]
     weight: PositiveFloat = 1.0  # its share of the rows
-    scale: float = 1.0  # LoRA strength
+    scale: float = 1.0  # strength: of a LoRA, or of a whole model's difference from the base
+    rank: PositiveInt = 128
+    residual: float = Field(0.05, ge=0, le=1)
+    guidance: PositiveFloat | None = None
+    negative: str | None = None
+    accept: tuple[Literal["base", "scheduler", "components"], ...] = ()
     data: Annotated[str | None, BeforeValidator(_work)] = None  # its own work; None: its capability's
 
 
@@ -96,7 +134,8 @@ class Student(Part):
 
     rank: PositiveInt = 64
     init: str = "blend"
-    init_weights: dict[str, float] = {}  # of "blend", by teacher; empty: 1/N each
+    init_weights: dict[str, float] = {}  # of "blend", by teacher; empty: 1/N each, or 1 where a method adds up
+    init_method: BlendMethod = "linear"  # of "blend"
 
 
 class Optimizer(Part):
@@ -110,7 +149,13 @@ class Optimizer(Part):
 
 
 class Rollout(Part):
+    """How the student walks. `noise` a above 0 is Flow-GRPO's random walk; `guidance` is the walk's own scale."""
+
     steps: PositiveInt = 16
+    solver: Literal["euler", "ab2"] = "euler"
+    noise: float = Field(0.0, ge=0)
+    guidance: PositiveFloat = 1.0
+    merged: bool = True  # walk on W + BA; False: through the LoRA layers, without a copy of the adapted weights
 
 
 class Query(Part):
@@ -118,13 +163,41 @@ class Query(Part):
 
     law: Literal["low-noise", "uniform", "mid", "high-noise", "paper"] = "paper"
     beta: tuple[PositiveFloat, PositiveFloat] | None = None
+    count: PositiveInt = 1  # states of one walk that are asked about
+    jitter: bool = False  # ask at the drawn level itself, not at the grid point above it
+    weight: Literal["even", "dt2"] = "even"  # dt2: by the squared length of the step that leaves the level
 
 
 class Routing(Part):
-    """One teacher a row (or a whole step). `weights` by teacher name win over the teachers' own `weight`."""
+    """One teacher a row, a step, or `groups` steps in turn. `weights` by name win over the teachers' own `weight`.
 
-    per: Literal["row", "step"] = "row"
+    With `answer: mean` each row still draws its question by these routes, but the answer is the mean over all
+    teachers by weight (soft routing, an ablation).
+    """
+
+    per: Literal["row", "step", "turn"] = "row"
+    groups: PositiveInt = 1  # steps of a turn
     weights: dict[str, PositiveFloat] = {}
+    answer: Literal["routed", "mean"] = "routed"
+
+
+class Guidance(Part):
+    """`unconditional` is the share of rows asked with the null prompt, where the answer is the unguided teacher's."""
+
+    unconditional: Unit = 0.0
+
+
+class FlowOPD(Part):
+    """Of objective flowopd: walks of one question that share a baseline, and how far the ratio may leave 1."""
+
+    group: int = Field(8, ge=2)
+    clip: PositiveFloat = 1e-4
+
+
+class OffPolicy(Part):
+    """Of objective offpolicy: clean pictures are the work's own targets, or drawn by the routed teacher."""
+
+    clean: Literal["targets", "teacher"] = "targets"
 
 
 class Data(Part):
@@ -160,12 +233,17 @@ class Recipe(Part):
     rollout: Rollout = Rollout()
     query: Query = Query()
     routing: Routing = Routing()
-    objective: Literal["danceopd"] = "danceopd"
+    objective: Literal["danceopd", "diffusionopd", "flowopd", "offpolicy", "supervised"] = "danceopd"
+    flowopd: FlowOPD = FlowOPD()
+    offpolicy: OffPolicy = OffPolicy()
+    guidance: Guidance = Guidance()
     data: Data = Data()
     samples: Samples = Samples()
     save_every: PositiveInt = 100
     time_limit: PositiveFloat | None = None  # minutes
-    call: dict[str, PositiveInt] = {}  # over the base's own: height, width, steps, max_sequence_length
+    call: Annotated[dict[str, Any], AfterValidator(_call)] = {}  # over the base's own: CALL_KEYS
+    family: str | None = None  # a key of pipelines.FAMILIES; None: by the base's pipeline class
+    editing_base: Annotated[str | None, BeforeValidator(_editing_base)] = None  # has what the base lacks for editing
 
     def __init__(self, /, _where: str = "the recipe", **fields: Any) -> None:
         try:
@@ -197,7 +275,10 @@ class Recipe(Part):
         taken = next((name for name in names if name in ("student", "base", "blend")), None)
         if taken:
             raise ValueError(f"a teacher may not be named {taken!r}, which means something else; rename it")
-        if all(teacher.adapter == "base" for teacher in self.teachers):
+        odd = next((t.name for t in self.teachers if t.negative is not None and t.guidance is None), None)
+        if odd:
+            raise ValueError(f"teacher {odd!r} has a negative prompt and no guidance; give it guidance, such as 3.5")
+        if all(teacher.adapter == "base" and teacher.guidance is None for teacher in self.teachers):
             raise ValueError("every teacher is the bare base, so there is nothing to merge; give one an adapter")
         for key, weights in {
             "routing.weights": self.routing.weights,
@@ -206,9 +287,15 @@ class Recipe(Part):
             for name in weights:
                 if name not in names:
                     raise ValueError(f"{key} names {name!r}, which is no teacher{nearest(name, names)}")
+        self._learns()
         for key in self.call:
             if key not in CALL_KEYS:
                 raise ValueError(f"unknown key call.{key}{nearest(key, CALL_KEYS)}")
+        if self.family is not None:
+            from .pipelines.families import FAMILIES  # late: it imports torch
+
+            if self.family not in FAMILIES:
+                raise ValueError(f"family is {self.family!r}, which danceopd does not know{nearest(self.family, FAMILIES)}")
         words = ["base", "blend", *names]
         if self.student.init not in words:
             hint = nearest(self.student.init, words)
@@ -217,6 +304,30 @@ class Recipe(Part):
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output {self.output} is a file; name a folder")
         return self
+
+    def _learns(self) -> None:
+        """Refuses what the objective would ignore, or cannot do."""
+        objective, walk = self.objective, self.rollout
+        if walk.noise and walk.solver != "euler":
+            raise ValueError(f"rollout.solver {walk.solver} cannot take random steps; leave it out, or rollout.noise")
+        if objective == "flowopd":
+            if not walk.noise:
+                raise ValueError("objective flowopd learns from random walks; set rollout.noise (its paper: 0.7)")
+            if self.batch % self.flowopd.group:
+                raise ValueError(f"batch {self.batch} is no multiple of flowopd.group, {self.flowopd.group}")
+        if objective in ("diffusionopd", "flowopd") and self.query != Query():
+            raise ValueError(f"objective {objective} asks at every step, so query has no meaning; leave it out")
+        if objective != "flowopd" and self.flowopd != FlowOPD():
+            raise ValueError(f"flowopd is set, and the objective is {objective}; leave it out")
+        if objective != "offpolicy" and self.offpolicy != OffPolicy():
+            raise ValueError(f"offpolicy is set, and the objective is {objective}; leave it out")
+        walks = objective not in ("offpolicy", "supervised")
+        if not walks and self.rollout != Rollout(steps=walk.steps):
+            raise ValueError(f"objective {objective} has no student walk; of rollout, keep steps only")
+        if objective == "supervised" and self.routing.answer == "mean":
+            raise ValueError("objective supervised asks no teacher; leave out routing.answer")
+        if self.routing.per == "turn" and len(set(self.shares().values())) > 1:
+            raise ValueError("routing.per turn gives each teacher equal turns; leave out the weights")
 
     # -- reading --------------------------------------------------------------------------------------
 
@@ -254,6 +365,7 @@ class Recipe(Part):
         """Plain data that makes the same recipe again; shipped checkpoints by name, other paths absolute."""
         data = self.model_dump(mode="json")
         data["base"] = portable(self.base)
+        data["editing_base"] = None if self.editing_base is None else portable(self.editing_base)
         for teacher in data["teachers"]:
             teacher["adapter"] = portable(teacher["adapter"])
         return data

@@ -51,6 +51,13 @@ class RunFolder:
             for leftover in self._checkpoints.glob(".*"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
+    @classmethod
+    def check(cls, output: str | Path, recipe: Recipe) -> None:
+        """Refuses what making the folder would refuse, and makes nothing."""
+        folder = cls.__new__(cls)
+        folder.path, folder.recipe = Path(output), recipe
+        folder._refuse_foreign()
+
     @property
     def _checkpoints(self) -> Path:
         return self.path / "checkpoints"

@@ -35,20 +35,31 @@ def call_defaults(base: str | Path) -> dict[str, Any]:
 
 
 def pictures(
-    pipe: Any, prompt: str, image: Source | None = None, seed: int = 0, count: int = 1, **over: Any
+    pipe: Any,
+    prompt: str,
+    image: Source | None = None,
+    seed: int = 0,
+    count: int = 1,
+    editing_base: str | None = None,
+    **over: Any,
 ) -> list[Image]:
     """`count` pictures of a prompt (an edit of `image` if there is one) from a loaded stock pipeline.
 
-    `over` goes over the base's own settings.
+    `editing_base` has what the base's editing pipeline may lack; `over` goes over the base's own settings.
     """
     import torch
 
-    call = call_defaults(pipe.config.get("_name_or_path") or "") | over
-    if image is not None:
-        from .pipelines.editing import editing_pipe
+    from .pipelines.editing import editing_pipe, generation_pipe
+    from .pipelines.families import family_of
 
-        pipe = editing_pipe(pipe)
+    call = call_defaults(pipe.config.get("_name_or_path") or "") | over
+    family = family_of(pipe)
+    if image is None:
+        pipe = generation_pipe(pipe, family)
+    else:
+        pipe = editing_pipe(pipe, editing_base, family)
         call["image"] = open_image(image)
+    call = family.extra(pipe, call) | call
     drawn = []
     for i in range(count):
         generator = torch.Generator("cpu").manual_seed(seed + i)
@@ -90,7 +101,7 @@ def sample(
     pipe = load_student(student, base=base, device=device)
     pipe.set_progress_bar_config(disable=True)
     written = []
-    for i, picture in enumerate(pictures(pipe, prompt, source, seed, count, **_trained_call(Path(student)))):
+    for i, picture in enumerate(pictures(pipe, prompt, source, seed, count, **_trained(Path(student)))):
         path = _free(folder, prompt, seed + i)
         with disk_faults(path):
             picture.save(path)
@@ -98,11 +109,12 @@ def sample(
     return written
 
 
-def _trained_call(student: Path) -> dict[str, Any]:
-    """What the student's own recipe puts over the base's settings."""
+def _trained(student: Path) -> dict[str, Any]:
+    """The editing base of the student's own recipe, and what that puts over the base's settings."""
     if not (student / "recipe.yaml").is_file():
         return {}
-    call = dict(read_yaml(student / "recipe.yaml", "recipe").get("call") or {})
+    recipe = read_yaml(student / "recipe.yaml", "recipe")
+    call = {"editing_base": recipe.get("editing_base"), **(recipe.get("call") or {})}
     if "steps" in call:
         call["num_inference_steps"] = call.pop("steps")
     return call

@@ -1,6 +1,7 @@
 """The fixed grid of a run: the same prompts, sources and noise at every look, so that eyes can compare.
 
-One row of generation and one of editing for each source of work; drawn by the student as it would be exported.
+One row of generation and one of editing for each source of work, and for each size of picture among its first
+rows; drawn by the student as it would be exported.
 """
 
 from __future__ import annotations
@@ -8,13 +9,12 @@ from __future__ import annotations
 from PIL import Image
 
 from danceopd.backbone import Backbone
-from danceopd.data import edits_from, open_image, prompts_from
+from danceopd.data import Edits, edits_from, open_image, prompts_from
 from danceopd.fields import MergedField
 from danceopd.grid import grid
 from danceopd.lora import Adapter
-from danceopd.pipelines.editing import EditingPipeline
-from danceopd.pipelines.generation import GenerationPipeline
 from danceopd.recipe import Recipe
+from danceopd.work import Encoder
 
 LOOK = "look"  # the adapter on the backbone that the grid is drawn with
 
@@ -22,22 +22,25 @@ LOOK = "look"  # the adapter on the backbone that the grid is drawn with
 class SampleGrid:
     """Conditions and noise of the grid, recorded once; `draw` costs one rollout for each capability."""
 
-    def __init__(self, recipe: Recipe, draw: dict[str, GenerationPipeline], backbone: Backbone) -> None:
+    def __init__(self, recipe: Recipe, encoder: Encoder, backbone: Backbone) -> None:
         self.backbone, self.count = backbone, recipe.samples.count
         self.parts = []
         for capability in dict.fromkeys(t.capability for t in recipe.teachers):
-            drawer = draw[capability]
             spec = next(recipe.work(t) for t in recipe.teachers if t.capability == capability)
-            sources: list[Image.Image] = []
-            if isinstance(drawer, EditingPipeline):
-                pairs = edits_from(spec, self.count, recipe.seed + 1)[: self.count]
-                words, sources = [w for w, _ in pairs], [open_image(image) for _, image in pairs]
-                condition = drawer.conditions(words, sources)
-            else:
-                words = prompts_from(spec, self.count, recipe.seed + 1)[: self.count]
-                condition = drawer.conditions(words)
-            noise = drawer.noise(list(range(len(words)))).to(backbone.transformer.device)
-            self.parts.append((drawer, condition.to(noise.device), noise, words, sources))
+            read = edits_from if capability == "editing" else prompts_from
+            data = read(spec, self.count, recipe.seed + 1, check=False)
+            first = range(min(self.count, len(data)))
+            steps = encoder.draw[capability].call["num_inference_steps"]
+            questions = encoder.questions(capability, data, first, steps)
+            for layout in dict.fromkeys(map(questions.layout, first)):
+                rows = [row for row in first if questions.layout(row) == layout]
+                drawer = encoder.sized(capability, questions.size(rows[0]))
+                noise = drawer.noise(rows).to(backbone.transformer.device)
+                found = [data[row] for row in rows]
+                words, sources = found, list[Image.Image]()
+                if isinstance(data, Edits):
+                    words, sources = [w for w, _ in found], [open_image(image) for _, image in found]
+                self.parts.append((drawer, questions.rows(rows).to(noise.device), noise, words, sources))
 
     def draw(self, student: Adapter) -> Image.Image:
         """The grid as ``student`` draws it: a picture for each prompt, source and result for each edit."""

@@ -32,7 +32,7 @@ from danceopd.pipelines.families import FAMILIES
 from danceopd.pipelines.record import Condition
 from danceopd.shipped import portable, resolve
 
-__all__ = ["ExportError", "Probe", "base_fingerprint", "export", "fuse", "fuse_in_place", "load_student"]
+__all__ = ["ExportError", "Probe", "base_fingerprint", "checked", "export", "fuse", "fuse_in_place", "load_student"]
 
 NAME = "student"  # of the adapter inside the pipeline
 
@@ -81,14 +81,14 @@ def load_student(
     if (folder / "model_index.json").is_file():
         pipe = load_base(folder, dtype)
     else:
-        header, where = _checked(folder, base)
+        header, where = checked(folder, base)
         adapter = read_adapter(header.file, empty_transformer(where))
         pipe = load_base(where, dtype)
         _load_lora(pipe, header.file if header.record else adapter, adapter)
     return pipe if device is None else pipe.to(device)
 
 
-def _checked(folder: Path, base: str | os.PathLike | None) -> tuple[Header, Path]:
+def checked(folder: Path, base: str | os.PathLike | None) -> tuple[Header, Path]:
     """The student's header and its base's folder; UserError when they do not belong together."""
     header = inspect_adapter(folder)
     where = base_folder(os.fspath(base) if base is not None else _base_of(folder, header))
@@ -251,7 +251,7 @@ def fuse(
         raise UserError(f"output {output} exists and is not an empty folder; name another one")
     if (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is a whole pipeline already; copy it, or give a student's LoRA folder")
-    header, where = _checked(folder, base)
+    header, where = checked(folder, base)
     pipe = load_student(folder, base=where, dtype=dtype or stored_dtype(where))
     adapter = read_adapter(header.file, pipe.transformer)
     weights = {name: pipe.transformer.get_submodule(name).weight for name in adapter.tensors}

@@ -5,7 +5,7 @@ prompt encoding, image encoding and packing are never written twice. `Generation
 `EditingPipeline` batch that; what differs between model families is one small `Family` in `FAMILIES`.
 """
 
-from .editing import EditingPipeline, check_image, editing_pipe
+from .editing import EditingPipeline, check_image, editing_pipe, generation_pipe
 from .families import FAMILIES, family_of
 from .family import Family
 from .generation import DenoisingState, GenerationPipeline, check_prompts
@@ -22,6 +22,7 @@ __all__ = [
     "check_prompts",
     "editing_pipe",
     "family_of",
+    "generation_pipe",
     "record",
     "stack",
 ]

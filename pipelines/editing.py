@@ -7,6 +7,8 @@ its own source image, and the rows are stacked; the rest is `GenerationPipeline`
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +16,22 @@ from PIL.Image import Image
 
 from danceopd.errors import UserError
 
-from .families import family_of
+from .families import class_name, family_of
 from .family import Family
 from .generation import GenerationPipeline, check_prompts
 from .record import Condition, record, stack
 
 
 class EditingPipeline(GenerationPipeline):
-    """A stock editing pipeline as conditions, schedule, noise and pictures; same `call` as for generation."""
+    """A stock editing pipeline as conditions, schedule, noise and pictures; same `call` as for generation.
+
+    Source images keep their shape wherever the stock pipeline lets them. One EditingPipeline serves one picture
+    size: for aspect-ratio buckets make one for each `family.size_of(pipe, image, call)`; its conditions stack.
+    """
+
+    def __init__(self, pipe: Any, family: Family, call: dict[str, Any], chunk: int = 64) -> None:
+        super().__init__(pipe, family, call, chunk)
+        self._plain = generation_pipe(pipe, family)  # noise and schedule are the same, and need no source image
 
     @torch.no_grad()
     def conditions(self, prompts: list[str], images: list[Image]) -> Condition:  # type: ignore[override]
@@ -48,15 +58,80 @@ class EditingPipeline(GenerationPipeline):
         return stack(rows)
 
 
-def editing_pipe(pipe: Any) -> Any:
-    """The family's stock editing pipeline on the same weights; for one class that does both, `pipe` itself."""
+def editing_pipe(pipe: Any, components: str | Path | None = None, family: Family | None = None) -> Any:
+    """The family's stock editing pipeline over the same modules; a pipe that edits already is returned as it is.
+
+    `components` is a pipeline's folder (or name on the hub): what the editing class needs and `pipe` lacks, such as
+    an image processor, is read from there, and where the family has several editing classes its own is taken.
+    UserError when the family cannot edit, or a component is missing.
+    """
+    family = family or family_of(pipe)
+    if family.editing is None:
+        raise UserError(f"{family.name} has no editing pipeline in diffusers; give it generation teachers only")
+    editing = (family.editing, *family.other_editing)
+    if type(pipe).__name__ in editing:
+        return family.ready(pipe)
+    name = family.editing
+    if components is not None:
+        said = class_name(components)
+        if said not in family.classes:
+            raise UserError(f"{components} is a {said}; give {family.name} the folder of a {' or '.join(editing)}")
+        name = said if said in editing else name
+    return family.ready(_over(pipe, name, components, family.optional))
+
+
+def generation_pipe(pipe: Any, family: Family | None = None) -> Any:
+    """The family's stock generation pipeline over the same modules; also for a base saved as an editing pipeline."""
+    family = family or family_of(pipe)
+    draws = type(pipe).__name__ == family.generation or family.draws(pipe)
+    return pipe if draws else _over(pipe, family.generation)
+
+
+def _over(pipe: Any, name: str, components: str | Path | None = None, optional: tuple[str, ...] = ()) -> Any:
+    """The diffusers pipeline class `name` over the very modules of `pipe`; `optional` ones may be missing.
+
+    Not `from_pipe`, which casts every shared module to one dtype: bf16 weights and fp32 adapters would change.
+    """
     import diffusers
 
-    family = family_of(pipe)
-    name = family.editing
-    if name is None:
-        raise UserError(f"{family.name} has no editing pipeline in diffusers; give it generation teachers only")
-    return pipe if type(pipe).__name__ == name else getattr(diffusers, name).from_pipe(pipe)
+    kind = getattr(diffusers, name)
+    needed, settings = kind._get_signature_keys(kind)
+    parts = {key: value for key, value in pipe.components.items() if key in needed}
+    required = {
+        key
+        for key, parameter in inspect.signature(kind.__init__).parameters.items()
+        if key in needed and parameter.default is parameter.empty
+    }
+    missing = sorted(required - parts.keys())
+    if missing and components is not None:
+        parts.update(_components(components, missing, pipe.transformer))
+        missing = sorted(required - parts.keys())
+    parts.update({key: None for key in missing if key in optional})
+    missing = [key for key in missing if key not in optional]
+    if missing:
+        raise UserError(
+            f"{type(pipe).__name__} has no {', '.join(missing)}, which {name} needs to edit; set editing_base to "
+            f"the folder or the hub name of a {name} that has it"
+        )
+    made = kind(**parts, **{key: pipe.config[key] for key in settings if key in pipe.config})
+    made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    return made
+
+
+def _components(place: str | Path, names: list[str], like: torch.nn.Module) -> dict[str, Any]:
+    """Those of `names` that the pipeline at `place` has; nothing else of it is read."""
+    from diffusers import DiffusionPipeline
+
+    weights = next(like.parameters())
+    try:
+        index = DiffusionPipeline.load_config(str(place))
+        others = {k: None for k, v in index.items() if isinstance(v, list) and k not in names}
+        held = DiffusionPipeline.from_pretrained(place, dtype=weights.dtype, **others).components
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{', '.join(names)} of {place} does not load ({reason}); fetch it again") from error
+    found = {name: held[name] for name in names if held.get(name) is not None}
+    return {k: v.to(weights.device).eval() if isinstance(v, torch.nn.Module) else v for k, v in found.items()}
 
 
 def check_image(image: Image, family: Family, name: str = "the source image") -> None:

@@ -10,31 +10,44 @@ from typing import Any
 from danceopd.errors import UserError
 
 from .family import Family
-from .flux2 import FLUX2_KLEIN
+from .flux1 import FLUX1
+from .flux2 import FLUX2_DEV, FLUX2_KLEIN
+from .qwen import QWEN_IMAGE
+from .sd3 import SD3
+from .zimage import Z_IMAGE
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX2_KLEIN,)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (FLUX2_KLEIN, FLUX2_DEV, FLUX1, QWEN_IMAGE, Z_IMAGE, SD3)
+}
 
 
-def family_of(pipe_or_folder: Any) -> Family:
+def family_of(pipe_or_folder: Any, name: str | None = None) -> Family:
     """The family of a loaded pipeline, of a pipeline folder, or of a model on the hub.
 
-    Read from the class name, or from `model_index.json`; no weights are loaded. UserError when there is no
-    such file or when no family knows the class.
+    Read from the class name, or from `model_index.json`; no weights are loaded. `name`, a key of `FAMILIES`, goes
+    before all that. UserError when there is no such file, or no family of that name or class.
     """
+    if name is not None:
+        if name not in FAMILIES:
+            near = difflib.get_close_matches(name, FAMILIES, 1)
+            hint = f"did you mean {near[0]}" if near else f"use one of {', '.join(sorted(FAMILIES))}"
+            raise UserError(f"there is no model family {name!r}; {hint}")
+        return FAMILIES[name]
     if isinstance(pipe_or_folder, str | Path):
-        name, where = _class_name(pipe_or_folder), str(pipe_or_folder)
+        known_as, where = class_name(pipe_or_folder), str(pipe_or_folder)
     else:
-        name = where = type(pipe_or_folder).__name__
+        known_as = where = type(pipe_or_folder).__name__
     for family in FAMILIES.values():
-        if name in (family.generation, family.editing):
+        if known_as in family.classes:
             return family
-    known = sorted({c for family in FAMILIES.values() for c in (family.generation, family.editing) if c})
-    near = difflib.get_close_matches(name, known, 1)
+    known = sorted({c for family in FAMILIES.values() for c in family.classes})
+    near = difflib.get_close_matches(known_as, known, 1)
     hint = f"did you mean a {near[0]}" if near else f"use one of {', '.join(known)}"
-    raise UserError(f"{where} is a {name}, which danceopd does not know; {hint}")
+    raise UserError(f"{where} is a {known_as}, which danceopd does not know; {hint}")
 
 
-def _class_name(folder: str | Path) -> str:
+def class_name(folder: str | Path) -> str:
+    """The pipeline class that a folder, or a model on the hub, says it is; UserError when it says none."""
     index = Path(folder) / "model_index.json"
     try:
         if index.parent.exists():

@@ -7,6 +7,8 @@ become pictures. Everything else in the package is family-free; the stock pipeli
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,38 @@ def classifier_free(v: Tensor, v_null: Tensor, scale: float) -> Tensor:
     return v_null + scale * (v - v_null)
 
 
+def itself(pipe: Any) -> Any:
+    """The stock editing class can edit as it is made."""
+    return pipe
+
+
+def never(pipe: Any) -> bool:
+    """The family's editing classes draw nothing that its generation class does not draw."""
+    return False
+
+
+def stock_limit(pipe: Any, call: dict[str, Any]) -> int:
+    """`max_sequence_length`: the call's, else the stock pipeline's own."""
+    stock = inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
+    return call.get("max_sequence_length") or stock
+
+
+def no_extra(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
+    """The stock call needs nothing besides the recipe's settings."""
+    return {}
+
+
+def own_shape(pipe: Any, image: Image, call: dict[str, Any]) -> tuple[int, int]:
+    """The source's own (height, width), brought down to the area of the call's, floored to whole tokens."""
+    width, height = image.size
+    area = call.get("height", 1024) * call.get("width", 1024)
+    if width * height > area:
+        scale = math.sqrt(area / (width * height))
+        width, height = int(width * scale), int(height * scale)
+    side = 2 * pipe.vae_scale_factor
+    return max(side, height // side * side), max(side, width // side * side)
+
+
 def one_by_one(pipe: Any, prompts: list[str], images: Sequence[Image] | None, **call: Any) -> list[dict[str, Any]]:
     """The pipeline encodes each prompt itself, when its row is recorded."""
     return [{"prompt": prompt} for prompt in prompts]
@@ -31,7 +65,11 @@ def one_by_one(pipe: Any, prompts: list[str], images: Sequence[Image] | None, **
 
 @dataclass(frozen=True)
 class Family:
-    """What danceopd must know about one model family. `pipe` is always the stock diffusers pipeline."""
+    """What danceopd must know about one model family. `pipe` is always the stock diffusers pipeline.
+
+    `call` in a signature is what `GenerationPipeline` was given: height, width, num_inference_steps, and any of
+    the settings that the field `call` names.
+    """
 
     name: str
     generation: str  # diffusers class that draws from a prompt
@@ -45,8 +83,28 @@ class Family:
     decode: Callable[[Any, Tensor, int, int], list[Image]]  # (pipe, x, height, width) -> pictures
     prompt_kwargs: tuple[str, ...]  # what of a Condition holds the prompt (guidance replaces these)
     prompt_lengths: Callable[[Any, list[str]], list[int]]  # (pipe, prompts) -> tokens each, untruncated
+    prompt_limit: Callable[[Any, dict[str, Any]], int] = stock_limit  # (pipe, call) -> tokens before a prompt is cut
     encode: Callable[..., list[dict[str, Any]]] = one_by_one  # (pipe, prompts, images, **call) -> a row's call kwargs
     guided: Callable[[float], dict[str, Any]] | None = None  # scale -> call kwargs of stock guidance; None: it has none
     guide: Callable[[Tensor, Tensor, float], Tensor] = classifier_free  # (v, v_null, scale) -> the guided velocity
+    other_editing: tuple[str, ...] = ()  # further editing classes on the same transformer
+    optional: tuple[str, ...] = ()  # components that the editing class asks for and `ready` can do without
+    ready: Callable[[Any], Any] = itself  # (editing pipe) -> one that can edit; the pipe given is left as it is
+    draws: Callable[[Any], bool] = never  # (editing pipe) -> its model draws through the editing class, too
+    extra: Callable[[Any, dict[str, Any]], dict[str, Any]] = no_extra  # (pipe, call) -> more kwargs of the stock call
+    size_of: Callable[[Any, Image, dict[str, Any]], tuple[int, int]] = own_shape  # see own_shape
     smallest_source: int = 64  # pixels a side
     call: tuple[str, ...] = ("max_sequence_length",)  # settings of the stock call a recipe may give besides the size
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Every stock pipeline class of the family, the generation one first."""
+        return tuple(dict.fromkeys(c for c in (self.generation, self.editing, *self.other_editing) if c))
+
+    def stock_call(self) -> dict[str, Any]:
+        """Size, steps and settings of a picture when the generation class is called with a prompt alone."""
+        import diffusers
+
+        said = inspect.signature(getattr(diffusers, self.generation).__call__).parameters
+        settings = {key: said[key].default for key in ("num_inference_steps", *self.call) if key in said}
+        return {"height": 1024, "width": 1024, **settings}

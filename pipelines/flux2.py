@@ -1,7 +1,13 @@
-"""FLUX.2 klein: one pipeline class for both tasks; packed tokens; source tokens follow the latents."""
+"""FLUX.2: packed tokens, source tokens follow the latents; each class does both tasks.
+
+klein (4B and 9B, base and distilled) reads prompts with Qwen3 and is guided by two calls, the distilled ones not at
+all; dev reads them with Mistral and takes guidance as a number (`guidance_scale`, 4 unless the recipe says otherwise).
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,27 +30,34 @@ def _klein_lengths(pipe: Any, prompts: list[str]) -> list[int]:
     return [len(ids) for ids in pipe.tokenizer(texts)["input_ids"]]
 
 
-def _klein_encode(pipe: Any, prompts: list[str], images: Any = None, **call: Any) -> list[dict[str, Any]]:
+def _dev_lengths(pipe: Any, prompts: list[str]) -> list[int]:
+    from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+    chats = format_input(prompts, system_message=pipe.system_message)
+    return [len(ids) for ids in pipe.tokenizer.apply_chat_template(chats, tokenize=True, return_dict=True)["input_ids"]]
+
+
+def _encode(pipe: Any, prompts: list[str], images: Any = None, **call: Any) -> list[dict[str, Any]]:
     keys = ("max_sequence_length", "text_encoder_out_layers")
     embeds = pipe.encode_prompt(prompts, **{k: call[k] for k in keys if k in call})[0]
     return [{"prompt_embeds": row} for row in embeds.split(1)]
 
 
-def _klein_blank(pipe: Any, rows: int, **call: Any) -> dict[str, Any]:
+def _blank(pipe: Any, rows: int, **call: Any) -> dict[str, Any]:
     like = pipe.transformer if pipe.text_encoder is None else pipe.text_encoder
     size = (rows, 1, pipe.transformer.config.joint_attention_dim)
     return {"prompt_embeds": torch.zeros(size, device=pipe._execution_device, dtype=like.dtype)}
 
 
-def _klein_split(call: dict[str, Any]) -> tuple[Tensor, Condition]:
+def _split(family: str, call: dict[str, Any]) -> tuple[Tensor, Condition]:
     tokens, n = call["hidden_states"], int((call["img_ids"][0, :, 0] == 0).sum())  # T = 0 marks the target
     dropped = ("hidden_states", "timestep", "return_dict", "joint_attention_kwargs")
     rest = {key: value for key, value in call.items() if key not in dropped}
     context = tokens[:, n:].clone() if tokens.shape[1] > n else None
-    return tokens[:, :n], Condition("flux2-klein", tuple(tokens[:, :n].shape[1:]), rest, context)
+    return tokens[:, :n], Condition(family, tuple(tokens[:, :n].shape[1:]), rest, context)
 
 
-def _klein_velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+def _velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
     dtype = transformer.x_embedder.weight.dtype
     tokens = x if condition.context is None else torch.cat([x, condition.context.to(x.dtype)], dim=1)
     time = (sigma * 1000).to(condition.kwargs["encoder_hidden_states"].dtype) / 1000  # type: ignore[union-attr]
@@ -52,7 +65,7 @@ def _klein_velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condi
     return out[:, : x.shape[1]].float()
 
 
-def _klein_decode(pipe: Any, x: Tensor, height: int, width: int) -> list[Image]:
+def _decode(pipe: Any, x: Tensor, height: int, width: int) -> list[Image]:
     side = 2 * pipe.vae_scale_factor
     grid = x.to(pipe.vae.dtype).transpose(1, 2).unflatten(2, (height // side, width // side))
     mean, var = (s.view(1, -1, 1, 1).to(grid) for s in (pipe.vae.bn.running_mean, pipe.vae.bn.running_var))
@@ -73,9 +86,22 @@ FLUX2_KLEIN = Family(
     text_components=("text_encoder",),
     smallest_source=64,
     prompt_lengths=_klein_lengths,
-    encode=_klein_encode,
-    blank=_klein_blank,
-    split=_klein_split,
-    velocity=_klein_velocity,
-    decode=_klein_decode,
+    encode=_encode,
+    blank=_blank,
+    split=partial(_split, "flux2-klein"),
+    velocity=_velocity,
+    decode=_decode,
+)
+
+
+FLUX2_DEV = replace(
+    FLUX2_KLEIN,
+    name="flux2-dev",
+    generation="Flux2Pipeline",
+    editing="Flux2Pipeline",
+    unguided={},
+    guided=None,
+    call=("max_sequence_length", "guidance_scale"),
+    prompt_lengths=_dev_lengths,
+    split=partial(_split, "flux2-dev"),
 )

@@ -48,6 +48,7 @@ class GenerationPipeline:
             if not isinstance(call.get(key), int) or call[key] < 1:
                 raise UserError(f"{key} is {call.get(key)!r} in the pipeline's call; give a whole number, 1 or more")
         self.pipe, self.family, self.chunk = pipe, family, chunk
+        self._plain = pipe  # what noise and schedule are read from
         self.height, self.width = call["height"], call["width"]
         self.call = {"num_inference_steps": call.pop("steps"), **call}
         self._sigmas: Tensor | None = None
@@ -62,13 +63,14 @@ class GenerationPipeline:
     def sigmas(self) -> Tensor:
         """The stock pipeline's schedule for this size and these steps: `(N+1,)` fp32, falling, last 0."""
         if self._sigmas is None:
-            self._sigmas = first_call(self.pipe, self.family, **self._blank(1))[1]
+            self._sigmas = first_call(self._plain, self.family, **self._blank(1))[1]
         return self._sigmas.clone()
 
     def noise(self, seeds: list[int]) -> Tensor:
         """`(B, *shape)` fp32: row i is what the stock pipeline draws with `Generator().manual_seed(seeds[i])`."""
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        call, _ = first_call(self.pipe, self.family, generator=generators, **self._blank(len(seeds)))
+        blank = self._blank(len(seeds))  # fp32: the stock states are not rounded to the transformer's dtype
+        call, _ = first_call(self._plain, self.family, torch.float32, generator=generators, **blank)
         return self.family.split(call)[0].float().clone()
 
     @torch.no_grad()
@@ -96,7 +98,7 @@ class GenerationPipeline:
         return [image for part in parts for image in part]
 
     def _blank(self, rows: int) -> dict[str, Any]:
-        return {**self.call, **self.family.blank(self.pipe, rows, **self.call)}
+        return {**self.call, **self.family.blank(self._plain, rows, **self.call)}
 
 
 def check_prompts(pipe: Any, family: Family, prompts: list[str], call: dict[str, Any]) -> None:
@@ -106,7 +108,7 @@ def check_prompts(pipe: Any, family: Family, prompts: list[str], call: dict[str,
     for number, prompt in enumerate(prompts, start=1):
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"prompt {number} of {len(prompts)} is empty; write what the picture should show")
-    limit = call.get("max_sequence_length") or pipe.tokenizer_max_length
+    limit = family.prompt_limit(pipe, call)
     for number, length in enumerate(family.prompt_lengths(pipe, prompts), start=1):
         if length > limit:
             raise UserError(

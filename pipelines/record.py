@@ -176,11 +176,14 @@ class _Recorded(Exception):
     """Ends a pipeline's run at its first transformer call."""
 
 
-def first_call(pipe: Any, family: Family, **call: Any) -> tuple[dict[str, Any], Tensor]:
+def first_call(
+    pipe: Any, family: Family, dtype: torch.dtype | None = None, **call: Any
+) -> tuple[dict[str, Any], Tensor]:
     """The kwargs of the stock pipeline's first transformer call, and its sigmas `(N+1,)` fp32, last 0.
 
     `call` are the pipeline's own arguments; guidance is switched off. Without a `generator` the noise comes
-    from a private one, so the global random state is left alone.
+    from a private one, so the global random state is left alone. Pipelines may round what they hand to the
+    transformer to its dtype; `dtype` goes before that.
     """
     caught: dict[str, Any] = {}
 
@@ -190,10 +193,11 @@ def first_call(pipe: Any, family: Family, **call: Any) -> tuple[dict[str, Any], 
         raise _Recorded
 
     call.setdefault("generator", torch.Generator().manual_seed(0))
-    double = _double(pipe, family.text_components if call.get("prompt") is None else ())
+    double = _double(pipe, family.text_components if call.get("prompt") is None else (), dtype)
     hook = double.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    lists = {key: list(value) for key, value in call.items() if isinstance(value, list)}  # pipelines write into them
     try:
-        double(**{**call, **family.unguided})
+        double(**{**family.extra(pipe, call), **call, **lists, **family.unguided})
     except _Recorded:
         return caught, double.scheduler.sigmas.detach().to("cpu", torch.float32, copy=True)
     finally:
@@ -202,7 +206,7 @@ def first_call(pipe: Any, family: Family, **call: Any) -> tuple[dict[str, Any], 
     raise RuntimeError(f"{type(pipe).__name__} returned without calling its transformer")
 
 
-def _double(pipe: Any, without: Sequence[str]) -> Any:
+def _double(pipe: Any, without: Sequence[str], dtype: torch.dtype | None) -> Any:
     """The pipeline with its own scheduler, its own settings, and a transformer that holds no blocks.
 
     The same classes and configurations, and the same other components. So an interrupted run leaves no trace
@@ -212,7 +216,7 @@ def _double(pipe: Any, without: Sequence[str]) -> Any:
     hollow, like = copy.copy(transformer), next(transformer.parameters())
     hollow._modules, hollow._buffers, hollow._forward_pre_hooks = {}, {}, OrderedDict()
     hollow._forward_pre_hooks_with_kwargs = OrderedDict()
-    hollow._parameters = {"like": torch.nn.Parameter(like.new_empty(0), requires_grad=False)}
+    hollow._parameters = {"like": torch.nn.Parameter(like.new_empty(0, dtype=dtype), requires_grad=False)}
     changed = {"transformer": hollow, "scheduler": copy.copy(pipe.scheduler), **dict.fromkeys(without)}
     double.__dict__.update(changed, _progress_bar_config={"disable": True})
     return double

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "DANCEOPD_CACHE" not in os.environ:  # nothing of a test outlives it, nor reaches another session's
+    os.environ["DANCEOPD_CACHE"] = tempfile.mkdtemp(prefix="danceopd-cache-")
+    atexit.register(shutil.rmtree, os.environ["DANCEOPD_CACHE"], ignore_errors=True)
 
 import pytest
 

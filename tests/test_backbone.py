@@ -9,7 +9,7 @@ from tiny import CALL, random_adapter, random_image, tiny_klein
 
 from danceopd.backbone import Backbone
 from danceopd.errors import UserError
-from danceopd.fields import AdapterField, BaseField, MergedField
+from danceopd.fields import AdapterField, BaseField, MergedField, answers
 from danceopd.lora import Adapter
 from danceopd.pipelines import EditingPipeline, family_of
 
@@ -226,6 +226,82 @@ def test_init_outside_the_targets_is_kept(scene):
     assert {"proj_out", "x_embedder"} <= set(backbone.adapter("student").tensors)
     close = AdapterField(backbone, "student")(*scene) - AdapterField(backbone, "init")(*scene)
     assert close.abs().max() < 1e-5
+
+
+NAMES = ["edit", None, "student"]
+
+
+def test_rows_of_one_batch_act_under_their_own_adapters(backbone, scene):
+    """One forward of the transformer, equal to each row's own; nesting, errors and the rest of the state restore."""
+    student_of(backbone)
+    alone = [AdapterField(backbone, name)(*scene)[i : i + 1] for i, name in enumerate(NAMES)]
+    forwards = []
+    hook = backbone.transformer.register_forward_pre_hook(lambda *a: forwards.append(1))
+    with torch.no_grad():
+        mixed = backbone.velocity(*scene, NAMES)
+        assert len(forwards) == 1
+        with backbone.acting_as("draw"):
+            assert torch.equal(backbone.velocity(*scene, NAMES), mixed)
+            draw = backbone.velocity(*scene)
+        with backbone.merged("draw"):
+            assert torch.equal(backbone.velocity(*scene, NAMES), mixed)
+        same = backbone.velocity(*scene, ["edit"] * 3)
+    hook.remove()
+    assert (mixed - torch.cat(alone)).abs().max() <= 1e-6
+    assert torch.equal(draw, AdapterField(backbone, "draw")(*scene))
+    assert torch.equal(same, AdapterField(backbone, "edit")(*scene))
+    routed = answers([AdapterField(backbone, n) for n in NAMES], [2, 0, 1], *scene)
+    with torch.no_grad():
+        assert torch.equal(routed, backbone.velocity(*scene, ["student", "edit", None]))
+    assert not backbone._mixing and torch.equal(backbone.velocity(*scene), BaseField(backbone)(*scene))
+    with pytest.raises(ValueError, match="2 adapter names for 3 rows"):
+        backbone.velocity(*scene, ["edit", None])
+    with pytest.raises(KeyError, match="nobody"):
+        backbone.velocity(*scene, ["edit", None, "nobody"])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_mixed_rows_teach_the_student_by_its_own_rows_only(backbone, scene, recompute):
+    """Both hazards in a mixed batch: a teacher call in between, and a recompute under somebody else."""
+    parameters = student_of(backbone)
+    x, sigma, condition = scene
+    with backbone.acting_as("student"):
+        own = backbone.velocity(x[2:], sigma[2:], condition.rows([2])).square().sum()
+    expected = torch.autograd.grad(own, parameters)
+    backbone.checkpoint_gradients(recompute)
+    mixed = backbone.velocity(*scene, NAMES).square().flatten(1).sum(1)
+    with torch.no_grad():
+        backbone.velocity(*scene, ["draw", "student", "edit"])
+    with backbone.acting_as("edit"):  # the recompute must not run under this
+        found = torch.autograd.grad(mixed.sum(), parameters)
+    for a, b in zip(expected, found, strict=True):
+        assert a.abs().max() > 0 and (a - b).abs().max() <= 1e-4 * a.abs().max()
+    trainable = [p for p in backbone.transformer.parameters() if p.requires_grad]
+    assert {id(p) for p in trainable} == {id(p) for p in parameters}
+
+
+def test_a_layer_without_rows_falls_back_to_one_forward_each(backbone, scene):
+    """Some transformers flatten their tokens before an embedder: the rows cannot be told apart there."""
+    layer = backbone.transformer.context_embedder
+
+    class Flat(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = layer
+
+        def forward(self, x):
+            return self.inner(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    backbone.transformer.context_embedder = Flat()
+    backbone.add_adapter("flat", random_adapter(backbone.transformer, seed=4, targets=r"context_embedder.inner"))
+    names = ["flat", "edit", None]
+    with torch.no_grad():
+        for _ in range(2):  # the second time it is known
+            mixed = backbone.velocity(*scene, names)
+            for i, name in enumerate(names):
+                alone = AdapterField(backbone, name)(*scene)[i : i + 1]
+                assert (mixed[i : i + 1] - alone).abs().max() <= 2e-6
+    assert backbone._rowless == {"context_embedder.inner"}
 
 
 def test_adapter_round_trip_and_assign(backbone, scene):

@@ -175,6 +175,21 @@ def test_the_same_weights_are_drawn_once(models: Path, tmp_path: Path) -> None:
     )
 
 
+def test_blends_by_method_and_by_the_teachers_names(models: Path) -> None:
+    """Each method makes its own blend, with the weights that each teacher was given."""
+    from danceopd.bench.models import line_up
+    from danceopd.blend import blend
+
+    shares = {"editing": 0.9, "generation": 0.7}
+    found = line_up(models / "student", ["blend"], shares, blend_methods=["linear", "ties"])
+    assert [m.label for m in found.models[:-1]] == ["blend 0.7/0.9", "ties 0.7/0.9"]
+    parts = [m.adapter for m in line_up(models / "student", ["teachers"]).models[:-1]]
+    held = [(part, w) for part, w in zip(parts, (0.7, 0.9)) if part is not None]
+    for model, method in zip(found.models, ("linear", "ties")):
+        assert model.sha256 == blend([p for p, _ in held], [w for _, w in held], method=method).sha256
+    assert found.models[0].sha256 != found.models[1].sha256
+
+
 def test_blends_are_tried_and_the_best_one_stands_in_the_table(models: Path, tmp_path: Path) -> None:
     found = bench(models / "student", "dots", ["teachers"], tmp_path / "out", limit=2, blend_weights=(0.3, 1.0))
     grid = found.scores["blend_grid"]
@@ -218,6 +233,9 @@ def test_the_real_suite_runs_end_to_end(models: Path, tmp_path: Path) -> None:
         ({"against": ["edting"]}, "did you mean 'editing'"),
         ({"against": ["./nowhere"]}, "neither a model nor an existing path"),
         ({"against": ["blend:a"]}, "blend:0.50/0.50"),
+        ({"blend_methods": ["tie"]}, "no blend method 'tie'; did you mean 'ties'"),
+        ({"blend_weights": {"generation": 1.0}}, "leave out editing"),
+        ({"blend_weights": {"generation": 1.0, "edting": 1.0}}, "'edting', which is no teacher; did you mean 'editing'"),
         ({"limit": 0}, "limit is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"batch": 0}, "batch is 0"),

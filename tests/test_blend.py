@@ -1,11 +1,17 @@
-"""Blending adapters against dense deltas."""
+"""Blending adapters against dense deltas; the command; and a blend as a student's start."""
+
+from typing import get_args
 
 import pytest
 import torch
+from tiny import random_adapter, tiny_klein
 
-from danceopd.blend import blend, residual, truncate
+from danceopd.base_model import base_fingerprint
+from danceopd.blend import METHODS, blend, blended, residual, truncate, truncate_dense
 from danceopd.errors import UserError
-from danceopd.lora import Adapter
+from danceopd.lora import Adapter, inspect_adapter, read_adapter, write_adapter
+from danceopd.recipe import BlendMethod, Student
+from danceopd.warm_start import warm_start
 
 
 def adapter(seed: int, rank: int, modules=("x", "y"), into=12, out=20) -> Adapter:
@@ -88,10 +94,13 @@ def test_no_large_matrix_is_formed():
         (lambda: blend([adapter(1, 2)], [float("nan")]), "not finite"),
         (lambda: blend([adapter(1, 2)], [0.0]), "all zero"),
         (lambda: blend([adapter(1, 2)], [1.0], rank=0), "rank 0"),
-        (
-            lambda: blend([adapter(1, 2)], [1.0], method="ties"),
-            "no blend method 'ties'; choose one of linear",
-        ),
+        (lambda: blend([adapter(1, 2)], [1.0], method="tie"), "no blend method 'tie'; did you mean 'ties'"),
+        (lambda: blend([adapter(1, 2)], [1.0], density=0.5), "linear keeps every entry"),
+        (lambda: blend([adapter(1, 2)], [1.0], method="ties", density=0.0), "density 0 is no share"),
+        (lambda: blend([adapter(1, 2)], [1.0], method="sce", density=1.5), "density 1.5 is no share"),
+        (lambda: blend([adapter(1, 2)], [1.0], scale=0.0), "scale 0"),
+        (lambda: blend([adapter(1, 2)], [1.0], method="slerp"), "slerp blends 2 adapters and here are 1"),
+        (lambda: blend([adapter(1, 2)] * 2, [1.0, -1.0], method="slerp"), "two weights of 0 or more"),
         (
             lambda: blend([adapter(1, 2), adapter(1, 2, into=13)], [1.0, 1.0]),
             "different bases: x maps 12 to 20, 13 to 20",
@@ -107,3 +116,252 @@ def test_nothing_to_lose_is_an_error():
     empty = Adapter({"x": (torch.zeros(1, 2), torch.zeros(2, 1))})
     with pytest.raises(ValueError, match="changes nothing"):
         residual(empty, empty)
+
+
+# The methods, against their papers' formulas on dense matrices
+
+
+def dense(*adapters: Adapter, name: str = "x") -> list[torch.Tensor]:
+    return [one.delta(name) for one in adapters]
+
+
+def whole(method: str, *adapters: Adapter, weights=None, **how) -> torch.Tensor:
+    """The blend of module x at full rank, where nothing is lost to the SVD."""
+    found = blended(adapters, weights, rank=12, method=method, **how)
+    assert found.residual < 1e-5
+    return found.adapter.delta("x")
+
+
+def top(delta: torch.Tensor, count: int) -> torch.Tensor:
+    """The paper's trim, by sorting."""
+    order = delta.abs().flatten().argsort(descending=True)[:count]
+    kept = torch.zeros(delta.numel())
+    kept[order] = 1
+    return delta * kept.view_as(delta)
+
+
+def test_every_method_has_a_default_of_each_setting():
+    parts = [adapter(1, 2), adapter(2, 3)]
+    for name in METHODS:
+        found = blended(parts, method=name)
+        assert set(found.adapter.ranks.values()) == {5}, name  # the summed rank
+        assert found.residuals.keys() == {"x", "y"} and 0 <= found.residual < 1, name
+        exact = METHODS[name].coefficients is not None
+        assert (found.residual == 0) == exact, name
+
+
+def test_linear_averages_and_task_arithmetic_adds():
+    one, two = adapter(1, 2), adapter(2, 3)
+    a, b = dense(one, two)
+    close(whole("linear", one, two), (a + b) / 2)
+    close(whole("task-arithmetic", one, two), a + b)
+    close(whole("task-arithmetic", one, two, scale=0.4), 0.4 * (a + b))
+
+
+def test_slerp_follows_the_arc():
+    one, two = adapter(1, 2), adapter(2, 3)
+    a, b = dense(one, two)
+    omega = torch.arccos((a * b).sum().double() / (a.double().norm() * b.double().norm()))
+    t = 0.3
+    want = torch.sin((1 - t) * omega) / torch.sin(omega) * a + torch.sin(t * omega) / torch.sin(omega) * b
+    close(whole("slerp", one, two, weights=[0.7, 0.3]), want.float())
+    close(whole("slerp", one, two, weights=[1.0, 0.0]), a)
+    close(whole("slerp", one, one, weights=[0.4, 0.6]), a)  # no angle
+    ours = blend([one, adapter(2, 3, ("y",))], [0.25, 0.75], method="slerp")
+    close(ours.delta("x"), 0.25 * a)
+    unit = [d / d.norm() for d in (a, b)]
+    middle = 0.5 / torch.cos(omega / 2).float() * (unit[0] + unit[1])
+    assert middle.norm() == pytest.approx(1, abs=1e-5)
+
+
+def test_ties_is_the_papers_and_pefts():
+    from peft.utils.merge_utils import ties as peft_ties
+
+    parts = [adapter(seed, 3) for seed in (1, 2, 3)]
+    deltas = dense(*parts)
+    trimmed = [top(d, int(0.4 * d.numel())) for d in deltas]
+    sign = sum(trimmed).sign()
+    agree = torch.stack([t.sign() == sign for t in trimmed]) & (sign != 0)
+    mean = (torch.stack(trimmed) * agree).sum(0) / agree.sum(0).clamp_min(1)
+    close(whole("ties", *parts, density=0.4), mean)
+    close(mean, peft_ties(deltas, torch.ones(3), density=0.4))
+    close(whole("ties", *parts, density=0.4, weights=[5.0, 5.0, 5.0]), mean)  # weights are relative
+    close(whole("ties", *parts, density=0.4, scale=0.5), 0.5 * mean)
+    a, b, _ = trimmed
+    heavy = whole("ties", *parts[:2], density=0.4, weights=[3.0, 1.0])
+    both = (a.sign() == b.sign()) & (a != 0)
+    close(heavy[both], ((3 * a + b) / 4)[both])
+    against = (a.sign() == -b.sign()) & (a != 0) & (3 * a.abs() > b.abs())
+    close(heavy[against], a[against])
+    assert both.any() and against.any()
+
+
+def test_magnitude_prune_is_pefts():
+    from peft.utils.merge_utils import magnitude_prune as peft_prune
+
+    parts = [adapter(seed, 3) for seed in (1, 2)]
+    want = peft_prune(dense(*parts), torch.tensor([0.7, -0.2]), density=0.3)
+    close(whole("magnitude-prune", *parts, weights=[0.7, -0.2], density=0.3), want)
+
+
+def test_dare_drops_scales_and_repeats():
+    one, two = adapter(1, 3), adapter(2, 3)
+    a, b = dense(one, two)
+    found = whole("dare-linear", one, two, weights=[1.0, 0.0], density=0.5, seed=4)
+    kept = found.abs() > 1e-4
+    close(found[kept], 2 * a[kept])
+    assert 0.35 < kept.float().mean() < 0.65
+    assert blend([one, two], method="dare-ties", seed=4).sha256 == blend([one, two], method="dare-ties", seed=4).sha256
+    assert blend([one, two], method="dare-ties", seed=4).sha256 != blend([one, two], method="dare-ties", seed=5).sha256
+    mean = sum(whole("dare-linear", one, two, density=0.5, seed=seed) for seed in range(400)) / 400
+    assert (mean - (a + b) / 2).norm() < 0.1 * (a + b).norm()  # unbiased
+    close(whole("dare-linear", one, two, density=1.0), (a + b) / 2)
+    close(whole("dare-ties", one, two, density=1.0), whole("ties", one, two, density=1.0))
+
+
+def test_breadcrumbs_leaves_out_both_ends():
+    one = adapter(1, 3, into=30, out=40)
+    (a,) = dense(one)
+    count = a.numel()
+    order = a.abs().flatten().argsort(descending=True)
+    outliers, kept = int(0.007 * count), int((0.007 + 0.2) * count)
+    mask = torch.zeros(count)
+    mask[order[outliers:kept]] = 1
+    found = blended([one], [1.0], rank=30, method="breadcrumbs", density=0.2)
+    assert outliers == 8
+    close(found.adapter.delta("x"), a * mask.view_as(a))
+
+
+def test_sce_selects_calculates_erases():
+    parts = [adapter(seed, 3) for seed in (1, 2, 3)]
+    stack = torch.stack(dense(*parts))
+    spread = stack.var(dim=0, unbiased=False)
+    chosen = top(spread, int(0.3 * spread.numel())) > 0
+    picked = stack * chosen
+    eta = picked.square().sum((1, 2)) / picked.square().sum()
+    right = picked * (picked.sign() == picked.sum(0).sign())
+    close(whole("sce", *parts, density=0.3), (eta[:, None, None] * right).sum(0))
+
+
+def test_a_missing_module_counts_as_zero():
+    """Its variance counts, its sign does not, and order does not matter."""
+    one, two = adapter(1, 3), adapter(2, 3, ("y",))
+    (a,) = dense(one)
+    close(whole("ties", one, two, density=0.5), top(a, int(0.5 * a.numel())))
+    close(whole("sce", one, two, density=0.5), top(a, int(0.5 * a.numel())))
+    for method in ("ties", "sce", "magnitude-prune", "breadcrumbs", "linear"):
+        close(whole(method, one, adapter(2, 3)), whole(method, adapter(2, 3), one))
+
+
+def test_residuals_say_what_the_rank_lost():
+    parts = [adapter(1, 4), adapter(2, 4)]
+    full = blended(parts, rank=12, method="ties")
+    small = blended(parts, rank=3, method="ties")
+    assert small.residual == pytest.approx(residual(full.adapter, small.adapter), rel=1e-3)
+    for name in "xy":
+        gap = (full.adapter.delta(name) - small.adapter.delta(name)).norm() / full.adapter.delta(name).norm()
+        assert small.residuals[name] == pytest.approx(float(gap), rel=1e-3)
+    assert blended(parts, rank=3).residual == pytest.approx(residual(blend(parts), blend(parts, rank=3)), rel=1e-4)
+
+
+def test_the_randomised_svd_is_as_good_as_the_exact_one(monkeypatch):
+    import danceopd.blend as module
+
+    draw = torch.Generator().manual_seed(0)
+    delta = torch.randn(200, 30, generator=draw) @ torch.randn(30, 150, generator=draw)
+    delta += 0.3 * torch.randn(200, 150, generator=draw)
+    (a, b), exact, size = truncate_dense(delta, 20, draw)
+    monkeypatch.setattr(module, "SMALL", 10)
+    (ra, rb), lost, _ = truncate_dense(delta, 20, torch.Generator().manual_seed(1))
+    assert lost == pytest.approx(float((delta - rb @ ra).square().sum()), rel=1e-4)
+    assert exact <= lost * (1 + 1e-6) and lost < 1.02 * exact and exact < 0.5 * size
+
+
+# The command
+
+
+@pytest.fixture
+def loras(tmp_path):
+    """A tiny base and two LoRAs of it, of ranks 2 and 3, in other dialects."""
+    pipe = tiny_klein(tmp_path / "base")
+    said = {"base": str(tmp_path / "base"), "base_sha256": base_fingerprint(tmp_path / "base")}
+    parts = [random_adapter(pipe.transformer, rank=2 + i, seed=i) for i in range(2)]
+    for part, name in zip(parts, "ab"):
+        write_adapter(part, tmp_path / name, metadata=said)
+    return parts
+
+
+def test_the_command_writes_what_blended_gives(danceopd, loras, tmp_path):
+    done = danceopd("blend", "a", "b", "--method", "ties", "--weights", "2,1", "--density", "0.3", "-r", "4", "-o", "o")
+    assert done.returncode == 0, done.stderr
+    want = blended(loras, [2.0, 1.0], 4, "ties", 0.3)
+    assert read_adapter(tmp_path / "o").sha256 == want.adapter.sha256
+    assert f"residual {want.residual:.2%}" in done.stdout and "and 16 more" in done.stdout
+    record = inspect_adapter(tmp_path / "o").record
+    assert record["base"] == str(tmp_path / "base") and record["blend"] == "ties: 2 x a + 1 x b"
+    exact = danceopd("blend", "a", "b", "-o", "linear")
+    assert "rank 5" in exact.stdout and "exact" in exact.stdout
+    assert read_adapter(tmp_path / "linear").sha256 == blend(loras).sha256
+
+
+def test_the_command_blends_across_dialects(danceopd, loras, tmp_path):
+    assert danceopd("export", "b", "--format", "kohya", "-o", "k").returncode == 0
+    done = danceopd("blend", "a", "k/b.safetensors", "-o", "o")
+    assert done.returncode == 0, done.stderr
+    assert read_adapter(tmp_path / "o").sha256 == blend(loras).sha256
+
+
+def test_what_the_command_refuses(danceopd, loras, tmp_path):
+    def refused(*arguments):
+        done = danceopd("blend", *arguments)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        return done.stderr
+
+    assert "did you mean 'sce'" in refused("a", "b", "--method", "sec")
+    assert "give each its own weight" in refused("a", "b", "--weights", "1")
+    assert "which is no number" in refused("a", "b", "--weights", "1,x")
+    assert "is no share" in refused("a", "b", "--method", "ties", "--density", "2")
+    assert "does not exist" in refused("a", "gone")
+    assert "cancel out" in refused("a", "a", "--weights", "1,-1", "-r", "2")
+    write_adapter(loras[1], tmp_path / "other", metadata={"base_sha256": "1" * 64})
+    assert "different bases" in refused("a", "other")
+    assert not (tmp_path / "blend").exists()
+    before = (tmp_path / "a" / "pytorch_lora_weights.safetensors").read_bytes()
+    assert "not overwritten" in refused("a", "b", "-o", "a")
+    assert (tmp_path / "a" / "pytorch_lora_weights.safetensors").read_bytes() == before
+
+
+# A student's start
+
+
+def test_a_recipe_names_the_methods():
+    assert list(get_args(BlendMethod)) == list(METHODS)
+
+
+def test_a_start_that_fits_is_exact_and_a_larger_one_says_what_it_lost():
+    one, two = adapter(1, 4), adapter(2, 3)
+    teachers = {"draws": (one, 1.0), "edits": (two, 0.5), "plain": (None, 1.0)}
+    read = {"elsewhere": two}.__getitem__
+
+    start = warm_start(Student(rank=4, init="draws"), teachers, read)
+    assert start.adapter.sha256 == one.sha256 and start.sentence == "The student started as draws, of rank 4, exactly."
+    close(warm_start(Student(rank=3, init="edits"), teachers, read).adapter.delta("x"), 0.5 * two.delta("x"))
+    assert warm_start(Student(rank=3, init="elsewhere"), teachers, read).adapter.sha256 == two.sha256
+    small = warm_start(Student(rank=2, init="draws"), teachers, read)
+    assert small.adapter.rank == 2 and small.residual == pytest.approx(residual(one, small.adapter), rel=1e-4)
+    assert f"at rank 2, which lost {small.residual:.1%} of it" in small.sentence
+    for init in ("base", "plain"):
+        assert warm_start(Student(init=init), teachers, read).adapter is None
+
+
+def test_a_blend_as_a_start():
+    one, two = adapter(1, 4), adapter(2, 3)
+    teachers = {"draws": (one, 1.0), "edits": (two, 0.5), "plain": (None, 1.0)}
+    even = warm_start(Student(rank=7), teachers, None)
+    close(even.adapter.delta("x"), one.delta("x") / 3 + 0.5 * two.delta("x") / 3)
+    assert even.residual == 0 and "linear blend of 0.333 x draws and 0.333 x edits, exactly" in even.sentence
+    how = Student(rank=5, init_method="ties", init_weights={"draws": 2.0, "edits": 1.0})
+    ties = warm_start(how, teachers, None)
+    half = Adapter({name: (a, b * 0.5) for name, (a, b) in two.tensors.items()})
+    assert ties.adapter.sha256 == blend([one, half], [2.0, 1.0], 5, "ties").sha256
+    assert ties.residual > 0.05 and "the ties blend of 2 x draws and 1 x edits, at rank 5" in ties.sentence

@@ -6,13 +6,13 @@ from tiny import CALL, random_adapter, random_image, tiny_klein
 
 from danceopd.backbone import Backbone
 from danceopd.errors import UserError
-from danceopd.fields import AdapterField
-from danceopd.gates import full_trust
+from danceopd.fields import AdapterField, GuidedField, MergedField
 from danceopd.loop import STUDENT, Loop, Source
-from danceopd.objectives import danceopd
 from danceopd.pipelines.editing import EditingPipeline
 from danceopd.pipelines.families import FAMILIES
 from danceopd.pipelines.generation import GenerationPipeline
+from danceopd.pipelines.record import record
+from danceopd.questions import Questions, TargetedQuestions, alike, unprompted
 from danceopd.recipe import Recipe
 from danceopd.rollout import rollout
 
@@ -32,7 +32,7 @@ def world():
     return conditions, draw.sigmas()
 
 
-def make(world, files, teachers=None, init=None, **fields):
+def make(world, files, teachers=None, init=None, work=None, null=None, rank=0, ranks=1, **fields):
     """A loop whose two teachers are random adapters on a fresh tiny backbone."""
     conditions, sigmas = world
     backbone = Backbone(tiny_klein().transformer, KLEIN)
@@ -40,19 +40,20 @@ def make(world, files, teachers=None, init=None, **fields):
     for i, name in enumerate(("generation", "editing")):
         backbone.add_adapter(name, random_adapter(backbone.transformer, seed=i, size=0.1))
         field = (teachers or {}).get(name) or AdapterField(backbone, name)
-        sources.append(Source(name, field, conditions[name]))
+        questions = (work or {}).get(name) or Questions([(conditions[name], sigmas)])
+        sources.append(Source(name, field, questions, null))
     recipe = Recipe(**files, **{"steps": 6, "batch": 6, "student": {"rank": 8}, **fields})
     backbone.new_student(STUDENT, recipe.student.rank, recipe.seed, init)
-    return Loop(recipe, backbone, sources, sigmas, torch.device("cpu"))
+    return Loop(recipe, backbone, sources, torch.device("cpu"), rank, ranks)
 
 
 def test_student_learns_its_teachers_on_its_own_states(world, files):
-    loop = make(world, files, steps=60, batch=8, optimizer={"lr": 0.03, "warmup": 1}, query={"law": "uniform"})
+    loop = make(world, files, steps=30, batch=6, optimizer={"lr": 0.03, "warmup": 1}, query={"law": "high-noise"})
     losses = []
     loop.run(lambda done: losses.append(done))
-    early = sum(p.loss for p in losses[:10]) / 10
-    late = sum(p.loss for p in losses[-10:]) / 10
-    assert late < 0.5 * early
+    early = sum(p.loss for p in losses[:5]) / 5
+    late = sum(p.loss for p in losses[-5:]) / 5
+    assert late < 0.6 * early
     assert set(losses[0].by_teacher) == {"generation", "editing"}
     assert all(p.gradient > 0 and not p.skipped for p in losses)
 
@@ -65,11 +66,11 @@ def test_teachers_are_asked_where_the_student_stopped(world, files, monkeypatch)
         seen.append((x.clone(), sigma.clone(), condition))
         return torch.zeros_like(x)
 
-    def watched(field, noise, sigmas, stop, condition):
-        walks.append((noise.clone(), sigmas, stop.clone(), condition))
-        return rollout(field, noise, sigmas, stop, condition)
+    def watched(field, noise, sigmas, stop, condition, **how):
+        walks.append((noise.clone(), sigmas, stop[:, 0].clone(), condition))
+        return rollout(field, noise, sigmas, stop, condition, **how)
 
-    monkeypatch.setattr("danceopd.loop.rollout", watched)
+    monkeypatch.setattr("danceopd.lesson.rollout", watched)
     loop = make(world, files, {"generation": spy, "editing": spy}, batch=6, seed=3)
     loop._update()
     assert {c.context is None for _, _, c in seen} == {True, False}
@@ -86,7 +87,7 @@ def test_gradient_is_that_of_the_velocity_error(world, files):
     asked = []
     loop = make(world, files, init=None)
     loop.sources = [
-        Source(s.name, lambda x, sg, c, f=s.field: asked.append((x, sg, c, f(x, sg, c))) or asked[-1][3], s.conditions)
+        Source(s.name, lambda x, sg, c, f=s.field: asked.append((x, sg, c, f(x, sg, c))) or asked[-1][3], s.questions)
         for s in loop.sources
     ]
     loop.optimizer.step = lambda: None
@@ -140,20 +141,9 @@ def test_zero_gradient_is_refused(world, files):
     """Teachers equal to the student teach nothing: that is said, not trained."""
     adapter = random_adapter(tiny_klein().transformer, seed=0, size=0.1)
     loop = make(world, files, init=adapter)
-    loop.sources = [Source(s.name, AdapterField(loop.backbone, STUDENT), s.conditions) for s in loop.sources]
+    loop.sources = [Source(s.name, AdapterField(loop.backbone, STUDENT), s.questions) for s in loop.sources]
     with pytest.raises(UserError, match="gradient is exactly zero"):
         loop._update()
-
-
-def test_objective_points_at_the_teacher():
-    """Descending the danceopd loss moves the student's velocity straight towards the answer."""
-    student, answer = torch.randn(5, 4, 3, requires_grad=True), torch.randn(5, 4, 3)
-    weight = full_trust(student, answer)
-    danceopd(student, answer, weight).sum().backward()
-    towards = (answer - student.detach()).flatten()
-    cosine = torch.nn.functional.cosine_similarity(-student.grad.flatten(), towards, dim=0)
-    assert cosine > 0.999
-    assert weight.mean() == 1
 
 
 def test_rate_warms_up_and_falls(world, files):
@@ -161,3 +151,180 @@ def test_rate_warms_up_and_falls(world, files):
     assert loop.rate(0) == pytest.approx(0.1, rel=1e-2)
     assert loop.rate(9) > loop.rate(50) > loop.rate(99)
     assert loop.rate(99) < 1e-3
+
+
+def targeted(world):
+    """The same work, with a clean picture for each row."""
+    conditions, sigmas = world
+    clean = torch.Generator().manual_seed(7)
+    return {
+        name: TargetedQuestions([(c, sigmas)], [torch.randn(len(c), *c.shape, generator=clean)])
+        for name, c in conditions.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "objective, fields",
+    [
+        ("danceopd", {"query": {"count": 2, "jitter": True, "law": "low-noise"}, "rollout": {"solver": "ab2"}}),
+        ("danceopd", {"routing": {"answer": "mean"}, "rollout": {"merged": False, "noise": 0.5}}),
+        ("danceopd", {"routing": {"per": "turn", "groups": 2}, "query": {"weight": "dt2", "law": "uniform"}}),
+        ("diffusionopd", {}),
+        ("diffusionopd", {"rollout": {"noise": 0.7}}),
+        ("flowopd", {"rollout": {"noise": 0.7}, "flowopd": {"group": 4}}),
+        ("offpolicy", {}),
+        ("offpolicy", {"offpolicy": {"clean": "teacher"}}),
+        ("supervised", {}),
+    ],
+)
+def test_every_objective_brings_the_student_nearer(world, files, objective, fields):
+    """The same update again and again, with all its draws: the loss falls."""
+    work = targeted(world) if objective in ("offpolicy", "supervised") else None
+    optimizer = {"lr": 0.01, "warmup": 1}
+    loop = make(world, files, work=work, batch=4, objective=objective, optimizer=optimizer, **fields)
+    done = [loop._update() for _ in range(4)]
+    assert done[-1].loss < 0.97 * done[0].loss, [p.loss for p in done]
+    assert all(p.gradient > 0 and not p.skipped and sum(p.asked) == pytest.approx(1, abs=1e-5) for p in done)
+    assert done[0].errors and set(done[0].errors) <= {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("objective", ["offpolicy", "supervised"])
+def test_objectives_without_their_data_are_refused(world, files, objective):
+    with pytest.raises(UserError, match=f"objective {objective} learns from finished pictures.*'generation'"):
+        make(world, files, objective=objective)
+
+
+def test_unmerged_walks_are_the_merged_ones(world, files):
+    loops = [make(world, files, rollout={"merged": merged}) for merged in (True, False)]
+    for loop in loops:
+        loop._update()
+    assert [type(loop.walk) for loop in loops] == [MergedField, AdapterField]
+    for a, b in zip(*(loop.parameters for loop in loops)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["danceopd", "flowopd"])
+def test_processes_share_an_update(world, files, objective):
+    """Two processes' gradients, each of its own rows, add up to that of one process; so do their rows."""
+    fields = {"rollout": {"noise": 0.7}, "flowopd": {"group": 2}} if objective == "flowopd" else {}
+    grads, rows = [], []
+    for rank, ranks in ((0, 1), (0, 2), (1, 2)):
+        loop = make(world, files, batch=10, objective=objective, rank=rank, ranks=ranks, **fields)
+        lessons = list(loop._lessons())
+        for lesson in lessons:
+            loop.objective(lesson)
+        grads.append([p.grad.clone() for p in loop.parameters])
+        rows.append(sum(len(lesson.mine) for lesson in lessons))
+    assert rows[0] == 10 == rows[1] + rows[2] and min(rows) > 0
+    for whole, a, b in zip(*grads):
+        torch.testing.assert_close(a + b, whole, rtol=1e-3, atol=1e-6)
+
+
+def test_buckets_of_other_sizes_and_schedules_share_no_batch(world, files):
+    """Rows of one layout meet across teachers; another schedule or another layout makes another lesson."""
+    conditions, sigmas = world
+    other = torch.cat([torch.linspace(1, 0.1, 4), torch.zeros(1)])
+    drawn, edited = conditions["generation"], conditions["editing"]
+    work = {
+        "generation": Questions([(drawn.rows(slice(0, 2)), sigmas), (drawn.rows(slice(2, 4)), other)]),
+        "editing": Questions([(drawn, sigmas), (edited, other)]),
+    }
+    loop = make(world, files, work=work, batch=32)
+    lessons = list(loop._lessons())
+    assert sum(len(lesson.mine) for lesson in lessons) == 32 and len(lessons) == 3
+    seen = {(lesson.condition.context is None, len(lesson.sigmas)): set(lesson.routes) for lesson in lessons}
+    assert seen == {(True, 7): {0, 1}, (True, 5): {0}, (False, 5): {1}}
+    loop._update()
+    mixed = work["generation"]
+    assert len(mixed) == 4 and torch.equal(mixed.sigmas(3), other) and alike(mixed, 4) == [0, 1, 2, 3]
+    assert alike(work["editing"], 9) == [0, 1, 2, 3]
+    for key in KLEIN.prompt_kwargs:
+        assert torch.equal(mixed.rows([3, 0, 2]).kwargs[key], drawn.kwargs[key][[3, 0, 2]])
+    with pytest.raises(IndexError):
+        mixed.layout(4)
+
+
+# Guidance
+
+
+@pytest.fixture(scope="module")
+def null():
+    return record(tiny_klein(), KLEIN, prompt="", height=64, width=64, num_inference_steps=6, max_sequence_length=24)[0]
+
+
+def absorbing(world, files, null, share, **fields):
+    """A loop whose teachers are guided at 3, and what they say themselves, with and without."""
+    loop = make(world, files, null=null, guidance={"unconditional": share}, **fields)
+    plain = [source.field for source in loop.sources]
+    loop.sources = [Source(s.name, GuidedField(s.field, null, 3.0), s.questions, null) for s in loop.sources]
+    return loop, plain
+
+
+def test_blank_rows_are_asked_with_the_null_prompt_and_answered_without_guidance(world, files, null):
+    loop, plain = absorbing(world, files, null, 0.4, batch=32)
+    blanks = 0
+    for lesson in loop._lessons():
+        x, sigma = lesson.noise(), torch.full((len(lesson.mine),), 0.7)
+        answer = lesson.ask(x, sigma)
+        for i, (m, blank) in enumerate(zip(lesson.routes, lesson.blank)):
+            one = lesson.condition.rows([i])
+            empty = unprompted(one, null)
+            same = all(torch.equal(one.kwargs[key], empty.kwargs[key]) for key in KLEIN.prompt_kwargs)
+            assert same == blank
+            field = plain[m] if blank else loop.sources[m].field
+            torch.testing.assert_close(answer[i], field(x[i : i + 1], sigma[:1], one)[0], atol=1e-4, rtol=1e-3)
+            assert (one.context is None) == (m == 0)  # the source image stays
+            blanks += blank
+    assert 4 <= blanks <= 24
+
+
+def test_absorbed_guidance_does_not_compound_when_the_null_prompt_is_taught_too(world, files, null):
+    """A guided student should stand where the guided teacher would: with a null branch left to drift, it does not."""
+    away = {}
+    for share in (0.0, 0.3):
+        loop, plain = absorbing(
+            world,
+            files,
+            null,
+            share,
+            steps=24,
+            batch=8,
+            optimizer={"lr": 0.02, "warmup": 1},
+            query={"law": "high-noise", "beta": (30.0, 1.0)},  # walks of hardly a step
+        )
+        loop.run(lambda done: None)
+        student = AdapterField(loop.backbone, STUDENT)
+        error = {"null": 0.0, "told": 0.0}
+        for m, source in enumerate(loop.sources):
+            condition = source.questions.rows([0, 1, 2, 3])
+            x = torch.randn(4, *condition.shape, generator=torch.Generator().manual_seed(5))
+            sigma, blank = torch.full((4,), 1.0), unprompted(condition, null)
+            error["null"] += float((student(x, sigma, blank) - plain[m](x, sigma, blank)).square().mean())
+            error["told"] += float((student(x, sigma, condition) - source.field(x, sigma, condition)).square().mean())
+        away[share] = error
+    print(away)
+    assert away[0.3]["null"] < 0.5 * away[0.0]["null"], away
+    assert away[0.3]["told"] < 2 * away[0.0]["told"], away
+
+
+def test_guided_walks_are_the_stock_guidance_of_the_student(world, files, null):
+    """`rollout.guidance` walks on the guided student, and neither teacher nor student's own answer is guided by it."""
+    start = random_adapter(tiny_klein().transformer, seed=9)
+    loop = make(world, files, null=null, rollout={"guidance": 2.5}, init=start)
+    for lesson in loop._lessons():
+        states = lesson.walk(lesson.stops, lesson.levels)[:, 0]
+        guided = GuidedField(AdapterField(loop.backbone, STUDENT), null, 2.5)
+        wanted = rollout(guided, lesson.noise(), lesson.sigmas, lesson.stops[:, 0].clone(), lesson.condition)
+        torch.testing.assert_close(states, wanted, atol=1e-3, rtol=1e-3)
+        bare = rollout(guided.field, lesson.noise(), lesson.sigmas, lesson.stops[:, 0], lesson.condition)
+        assert int(lesson.stops.max()) == 0 or (states - bare).abs().max() > 1e-2
+        sigma = torch.full((len(states),), 0.5)
+        for i, m in enumerate(lesson.routes):
+            alone = loop.sources[m].field(states[i : i + 1], sigma[:1], lesson.condition.rows([i]))
+            torch.testing.assert_close(lesson.ask(states, sigma)[i], alone[0], atol=1e-4, rtol=1e-3)
+
+
+def test_the_null_prompt_is_asked_for_where_it_is_missing(world, files):
+    for fields in ({"guidance": {"unconditional": 0.1}}, {"rollout": {"guidance": 2.0}}):
+        with pytest.raises(UserError, match="needs the null prompt"):
+            make(world, files, **fields)

@@ -177,7 +177,7 @@ def test_damaged_checkpoint_falls_back(models, tmp_path):
 
 
 def test_continued_run_encodes_nothing_anew(models, tmp_path, monkeypatch):
-    """The conditions of a run are kept: continuing it never asks the data for a teacher's work again."""
+    """What a run encoded is kept: continuing it never asks the text encoder or the VAE's encoder again."""
 
     class Stop(Exception):
         pass
@@ -189,10 +189,9 @@ def test_continued_run_encodes_nothing_anew(models, tmp_path, monkeypatch):
         merge(recipe(models, tmp_path / "run"), stop)
 
     def refused(*arguments):
-        raise AssertionError("the work was read again")
+        raise AssertionError("a row was encoded again")
 
-    monkeypatch.setattr("danceopd.work.prompts_from", refused)
-    monkeypatch.setattr("danceopd.work.edits_from", refused)
+    monkeypatch.setattr("danceopd.work.Encoder._encode", refused)
     merge(recipe(models, tmp_path / "run"), silent)
 
 

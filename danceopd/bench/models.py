@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from danceopd.base_model import base_fingerprint, base_folder, empty_transformer
-from danceopd.blend import blend
+from danceopd.blend import METHODS, blend, scaled
 from danceopd.disk import sha256
 from danceopd.errors import UserError
 from danceopd.lora import Adapter, read_adapter
@@ -45,6 +45,7 @@ class Model:
     adapter: Adapter | None = field(default=None, compare=False, repr=False)
     pipeline: Path | None = None
     weights: tuple[float, ...] = ()  # of a blend, in the order of the recipe's teachers
+    method: str = ""  # of a blend
     capability: str | None = None  # of a teacher
 
 
@@ -112,11 +113,11 @@ def _path_of(name: str, what: str) -> Path:
     return path
 
 
-def _weights_of(word: str, teachers: int) -> tuple[float, ...]:
+def _weights_of(word: str, teachers: int, method: str = "linear") -> tuple[float, ...]:
     """The weights in `blend`, `blend:0.3` (the first of two teachers) or `blend:0.3/0.3/0.4`."""
     _, _, text = word.partition(":")
     if not text:
-        return (1 / teachers,) * teachers
+        return tuple(METHODS[method].weights(teachers))
     try:
         weights = tuple(float(part) for part in text.split("/"))
     except ValueError:
@@ -168,6 +169,16 @@ class _Builder:
         file = adapter_file(path)
         return Model(name, label, role, portable(str(path)), sha256_of(file), self.adapter(file))
 
+    def named(self, weights: Mapping[str, float]) -> str:
+        """`blend:...` with a weight for each teacher by its name."""
+        for name in weights:
+            if name not in self.teachers:
+                raise UserError(f"blend weights name {name!r}, which is no teacher{nearest(name, self.teachers)}")
+        missing = [name for name in self.teachers if name not in weights]
+        if missing:
+            raise UserError(f"blend weights leave out {', '.join(missing)}; give every teacher one, 0 for none of it")
+        return "blend:" + "/".join(f"{weights[name]!r}" for name in self.teachers)
+
     def teacher(self, name: str) -> Model:
         teacher = self.teachers[name]
         if teacher.adapter == "base":
@@ -176,35 +187,39 @@ class _Builder:
             )
         model = self.from_path(Path(teacher.adapter), name, "teacher")
         if teacher.scale != 1.0 and model.adapter is not None:
-            scaled = blend([model.adapter], [teacher.scale])
-            model = replace(model, adapter=scaled, sha256=scaled.sha256, label=f"{name} x{teacher.scale:g}")
+            strong = scaled(model.adapter, teacher.scale)
+            model = replace(model, adapter=strong, sha256=strong.sha256, label=f"{name} x{teacher.scale:g}")
         return replace(model, capability=teacher.capability)
 
-    def blend(self, word: str) -> Model:
-        weights = _weights_of(word, len(self.teachers))
+    def blend(self, word: str, method: str = "linear") -> Model:
+        weights = _weights_of(word, len(self.teachers), method)
         parts = [(self.teacher(name).adapter, w) for name, w in zip(self.teachers, weights)]
         held = [(adapter, w) for adapter, w in parts if adapter is not None and w != 0]
         label = "blend" if word == "blend" else "blend " + "/".join(f"{w:.2g}" for w in weights)
+        label = label if method == "linear" else label.replace("blend", method, 1)
         if not held:
-            return replace(self.base(), name=_slug(label), label=label, role="blend", weights=weights)
-        merged = blend([adapter for adapter, _ in held], [w for _, w in held])
+            base = replace(self.base(), name=_slug(label), label=label, role="blend")
+            return replace(base, weights=weights, method=method)
+        merged = blend([adapter for adapter, _ in held], [w for _, w in held], method=method)
+        prefix = "" if method == "linear" else f"{method}: "
         return Model(
             _slug(label),
             label,
             "blend",
-            "+".join(f"{w:.3g}*{n}" for n, w in zip(self.teachers, weights)),
+            prefix + "+".join(f"{w:.3g}*{n}" for n, w in zip(self.teachers, weights)),
             merged.sha256,
             merged,
             weights=weights,
+            method=method,
         )
 
-    def model(self, word: str) -> Model:
+    def model(self, word: str, method: str = "linear") -> Model:
         if word == "base":
             return self.base()
         if word in self.teachers:
             return self.teacher(word)
         if word == "blend" or word.startswith("blend:"):
-            return self.blend(word)
+            return self.blend(word, method)
         if word in SHIPPED or Path(word).expanduser().exists():
             path = _path_of(word, "the model")
             return self.from_path(path, _slug(word if word in SHIPPED else path.stem), "other")
@@ -218,31 +233,44 @@ class _Builder:
 def line_up(
     student: str | Path,
     against: Sequence[str] = ("base", "teachers", "blend"),
-    blend_weights: Sequence[float] = (),
+    blend_weights: Sequence[float] | Mapping[str, float] = (),
     recipe: Recipe | None = None,
+    blend_methods: Sequence[str] = ("linear",),
 ) -> Lineup:
     """The models that the names mean.
 
     `student`: a run folder, a LoRA's folder or file, a fused pipeline's folder, or a shipped name. `against`:
     `base`, a teacher of the student's recipe by name, `teachers` (all of them), `blend`, `blend:0.3`, a shipped
-    name, or a path. `blend_weights` are further blends, by the share of the first of two teachers. Without a
-    recipe beside the student, the default recipe says what the base and the teachers are.
+    name, or a path. `blend_weights` are further blends, by the share of the first of two teachers; by teacher's
+    name they are the weights of `blend` itself. Every blend is made by each of `blend_methods`, as `blend` makes
+    it. Without a recipe beside the student, the default recipe says what the base and the teachers are.
     """
     builder = _Builder(student, recipe)
+    for method in blend_methods:
+        if method not in METHODS:
+            raise UserError(f"there is no blend method {method!r}{nearest(method, METHODS)}")
     words: list[str] = []
     for word in (w.strip() for w in against):
         words += list(builder.teachers) if word == "teachers" else [word] if word else []
-    if blend_weights and len(builder.teachers) != 2:
-        raise UserError(
-            f"blend weights share out two teachers, and this recipe has {len(builder.teachers)}; "
-            "name each blend instead, for example --against blend:0.2/0.3/0.5"
-        )
-    words += [f"blend:{weight:g}" for weight in blend_weights]
+    if isinstance(blend_weights, Mapping):
+        if blend_weights:
+            named = builder.named(blend_weights)
+            words = [named if word == "blend" else word for word in words]
+            words += [] if named in words else [named]
+    else:
+        if blend_weights and len(builder.teachers) != 2:
+            raise UserError(
+                f"blend weights share out two teachers, and this recipe has {len(builder.teachers)}; "
+                "name each blend instead, for example --against blend:0.2/0.3/0.5"
+            )
+        words += [f"blend:{weight:g}" for weight in blend_weights]
     found: dict[str, Model] = {}
     for word in dict.fromkeys(words):
-        model = builder.model(word)
-        if not any(m.role == model.role == "blend" and m.weights == model.weights for m in found.values()):
-            found[_free(model.name, found)] = model
+        for method in blend_methods if word.partition(":")[0] == "blend" else ("",):
+            model = builder.model(word, method)
+            same = (model.role, model.weights, model.method)
+            if model.role != "blend" or same not in [(m.role, m.weights, m.method) for m in found.values()]:
+                found[_free(model.name, found)] = model
     order = {"base": 0, "teacher": 1, "other": 2, "blend": 3}
     models = [replace(m, name=name) for name, m in sorted(found.items(), key=lambda pair: order[pair[1].role])]
     known = str(student) in SHIPPED or builder.path.parent.name in ("", ".")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -75,16 +75,18 @@ def bench(
     probes: bool = False,
     batch: int = 64,
     progress: Progress | None = None,
-    blend_weights: Sequence[float] = (),
+    blend_weights: Sequence[float] | Mapping[str, float] = (),
     recipe: Recipe | None = None,
+    blend_methods: Sequence[str] = ("linear",),
 ) -> BenchResult:
     """Score a student beside what it came from, and write `scores.json`, `samples.jsonl`, `images/`, `report.html`.
 
     `student`: a run folder, a LoRA's folder or file, a fused pipeline's folder, or a shipped name. `against`:
     see `line_up`; nothing given means base, teachers and blend, and "none" nobody. `limit`: items a capability.
     `output`: by default `bench` inside the student's folder. `probes` adds held-out and compound items.
-    `blend_weights`: shares of the first teacher to try; the best one stands in the table as `blend`. The same
-    command again continues an interrupted bench. Raises UserError for anything a user can mend.
+    `blend_weights`: shares of the first teacher to try, or one weight a teacher by name; `blend_methods`: ways to
+    blend (`blend.METHODS`). The best blend stands in the table, the others in the report. The same command again
+    continues an interrupted bench. Raises UserError for anything a user can mend.
     """
     if limit is not None and limit < 1:
         raise UserError(f"the limit is {limit} items; give 1 or more, or leave it out for the whole suite")
@@ -94,7 +96,7 @@ def bench(
         raise UserError(f"the seed is {seed}; give a whole number from 0")
     started = time.perf_counter()
     chosen = suite_named(suite)
-    lineup = line_up(student, _words(against), blend_weights, recipe)
+    lineup = line_up(student, _words(against), blend_weights, recipe, blend_methods)
     folder = _output(student, lineup, output)
     work = _Work(chosen, lineup, folder, limit, seed, probes, _device(device), batch, progress or (lambda *_: None))
     rows, seconds = work.run()

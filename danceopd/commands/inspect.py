@@ -1,37 +1,54 @@
-"""`danceopd inspect`: what an adapter or a whole pipeline is, read from file headers; no weight is loaded."""
+"""`danceopd inspect`: what a LoRA, a model or a run is, and what it can be used for, from headers; no weight is loaded.
+
+The architecture of a LoRA is told by its layers' names. Several can share them (attention layers are called alike in
+FLUX, Qwen-Image and SD3), and then all of them are named: its base, where the file says it, decides.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..dialects import split_prefix
 from ..disk import sha256
 from ..errors import UserError
+from ..formats import FORMATS
+from ..lora_file import Header, inspect_adapter, refuse_foreign
+from ..original_names import ARCHITECTURES, Names
+from ..sentences import nearest, read_yaml
+from ..shipped import SHIPPED, resolve
+
+LONG = ("names", "parts", "weights", "targets")
+"""Facts that are lists of their own, shown below the others."""
+FULL = ["teacher: teachers[].adapter", "danceopd extract BASE THIS"]
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Facts of a LoRA (file or folder), or of a pipeline folder, with the sha256 of every weight file."""
-    path = Path(path)
+    """Facts of a LoRA, a whole model (pipeline, transformer folder, single file) or a run's folder.
+
+    `kind` is "LoRA", "pipeline", "transformer", "checkpoint" or "run"; `uses` says what it can be used for, in the
+    recipe's words, or `refused` why for nothing. UserError for what is none of these, or damaged.
+    """
+    if str(path) in SHIPPED:
+        path = resolve(str(path), "checkpoint")
+    path = Path(path).expanduser()
     if not path.exists():
-        raise UserError(f"{path} does not exist; give a LoRA, or a folder with a LoRA or a pipeline")
+        raise UserError(
+            f"{path} does not exist; give a LoRA, a model's folder or file, a run's folder, or a shipped name"
+            f"{nearest(path, SHIPPED) if path.parent == Path('.') else ''}"
+        )
+    if (path / "recipe.yaml").is_file():
+        return _run(path)
     if (path / "model_index.json").is_file():
         return _pipeline(path)
-    from ..lora_file import inspect_adapter
-
+    if (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        return _transformer(path)
     header = inspect_adapter(path)
-    return {
-        "kind": "LoRA",
-        "file": str(header.file),
-        "sha256": sha256(header.file),
-        "dialect": header.dialect,
-        "rank": header.rank,
-        "modules": len(header.ranks),
-        "tensors": len(header.shapes),
-        "parameters": sum(_product(shape) for shape in header.shapes.values()),
-        "dtypes": list(header.dtypes),
-        "names": sorted(header.ranks),
-    }
+    return _lora(header) if header.ranks or _refusal(header, but="is not a LoRA") else _checkpoint(header)
 
 
 def show(facts: dict[str, Any], names: bool = False) -> None:
@@ -40,10 +57,15 @@ def show(facts: dict[str, Any], names: bool = False) -> None:
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
+    for _ in range(2):
+        table.add_column(overflow="fold")
     for key, value in facts.items():
-        if key in ("names", "parts", "weights"):
+        if key in LONG or value is None or value == []:
             continue
-        table.add_row(key, ", ".join(value) if isinstance(value, list) else str(value))
+        joint = "; " if key == "uses" else ", "
+        table.add_row(key.replace("_", " "), joint.join(value) if isinstance(value, list) else str(value))
+    for name, count in facts.get("targets", {}).items():
+        table.add_row(f"{count} x", name)
     for name, kind in facts.get("parts", {}).items():
         table.add_row(name, kind)
     for file in facts.get("weights", []):
@@ -54,22 +76,217 @@ def show(facts: dict[str, Any], names: bool = False) -> None:
         console.print(f"  {name}", markup=False, highlight=False)
 
 
-def _pipeline(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
+def _lora(header: Header) -> dict[str, Any]:
+    layers = [split_prefix(layer)[1] for layer in header.ranks]
+    base = _base(header)
+    found = _architectures(layers, _of_base(base))
+    refused = _refusal(header)
+    ranks = sorted(header.ranks.values())
+    facts: dict[str, Any] = {
+        "kind": "LoRA",
+        "file": str(header.file),
+        "sha256": sha256(header.file),
+        "adapter_sha256": header.record.get("sha256"),
+        "dialect": header.dialect,
+        "family": _of_base(base) or _families(found),
+        "transformer": [names.transformer for names in found],
+        "base": base,
+        "base_sha256": header.record.get("base_sha256"),
+        "rank": header.rank,
+        "lowest_rank": ranks[0] if ranks else 0,
+        "alpha": _alpha(header),
+        "modules": len(header.ranks),
+        "tensors": len(header.shapes),
+        "parameters": sum(_product(shape) for shape in header.shapes.values()),
+        "dtypes": list(header.dtypes),
+        "refused": refused,
+        "uses": [] if refused else _uses(header, found),
+        "targets": dict(sorted(Counter(re.sub(r"\d+", "N", layer, count=1) for layer in layers).items())),
+        "names": sorted(header.ranks),
+    }
+    return facts
 
+
+def _uses(header: Header, found: list[Names]) -> list[str]:
+    formats = FORMATS if found else ("diffusers", "peft")
+    uses = ["teacher: teachers[].adapter", "start: student.init", "danceopd blend"]
+    if found and all(_stock(header, names) for names in found):
+        uses.append("stock load_lora_weights")
+    return [*uses, f"danceopd export --format {', '.join(formats)}"]
+
+
+def _stock(header: Header, names: Names) -> bool:
+    """Whether stock diffusers has a converter for this file's keys."""
+    if header.dialect == "comfyui":
+        alpha = any(key.endswith(".alpha") for key in header.shapes)
+        halves = any(f".{names.halves[0]}." in key for key in header.shapes)
+        return "comfyui" in names.stock and halves and not (alpha and names.transformer == "Flux2Transformer2DModel")
+    return header.dialect in names.stock
+
+
+def _refusal(header: Header, but: str | None = None) -> str | None:
+    """Why no reader takes the file, by its keys; None when one does, or when the reason is `but`."""
+    try:
+        refuse_foreign(header)
+    except UserError as error:
+        return None if but and but in str(error) else str(error)
+    return None
+
+
+def _alpha(header: Header) -> str:
+    """What scales B·A: the file's own alphas, its configuration, or nothing."""
+    keys = [key for key in header.shapes if key.endswith(".alpha")]
+    if keys:
+        from safetensors import safe_open
+
+        with safe_open(str(header.file), framework="pt") as opened:
+            tensors = [opened.get_tensor(key) for key in keys if _product(header.shapes[key])]
+        values = sorted({float(tensor.flatten()[0]) for tensor in tensors})
+        return ", ".join(f"{value:g}" for value in values[:6]) + (" and more" if len(values) > 6 else "")
+    config = header.peft or {}
+    if config.get("lora_alpha") is not None:
+        kind = "alpha/√rank" if config.get("use_rslora") else "alpha/rank"
+        pattern = " with a pattern" if config.get("alpha_pattern") else ""
+        return f"{config['lora_alpha']:g} by its configuration{pattern}, {kind}"
+    return "folded into B"
+
+
+def _base(header: Header) -> str | None:
+    """The base a file says it was made for: our record, PEFT's configuration, or a trainer's metadata."""
+    said = (
+        header.record.get("base"),
+        (header.peft or {}).get("base_model_name_or_path"),
+        header.metadata.get("ss_sd_model_name"),
+        header.metadata.get("modelspec.architecture"),
+    )
+    return next((str(name) for name in said if name), None)
+
+
+def _architectures(layers: Iterable[str], families: Iterable[str] = ()) -> list[Names]:
+    """Every architecture, of the families when some are given, that has all layers of a numbered block."""
+    numbered = [layer for layer in layers if re.search(r"[._]\d+[._]", layer)]
+    found = [names for names in ARCHITECTURES.values() if numbered and all(map(names.has, numbered))]
+    return [names for names in found if not families or set(families) & set(_families([names]))]
+
+
+def _families(found: Iterable[Names]) -> list[str]:
+    """The families whose pipelines have such a transformer."""
+    from ..pipelines.families import FAMILIES
+
+    stems = [names.pipelines for names in found]
+    return [f.name for f in FAMILIES.values() if any(re.match(stem, f.generation) for stem in stems)]
+
+
+def _of_base(base: str | None) -> list[str]:
+    """The family of a base that is a folder here, or a shipped name."""
+    from ..pipelines.families import family_of
+
+    try:
+        folder = Path(resolve(base, "base")) if base else None
+        return [family_of(folder).name] if folder and (folder / "model_index.json").is_file() else []
+    except UserError:
+        return []
+
+
+def _checkpoint(header: Header) -> dict[str, Any]:
+    """A single file with the weights of a whole model."""
+    weights = [key.removesuffix(".weight") for key, shape in header.shapes.items() if len(shape) == 2]
+    layers = [split_prefix(key)[1] for key in weights if key.split(".")[-1] != "bias"]
+    shares = {kind: sum(map(names.has, layers)) for kind, names in ARCHITECTURES.items()}
+    most = max(shares.values(), default=0)
+    found = [ARCHITECTURES[kind] for kind, count in shares.items() if count == most and 2 * count >= len(layers) > 0]
+    if not found:
+        refuse_foreign(header)
+    return {
+        "kind": "checkpoint",
+        "file": str(header.file),
+        "sha256": sha256(header.file),
+        "family": _families(found),
+        "transformer": [names.transformer for names in found],
+        "tensors": len(header.shapes),
+        "parameters": sum(_product(shape) for shape in header.shapes.values()),
+        "dtypes": list(header.dtypes),
+        "uses": list(FULL),
+    }
+
+
+def _transformer(path: Path) -> dict[str, Any]:
+    """A folder as `transformer.save_pretrained` leaves it."""
+    try:
+        kind = json.loads((path / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(
+            f"{path / 'config.json'} is not a diffusers model's configuration ({type(error).__name__}); give a LoRA, "
+            "a transformer's folder or a pipeline's"
+        ) from None
+    weights, dtypes = _weights(path)
+    found = [ARCHITECTURES[kind]] if kind in ARCHITECTURES else []
+    families = _families(found)
+    return {
+        "kind": "transformer",
+        "class": kind,
+        "family": families,
+        "dtypes": dtypes,
+        "uses": list(FULL) if families else [],
+        "weights": weights,
+    }
+
+
+def _pipeline(path: Path) -> dict[str, Any]:
     try:
         index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
         parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and value[1]}
     except (ValueError, AttributeError, IndexError, OSError) as error:
         raise UserError(f"{path / 'model_index.json'} is not a diffusers index ({error}); restore it") from None
-    weights = []
+    from ..pipelines.families import family_of
+
+    weights, _ = _weights(path)
+    try:
+        family = [family_of(path).name]
+    except UserError:
+        family = []
+    facts: dict[str, Any] = {"kind": "pipeline", "class": index.get("_class_name"), "family": family}
+    if (path / "transformer" / "config.json").is_file() and any((path / "transformer").glob("*.safetensors")):
+        from ..base_model import base_fingerprint
+
+        facts["dtypes"] = _weights(path / "transformer")[1]
+        facts["base_sha256"] = base_fingerprint(path)
+    uses = ["base: base", "stock DiffusionPipeline.from_pretrained", *FULL] if family else []
+    return facts | {"uses": uses, "parts": parts, "weights": weights}
+
+
+def _run(path: Path) -> dict[str, Any]:
+    """A merge's output folder: what it merges, how far it is, and the LoRA it has exported."""
+    recipe = read_yaml(path / "recipe.yaml", "recipe")
+    teachers = recipe.get("teachers") if isinstance(recipe.get("teachers"), list) else []
+    told = [f"{t.get('name')} ({t.get('adapter')})" for t in teachers or () if isinstance(t, dict)]
+    facts: dict[str, Any] = {"kind": "run", "folder": str(path), "base": recipe.get("base"), "teachers": told}
+    saved = sorted((path / "checkpoints").glob("step-*"))
+    facts["steps"] = recipe.get("steps")
+    facts["saved_step"] = int(saved[-1].name.removeprefix("step-")) if saved else None
+    facts["finished"] = (path / "finished.json").is_file()
+    try:
+        lora = _lora(inspect_adapter(path))
+    except UserError:
+        uses = ["danceopd merge recipe.yaml (continues it)"] if saved else []
+        return facts | {"uses": uses}
+    return facts | {key: value for key, value in lora.items() if key not in ("kind", "base")}
+
+
+def _weights(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Every safetensors file below a folder, and the dtypes in them."""
+    from safetensors import SafetensorError, safe_open
+
+    found, dtypes = [], set()
     for file in sorted(path.rglob("*.safetensors")):
         try:
             with safe_open(file, framework="numpy") as tensors:
-                shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+                slices = [tensors.get_slice(name) for name in tensors.keys()]  # noqa: SIM118
+                shapes = [piece.get_shape() for piece in slices]
+                dtypes |= {piece.get_dtype() for piece in slices}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is damaged ({error}); download or copy it again") from None
-        weights.append(
+        found.append(
             {
                 "file": str(file.relative_to(path)),
                 "sha256": sha256(file),
@@ -77,7 +294,7 @@ def _pipeline(path: Path) -> dict[str, Any]:
                 "parameters": sum(_product(shape) for shape in shapes),
             }
         )
-    return {"kind": "pipeline", "class": index.get("_class_name"), "parts": parts, "weights": weights}
+    return found, sorted(dtypes)
 
 
 def _product(shape: Any) -> int:

@@ -1,0 +1,65 @@
+"""Loading machine code and launching it, through the CUDA driver by ctypes: no compiler, no torch headers.
+
+Modules are loaded once for a device, into torch's own context; kernels run on torch's current stream, so CUDA
+graphs capture them. Load (one launch) before a capture begins: loading itself cannot be captured.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Mapping
+
+import torch
+
+from . import build
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    library.cuLaunchKernel.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3]
+    return library
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _library().cuGetErrorString(status, ctypes.byref(text))
+        raise RuntimeError(f"{what}: CUDA error {status}, {(text.value or b'unknown').decode()}")
+
+
+@functools.cache
+def _module(device: int, name: str, defines: tuple[tuple[str, int], ...]) -> ctypes.c_void_p:
+    major, minor = torch.cuda.get_device_capability(device)
+    code = build.cubin(name, f"sm_{major}{minor}", dict(defines))
+    module = ctypes.c_void_p()
+    _check(_library().cuModuleLoadData(ctypes.byref(module), code), f"loading {name}")
+    return module
+
+
+@functools.cache
+def _function(device: int, name: str, defines: tuple[tuple[str, int], ...], entry: str) -> ctypes.c_void_p:
+    function = ctypes.c_void_p()
+    module = _module(device, name, defines)
+    _check(_library().cuModuleGetFunction(ctypes.byref(function), module, entry.encode()), f"finding {entry}")
+    return function
+
+
+def launch(
+    like: torch.Tensor,
+    name: str,
+    entry: str,
+    defines: Mapping[str, int],
+    grid: tuple[int, int],
+    threads: int,
+    argument: ctypes.Structure,
+) -> None:
+    """Run `entry` of `csrc/<name>.cu` on the device of `like`: `grid` blocks of `threads`, one struct by value."""
+    device = like.device.index
+    with torch.cuda.device(device):
+        function = _function(device, name, tuple(sorted(defines.items())), entry)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _check(_library().cuLaunchKernel(function, *grid, 1, threads, 1, 1, 0, stream, pointers, None), entry)

@@ -1,0 +1,379 @@
+"""What a merge would take, before it takes it: every check, memory and time by part, no weight loaded.
+
+Configurations and safetensors headers say all that is needed: the transformer stands on the meta device, the stock
+pipeline is put together without weights to say schedules and picture sizes, and the updates' draws are a function of
+the recipe. Times divide FLOPs by the speed of a plain matrix product on this machine, so they are a lower bound.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from danceopd.base_model import base_folder, empty_transformer
+from danceopd.cache import cache_folder
+from danceopd.checkpoint import is_checkpoint, open_checkpoint, scheduler_difference
+from danceopd.cost import Tokens, activation_bytes, forward_flops
+from danceopd.data import Edits
+from danceopd.errors import UserError
+from danceopd.lora import Adapter, adapter_shapes
+from danceopd.pipelines.families import class_name, family_of
+from danceopd.pipelines.family import Family
+from danceopd.pipelines.generation import GenerationPipeline
+from danceopd.query import draw, place
+from danceopd.recipe import Recipe, Teacher
+from danceopd.run import KEEP, RunFolder
+from danceopd.work import Asked, Size, call_of, open_work
+
+LOAD = torch.float32
+"""What a merge loads a base in: the stock default."""
+LOOKED, COUNTED = 256, 1000  # source images that sizes are read from; updates whose queries are counted
+BINS = 10
+
+
+def plan(recipe: Recipe, tflops: float | None = None) -> dict[str, Any]:
+    """Facts of the merge that `recipe` describes, plain data: see `commands.plan.show`.
+
+    `tflops` is the speed to reckon with; None: measured here for a second. UserError for all that a merge would
+    refuse, but for damaged numbers inside weight files.
+    """
+    RunFolder.check(recipe.output, recipe)
+    folder = base_folder(recipe.base)
+    family, transformer = family_of(folder, recipe.family), empty_transformer(folder)
+    call = call_of(folder, recipe.call, family)
+    teachers = {t.name: _teacher(t, folder, transformer) for t in recipe.teachers}
+    asked = open_work(recipe)
+    device = _device(recipe.device)
+    pipe = _pipeline(folder, family, transformer)
+    pictures = _pictures(recipe, asked, pipe, family, call, transformer)
+    sigmas = {size: _sigmas(pipe, family, call, size, recipe.rollout.steps) for size in {p["size"] for p in pictures}}
+    queries = _queries(recipe, sigmas, pictures)
+    modules = _student_modules(recipe, teachers, transformer, family)
+    memory = _memory(recipe, folder, family, transformer, teachers, modules, pictures)
+    speed = tflops or measure(device)
+    passes = _passes(recipe, queries["walked"])
+    flops = {c: sum(p["share"] * p["flops"] for p in pictures if p["capability"] == c) for c in asked_of(recipe)}
+    shares = recipe.shares()
+    row = sum(shares[t.name] * flops[t.capability] for t in recipe.teachers)
+    work = {part: recipe.batch * count * row for part, count in passes.items()}
+    disk = _disk(recipe, asked, pictures, transformer, modules)
+    here = _machine_memory(device)
+    times = ("encoding", "training", "checkpointed")
+    peak = {key: sum(m["bytes"] for m in memory if key in m["when"]) for key in times}
+    return {
+        "base": str(recipe.base), "family": family.name, "transformer": type(transformer).__name__,
+        "parameters": sum(p.numel() for p in transformer.parameters()), "dtype": str(LOAD).removeprefix("torch."),
+        "device": str(device), "objective": recipe.objective, "steps": recipe.steps, "batch": recipe.batch,
+        "teachers": [
+            {**teachers[t.name][0], "share": shares[t.name], "source": recipe.work(t), "rows": len(asked[t.name].data),
+             "drawn": len(asked[t.name].rows)}
+            for t in recipe.teachers
+        ],
+        "student": {"rank": recipe.student.rank, "modules": len(modules), "parameters": _numbers(recipe, modules)},
+        "pictures": pictures, "queries": queries, "memory": memory, "peak": peak, "machine_memory": here,
+        "passes": passes, "flops": work, "tflops": speed,
+        "seconds": {part: flop / speed / 1e12 for part, flop in work.items()},
+        "total_seconds": recipe.steps * sum(work.values()) / speed / 1e12,
+        "disk": disk, "warnings": _warnings(recipe, peak, here, disk, device),
+    }  # fmt: skip
+
+
+def asked_of(recipe: Recipe) -> list[str]:
+    """The capabilities that the recipe's teachers have."""
+    return list(dict.fromkeys(t.capability for t in recipe.teachers))
+
+
+# -- checks -----------------------------------------------------------------------------------------------
+
+
+def _teacher(teacher: Teacher, folder: Path, transformer: nn.Module) -> tuple[dict[str, Any], Adapter | None]:
+    """What one teacher is and the shapes of its adapter, by its headers."""
+    facts: dict[str, Any] = {"name": teacher.name, "adapter": teacher.adapter, "guidance": teacher.guidance}
+    if teacher.adapter == "base":
+        return {**facts, "kind": "base", "rank": 0, "parameters": 0}, None
+    if not is_checkpoint(teacher.adapter):
+        adapter = adapter_shapes(teacher.adapter, transformer)
+        return {**facts, "kind": "lora", "rank": adapter.rank, "parameters": adapter.parameters}, adapter
+    start = open_checkpoint(folder)
+    odd = scheduler_difference(start, open_checkpoint(teacher.adapter, like=start))
+    if odd and "scheduler" not in teacher.accept:
+        raise UserError(
+            f"teacher {teacher.name!r} ({teacher.adapter}) was made for another scheduler than the base: {odd}; use a "
+            "teacher with the base's scheduler, or `accept: [scheduler]` on the teacher"
+        )
+    sizes = {path: m for path, m in transformer.named_modules() if isinstance(m, nn.Linear)}
+    rank = teacher.rank
+    tensors = {
+        path: (torch.empty(r, m.in_features, device="meta"), torch.empty(m.out_features, r, device="meta"))
+        for path, m in sizes.items()
+        if (r := min(rank, m.in_features, m.out_features))
+    }
+    adapter = Adapter(tensors)
+    return {**facts, "kind": "whole model", "rank": rank, "parameters": adapter.parameters}, adapter
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, and this machine has no CUDA device that torch can use; give --device cpu")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+# -- pictures ---------------------------------------------------------------------------------------------
+
+
+def _pipeline(folder: Path, family: Family, transformer: nn.Module) -> Any:
+    """The stock generation pipeline without a weight: its models are their configurations."""
+    import diffusers
+
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    kind = getattr(diffusers, family.generation)
+    needed, settings = kind._get_signature_keys(kind)
+    parts: dict[str, Any] = dict.fromkeys(needed)
+    parts["transformer"] = _hollow(transformer)
+    parts["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
+    with torch.device("meta"):
+        vae = getattr(diffusers, index["vae"][1])
+        parts["vae"] = _hollow(vae.from_config(vae.load_config(folder / "vae")))
+    same = class_name(folder) == family.generation
+    return kind(**parts, **({key: index[key] for key in settings if key in index} if same else {}))
+
+
+def _hollow(model: nn.Module) -> Any:
+    """The model's class and configuration with one empty parameter on the CPU."""
+    hollow = copy.copy(model)
+    hollow._modules, hollow._buffers = {}, {}
+    hollow._parameters = {"like": nn.Parameter(torch.empty(0, dtype=LOAD), requires_grad=False)}
+    return hollow
+
+
+def _drawer(pipe: Any, family: Family, call: dict[str, Any], size: Size, steps: int) -> GenerationPipeline:
+    return GenerationPipeline(pipe, family, {**call, "height": size[0], "width": size[1], "steps": steps})
+
+
+def _sigmas(pipe: Any, family: Family, call: dict[str, Any], size: Size, steps: int) -> Tensor:
+    return _drawer(pipe, family, call, size, steps).sigmas()
+
+
+def _pictures(
+    recipe: Recipe, asked: Mapping[str, Asked], pipe: Any, family: Family, call: dict[str, Any], transformer: nn.Module
+) -> list[dict[str, Any]]:
+    """Picture sizes by capability with their share, tokens, and FLOPs of one forward."""
+    found: dict[str, Counter[Size]] = {}
+    settings = {key: value for key, value in call.items() if key != "steps"}
+    for teacher in recipe.teachers:
+        sizes = found.setdefault(teacher.capability, Counter())
+        work = asked[teacher.name]
+        if isinstance(work.data, Edits):
+            for row in work.rows[:: max(1, len(work.rows) // LOOKED)]:
+                image = Image.new("1", work.data.size(row))
+                sizes[family.size_of(pipe, image, settings)] += 1
+        else:
+            sizes[call["height"], call["width"]] += 1
+    side = 2 * pipe.vae_scale_factor
+    pictures = []
+    for capability, sizes in found.items():
+        for size, count in sizes.most_common():
+            tokens = (size[0] // side) * (size[1] // side)
+            one = Tokens(tokens, tokens if capability == "editing" else 0, call.get("max_sequence_length") or 512)
+            pictures.append(
+                {"capability": capability, "size": size, "share": count / sizes.total(), "picture": one.picture,
+                 "source": one.source, "text": one.text, "flops": forward_flops(transformer, one)}
+            )  # fmt: skip
+    return pictures
+
+
+def _queries(recipe: Recipe, sigmas: Mapping[Size, Tensor], pictures: list[dict[str, Any]]) -> dict[str, Any]:
+    """How far the updates walk, on the commonest picture size, and the share of queries in each tenth of noise."""
+    if recipe.objective in ("offpolicy", "supervised"):
+        return {"walked": 0.0, "levels": []}
+    schedule, knobs = sigmas[pictures[0]["size"]], recipe.query
+    if recipe.objective in ("diffusionopd", "flowopd"):
+        levels = schedule[:-1]
+        walked = float(len(levels) - (recipe.objective == "diffusionopd"))
+    else:
+        drawn = [draw(recipe.seed, s, recipe.batch, knobs.count, knobs.law, knobs.beta)
+                 for s in range(min(recipe.steps, COUNTED))]  # fmt: skip
+        stops, levels = place(torch.cat(drawn), schedule, knobs.law, knobs.jitter)
+        walked = float(stops.max(1).values.double().mean())
+    counts = torch.histc(levels.flatten().float(), BINS, 0.0, 1.0)
+    return {"walked": walked, "levels": (counts / counts.sum()).tolist()}
+
+
+def _passes(recipe: Recipe, walked: float) -> dict[str, float]:
+    """Forwards of one row in an update, by part; a backward counts as one more (frozen weights need no gradient)."""
+    steps, shares = recipe.rollout.steps, recipe.shares()
+    states = {"danceopd": recipe.query.count, "offpolicy": recipe.query.count, "supervised": recipe.query.count}
+    asked = states.get(recipe.objective, steps)
+    blank = recipe.guidance.unconditional
+    calls = {t.name: 1.0 + (0 if t.guidance is None else 1 - blank) for t in recipe.teachers}
+    teacher = sum(calls.values() if recipe.routing.answer == "mean" else (shares[n] * c for n, c in calls.items()))
+    drawn = steps if recipe.objective == "offpolicy" and recipe.offpolicy.clean == "teacher" else 0
+    return {
+        "walk": walked * (1 if recipe.rollout.guidance == 1 else 2),
+        "teachers": (drawn + (0 if recipe.objective == "supervised" else asked)) * teacher,
+        "student, forward": float(asked),
+        "student, backward": float(asked),
+    }
+
+
+# -- memory and disk --------------------------------------------------------------------------------------
+
+
+def _student_modules(
+    recipe: Recipe, teachers: Mapping[str, tuple[Any, Adapter | None]], transformer: nn.Module, family: Family
+) -> dict[str, nn.Linear]:
+    """The layers that the student adapts: the family's targets, and those of what it starts as."""
+    init = recipe.student.init
+    if init == "blend":
+        starts = [adapter for _, adapter in teachers.values()]
+    elif init in teachers or init == "base":
+        starts = [teachers[init][1]] if init in teachers else []
+    else:
+        starts = [adapter_shapes(init, transformer)]
+    extra = {path for adapter in starts if adapter is not None for path in adapter.tensors}
+    return {
+        path: m
+        for path, m in transformer.named_modules()
+        if isinstance(m, nn.Linear) and (path in extra or re.fullmatch(family.lora_targets, path))
+    }
+
+
+def _numbers(recipe: Recipe, modules: Mapping[str, nn.Linear]) -> int:
+    return sum(recipe.student.rank * (m.in_features + m.out_features) for m in modules.values())
+
+
+def _memory(
+    recipe: Recipe, folder: Path, family: Family, transformer: nn.Module,
+    teachers: Mapping[str, tuple[dict[str, Any], Adapter | None]], modules: Mapping[str, nn.Linear],
+    pictures: list[dict[str, Any]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Bytes by part, and when they are held."""
+    size, student = LOAD.itemsize, 4 * _numbers(recipe, modules)
+    copy_ = size * sum(m.weight.numel() for m in modules.values())
+    both = ["training", "checkpointed"]
+    largest = max(pictures, key=lambda p: p["picture"] + p["source"])
+    tokens = Tokens(largest["picture"], largest["source"], largest["text"])
+    kept = {c: recipe.batch * activation_bytes(transformer, tokens, size, c) for c in (False, True)}
+    parts = [("backbone", size * sum(p.numel() for p in transformer.parameters()), ["encoding", *both])]
+    if recipe.rollout.merged and recipe.objective in ("danceopd", "diffusionopd", "flowopd"):
+        parts.append(("merged copy for the walk", copy_, both))
+    parts.append(("merged copy for sample grids", copy_, both))
+    for name, (facts, _) in teachers.items():
+        parts.append((f"teacher {name}", 4 * facts["parameters"], both))
+    parts += [
+        ("student", student, both),
+        ("student, gradient", student, both),
+        ("student, Adam", 2 * student, both),
+        ("student, average", student, both),
+        ("student, in sample grids", student, both),
+        ("activations of the largest batch", kept[False], ["training"]),
+        ("the same, gradient checkpointing", kept[True], ["checkpointed"]),
+    ]
+    for name, numel in _components(folder).items():
+        if name in family.text_components:
+            parts.append((f"{name}, which then leaves", size * numel, ["encoding"]))
+        elif not name.startswith("transformer"):
+            parts.append((name, size * numel, ["encoding", *both]))
+    return [{"part": part, "bytes": int(number), "when": when} for part, number, when in parts if number]
+
+
+def _components(folder: Path) -> dict[str, int]:
+    """Numbers in each part's safetensors, by their headers; of several precisions, the plain files."""
+    from safetensors import safe_open
+
+    found: dict[str, int] = {}
+    for part in sorted(p for p in folder.iterdir() if p.is_dir()):
+        files = sorted(part.glob("*.safetensors"))
+        plain = [file for file in files if not re.search(r"\.(fp16|bf16|fp8\w*)\b", file.name)] or files
+        for file in plain:
+            with safe_open(str(file), framework="pt") as opened:
+                shapes = [opened.get_slice(key).get_shape() for key in opened.keys()]  # noqa: SIM118 - not a dict
+            found[part.name] = found.get(part.name, 0) + sum(torch.Size(shape).numel() for shape in shapes)
+    return found
+
+
+def _disk(
+    recipe: Recipe, asked: Mapping[str, Asked], pictures: list[dict[str, Any]], transformer: Any,
+    modules: Mapping[str, nn.Linear],
+) -> dict[str, int]:  # fmt: skip
+    """Bytes: the run folder at its fullest, the cache at most (nothing of it encoded before), and what is free."""
+    config = transformer.config
+    width = int(config.get("joint_attention_dim") or config.get("cap_feat_dim") or 0)
+    channels = int(config.get("in_channels") or 64)
+    rows = {(recipe.work(t), t.capability): asked[t.name].rows for t in recipe.teachers}
+    cache = 0.0
+    for (_, capability), drawn in rows.items():
+        for p in (p for p in pictures if p["capability"] == capability):
+            cache += len(drawn) * p["share"] * LOAD.itemsize * (p["text"] * width + p["source"] * channels)
+    student = 4 * _numbers(recipe, modules)
+    return {
+        "run": (KEEP + 1) * 4 * student + student, "run_free": _free(recipe.output),
+        "cache": int(cache), "cache_free": _free(cache_folder()),
+    }  # fmt: skip
+
+
+def _free(path: Path) -> int:
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+# -- the machine ------------------------------------------------------------------------------------------
+
+
+def measure(device: torch.device, seconds: float = 1.0) -> float:
+    """TFLOP/s of a plain matrix product in the dtype that a merge computes in."""
+    side = 4096 if device.type == "cuda" else 1024
+    a, b = (torch.rand(side, side, device=device, dtype=LOAD) for _ in range(2))
+    (a @ b).sum().item()
+    began, count = time.perf_counter(), 0
+    while (spent := time.perf_counter() - began) < seconds:
+        (a @ b)[0, 0].item()
+        count += 1
+    return 2 * side**3 * count / spent / 1e12
+
+
+def _machine_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
+def _warnings(
+    recipe: Recipe, peak: Mapping[str, int], here: int, disk: Mapping[str, int], device: torch.device
+) -> list[str]:
+    said = []
+    if peak["training"] > here:
+        help_ = (
+            "gradient checkpointing would fit" if peak["checkpointed"] <= here
+            else "it does not fit with gradient checkpointing either: take a smaller batch, picture or base"
+        )  # fmt: skip
+        said.append(f"training takes about {gigabytes(peak['training'])} and {device} has {gigabytes(here)}; {help_}")
+    if peak["encoding"] > here:
+        said.append(f"encoding takes about {gigabytes(peak['encoding'])} and {device} has {gigabytes(here)}")
+    for part in ("run", "cache"):
+        if disk[part] > disk[f"{part}_free"]:
+            what = f"the run folder {recipe.output}" if part == "run" else "the cache (DANCEOPD_CACHE moves it)"
+            said.append(f"{what} needs up to {gigabytes(disk[part])} and {gigabytes(disk[f'{part}_free'])} are free")
+    return said
+
+
+def gigabytes(number: float) -> str:
+    """A number of bytes in a unit that suits it."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if number >= size:
+            return f"{number / size:.{1 if number < 100 * size else 0}f} {unit}"
+    return f"{number / 1e3:.1f} kB"

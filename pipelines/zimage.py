@@ -1,0 +1,169 @@
+"""Z-Image: unpadded captions in lists; one transformer, two token layouts: basic draws, omni edits.
+
+The layouts differ in token order, positions and in how captions are modulated, so on one transformer they give
+different pictures of one prompt; a Condition whose `fixed` has "sources" is omni. Captions are recorded padded, a
+row's segments one after the other, with each segment's length beside them; source latents and SigLIP2 features as
+tokens, with their grids in `fixed`. The transformer's time runs from 0 (noise) to 1, and its output is x0 − ε.
+"""
+
+from __future__ import annotations
+
+import copy
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from danceopd.errors import UserError
+
+from .family import Family
+from .record import Condition
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def _is_omni(pipe: Any) -> bool:
+    return hasattr(pipe, "prepare_siglip_embeds")
+
+
+def _sees(pipe: Any) -> bool:
+    return pipe.transformer.config.siglip_feat_dim is not None
+
+
+def _z_lengths(pipe: Any, prompts: list[str]) -> list[int]:
+    if not _is_omni(pipe):
+        turns = ([{"role": "user", "content": prompt}] for prompt in prompts)
+        texts = [
+            pipe.tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+            for t in turns
+        ]
+        return [len(ids) for ids in pipe.tokenizer(texts)["input_ids"]]
+    plain = [f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n" for prompt in prompts]
+    after = [f"<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>" for prompt in prompts]
+    lengths = [len(ids) for ids in pipe.tokenizer(plain + after)["input_ids"]]
+    return [max(pair) for pair in zip(lengths[: len(prompts)], lengths[len(prompts) :], strict=True)]
+
+
+def _z_encode(pipe: Any, prompts: list[str], images: Any = None, **call: Any) -> list[dict[str, Any]]:
+    settings = {key: call[key] for key in ("max_sequence_length",) if key in call}
+    if _is_omni(pipe):
+        settings["num_condition_images"] = 0 if images is None else 1
+    # A copy of the prompts: the stock method writes its templates into the caller's list.
+    rows = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, **settings)[0]
+    return [{"prompt_embeds": [row]} for row in rows]
+
+
+def _z_blank(pipe: Any, rows: int, **call: Any) -> dict[str, Any]:
+    caption = torch.zeros(1, pipe.transformer.config.cap_feat_dim, device=pipe._execution_device)
+    return {"prompt_embeds": [[caption] if _is_omni(pipe) else caption] * rows}
+
+
+def _z_split(call: dict[str, Any]) -> tuple[Tensor, Condition]:
+    omni = isinstance(call["x"][0], list)
+    pictures = [row if omni else [row] for row in call["x"]]  # (C, 1, h, w) each; the target is the last of a row
+    captions = [row if omni else [row] for row in call["cap_feats"]]
+    latents = torch.stack([row[-1] for row in pictures]).squeeze(2)
+    device = captions[0][0].device
+    kwargs: dict[str, Tensor | None] = {
+        "cap_feats": pad_sequence([torch.cat(row) for row in captions], batch_first=True),
+        "cap_lengths": torch.tensor([[len(segment) for segment in row] for row in captions], device=device),
+    }
+    fixed, context = {}, None
+    if omni:
+        fixed["sources"] = [list(source.shape[2:]) for source in pictures[0][:-1]]
+        if fixed["sources"]:
+            context = torch.stack([torch.cat([s.flatten(1).T for s in row[:-1]]) for row in pictures])
+        if call["siglip_feats"][0] is not None:
+            features = [row[:-1] for row in call["siglip_feats"]]  # the last is the target's: None
+            fixed["siglip"] = [list(grid.shape[:2]) for grid in features[0]]
+            kwargs["siglip_feats"] = torch.stack([torch.cat([f.flatten(0, 1) for f in row]) for row in features])
+    return latents, Condition("z-image", tuple(latents.shape[1:]), kwargs, context, {}, fixed, ("cap_feats",))
+
+
+def _z_velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    dtype, sources = transformer.x_pad_token.dtype, condition.fixed.get("sources")
+    lengths: list[list[int]] = condition.kwargs["cap_lengths"].tolist()  # type: ignore[union-attr]
+    rows = zip(condition.kwargs["cap_feats"], lengths, strict=True)  # type: ignore[arg-type]
+    captions: list[Any] = [list(row[: sum(parts)].split(parts)) for row, parts in rows]
+    if len(captions[0]) != (len(sources) + 2 if sources else 1):
+        raise ValueError("the captions are of another layout; record the null prompt as the prompt was, with a source")
+    pictures: list[Any] = list(x.to(dtype).unsqueeze(2))
+    omni: dict[str, Any] = {}
+    if sources is None:
+        captions = [row[0] for row in captions]
+    else:
+        clean = _grids(condition.context, sources, len(x))
+        pictures = [[*(s.permute(2, 0, 1).unsqueeze(1).to(dtype) for s in c), p] for c, p in zip(clean, pictures)]
+        seen = _grids(condition.kwargs.get("siglip_feats"), condition.fixed.get("siglip", []), len(x))
+        omni["siglip_feats"] = [[*features, None] if features else None for features in seen]
+        omni["image_noise_mask"] = [[0] * len(sources) + [1]] * len(x)
+    time = (1000 - sigma * 1000) / 1000
+    out = transformer(pictures, time, captions, return_dict=False, **omni)[0]
+    return -torch.stack([row.float() for row in out]).squeeze(2)
+
+
+def _grids(tokens: Tensor | None, sizes: list[list[int]], rows: int) -> list[list[Tensor]]:
+    """A row's tokens `(m, C)` as its pictures `(h, w, C)`; no pictures for every row where there are no tokens."""
+    if tokens is None:
+        return [[] for _ in range(rows)]
+    parts = (row.split([prod(size) for size in sizes]) for row in tokens)
+    return [[part.unflatten(0, tuple(size)) for part, size in zip(row, sizes, strict=True)] for row in parts]
+
+
+def _z_decode(pipe: Any, x: Tensor, height: int, width: int) -> list[Image]:
+    latents = x.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    return pipe.image_processor.postprocess(pipe.vae.decode(latents, return_dict=False)[0], output_type="pil")
+
+
+def _no_siglip(images: Any, batch_size: int, device: Any, dtype: Any) -> list[list[Tensor]]:
+    return [[] for _ in range(batch_size)]
+
+
+def _z_ready(pipe: Any) -> Any:
+    """An omni pipeline that can edit, over the same transformer.
+
+    A transformer without SigLIP2 layers (Z-Image, Z-Image-Turbo) edits from source latents alone. The stock class
+    hands sources to its VAE in bfloat16, whatever the VAE is, so a VAE of another dtype is copied.
+    """
+    blind = not _sees(pipe)
+    if not blind and (pipe.siglip is None or pipe.siglip_processor is None):
+        raise UserError(
+            "the transformer reads SigLIP2 features and its pipeline has no siglip; set editing_base to the folder or "
+            "the hub name of a ZImageOmniPipeline that has it"
+        )
+    hushed = pipe.__dict__.get("prepare_siglip_embeds") is _no_siglip
+    cast = pipe.vae is not None and pipe.vae.dtype != torch.bfloat16
+    if not cast and blind == hushed:
+        return pipe
+    ready = copy.copy(pipe)
+    if cast:
+        ready.vae = copy.deepcopy(pipe.vae).bfloat16()
+    if blind:
+        ready.prepare_siglip_embeds = _no_siglip
+    return ready
+
+
+Z_IMAGE = Family(
+    name="z-image",
+    generation="ZImagePipeline",
+    editing="ZImageOmniPipeline",
+    lora_targets=r"(layers|noise_refiner|context_refiner|siglip_refiner)\.\d+"
+    r"\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123])",
+    unguided={"guidance_scale": 0.0},
+    guided=lambda scale: {"guidance_scale": scale - 1},  # stock: v + s (v − v_null), off where s is 0 or less
+    prompt_kwargs=("cap_feats", "cap_lengths"),
+    text_components=("text_encoder",),
+    optional=("siglip", "siglip_processor"),
+    ready=_z_ready,
+    draws=_sees,
+    smallest_source=64,
+    prompt_lengths=_z_lengths,
+    encode=_z_encode,
+    blank=_z_blank,
+    split=_z_split,
+    velocity=_z_velocity,
+    decode=_z_decode,
+)

@@ -1,0 +1,100 @@
+// Enough of CUDA to run a kernel's source on a CPU: one fiber a thread, blocks one after another. Shuffles and
+// barriers wait for every lane they name; a lane that never comes ends the run instead of going unnoticed.
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct uint4 { unsigned x, y, z, w; };
+struct float4 { float x, y, z, w; };
+struct Index { unsigned x, y, z; };
+static Index threadIdx, blockIdx, blockDim;
+
+struct Fiber { ucontext_t context; std::vector<char> stack; bool done; };
+struct Gate { int arrived = 0, generation = 0; };
+static std::vector<Fiber> fibers;
+static std::vector<Gate> warps;
+static Gate block;
+static ucontext_t scheduler;
+static std::function<void()> body;
+static float slots[2][1024];
+static int current, progress, alive;
+
+static void yield() { swapcontext(&fibers[current].context, &scheduler); }
+
+static void meet(Gate& gate, int expected) {
+    const int generation = gate.generation;
+    ++progress;
+    if (++gate.arrived == expected) {
+        gate.arrived = 0;
+        ++gate.generation;
+    }
+    while (gate.generation == generation) yield();
+}
+
+static void __syncthreads() { meet(block, blockDim.x); }
+
+static float __shfl_xor_sync(unsigned, float x, int offset) {
+    Gate& warp = warps[threadIdx.x / 32];
+    float* slot = slots[warp.generation & 1];
+    slot[threadIdx.x] = x;
+    meet(warp, 32);
+    return slot[threadIdx.x ^ offset];
+}
+
+static void enter() {
+    body();
+    fibers[current].done = true;
+    ++progress;
+    --alive;
+    yield();
+}
+
+static int run(int grid_x, int grid_y, int threads, std::function<void()> kernel) {
+    body = kernel;
+    blockDim = {static_cast<unsigned>(threads), 1, 1};
+    fibers.resize(threads);
+    for (int y = 0; y < grid_y; ++y)
+        for (int x = 0; x < grid_x; ++x) {
+            blockIdx = {static_cast<unsigned>(x), static_cast<unsigned>(y), 0};
+            warps.assign(threads / 32, Gate());
+            block = Gate();
+            alive = threads;
+            for (Fiber& fiber : fibers) {
+                getcontext(&fiber.context);
+                fiber.stack.resize(1 << 15);
+                fiber.done = false;
+                fiber.context.uc_stack.ss_sp = fiber.stack.data();
+                fiber.context.uc_stack.ss_size = fiber.stack.size();
+                makecontext(&fiber.context, enter, 0);
+            }
+            while (alive > 0) {
+                progress = 0;
+                for (current = 0; current < threads; ++current)
+                    if (!fibers[current].done) {
+                        threadIdx = {static_cast<unsigned>(current), 0, 0};
+                        swapcontext(&scheduler, &fibers[current].context);
+                    }
+                if (progress == 0) return 1; // some lane waits for one that has left
+            }
+        }
+    return 0;
+}
+
+static float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
+static unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
+static float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+#define __expf(x) std::exp(x) // the C library has a __expf of its own
+static float __fdividef(float a, float b) { return a / b; }
+template <typename T> static T __ldg(const T* p) { return *p; }

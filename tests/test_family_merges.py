@@ -1,0 +1,87 @@
+"""`danceopd merge` from end to end for every family: two LoRA teachers, four steps, export, stock pipeline.
+
+The base is a tiny pipeline of the real classes saved to disk. The pictures of the stock pipelines with the exported
+LoRA must be those that our own rollout draws with the student's weights, and not the base's.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from tinies import TINYS
+from tiny import random_adapter, random_image
+from tiny_parts import watched
+
+import danceopd
+from danceopd.backbone import Backbone
+from danceopd.fields import AdapterField, BaseField
+from danceopd.lora import read_adapter, write_adapter
+from danceopd.pipelines import EditingPipeline, GenerationPipeline
+from danceopd.pipelines.families import FAMILIES
+
+WORDS = ["a red circle", "two blue square", "a white ring above"]
+EDITS = ["make it red", "remove the star", "add a ring"]
+
+
+def recipe_of(tiny, pipe, folder):
+    """The base, two adapters and the work as files, and the recipe of their merge."""
+    pipe.save_pretrained(folder / "base")
+    teachers = []
+    for i, task in enumerate((*tiny.tasks, *tiny.tasks)[:2]):
+        targets = FAMILIES[tiny.family].lora_targets
+        write_adapter(random_adapter(pipe.transformer, targets=targets, seed=i, size=0.1), folder / f"teacher{i}")
+        teachers.append({"name": f"t{i}", "adapter": str(folder / f"teacher{i}"), "capability": task})
+    (folder / "prompts.txt").write_text("\n".join(WORDS))
+    fields = {"base": str(folder / "base"), "data": {"generation": str(folder / "prompts.txt")}}
+    if tiny.editing is not None:
+        lines = []
+        for i, words in enumerate(EDITS):
+            random_image(i).save(folder / f"{i}.png")
+            lines.append(json.dumps({"prompt": words, "image": f"{i}.png"}))
+        (folder / "edits.jsonl").write_text("\n".join(lines))
+        fields["data"]["editing"] = str(folder / "edits.jsonl")
+    if tiny.components is not None:
+        tiny.components(folder / "components")
+        fields["editing_base"] = str(folder / "components")
+    return danceopd.Recipe(
+        **fields,
+        teachers=teachers,
+        output=folder / "student",
+        steps=4,
+        batch=2,
+        device="cpu",
+        call={**tiny.call, "steps": 2},
+        student={"rank": 8},
+        rollout={"steps": 2},
+        samples={"every": 0, "count": 1},
+    )
+
+
+@pytest.mark.parametrize("tiny", TINYS, ids=lambda tiny: tiny.family)
+def test_the_stock_pipelines_with_the_exported_lora_draw_what_the_student_draws(tiny, tmp_path):
+    family, stock = FAMILIES[tiny.family], tiny.build()
+    backbone = Backbone(copy.deepcopy(stock.transformer), family)
+    danceopd.merge(recipe_of(tiny, stock, tmp_path), report=lambda done, steps: None)
+    backbone.add_adapter("student", read_adapter(tmp_path / "student"))
+    fields = {"student": AdapterField(backbone, "student"), "base": BaseField(backbone)}
+    stock.load_lora_weights(tmp_path / "student")
+    for task in tiny.tasks:
+        call = {**tiny.call, "steps": 2}
+        if task == "generation":
+            ours = GenerationPipeline(stock, family, call)
+            condition, asked = ours.conditions(WORDS[:1]), {"prompt": WORDS[0]}
+        else:
+            ours = EditingPipeline(tiny.editing(stock), family, call)
+            condition = ours.conditions(EDITS[:1], [random_image(0)])
+            asked = {"prompt": EDITS[0], "image": random_image(0)}
+        call = {**tiny.call, **asked, "num_inference_steps": call["steps"], "output_type": "latent"}
+        del call["steps"]
+        call |= {**family.extra(ours.pipe, call), **family.unguided}
+        final = watched(ours.pipe, **call, generator=torch.Generator().manual_seed(3))[1][-1][2]
+        for name, field in fields.items():
+            *_, last = ours.denoise(condition, ours.noise([3]), field)
+            error = float((last.x - final).abs().max() / final.abs().max())
+            assert error < 10 * tiny.tolerance if name == "student" else error > 1e-2, (name, error)

@@ -1,0 +1,47 @@
+"""The guide "bring your own model" says what is so: its recipes are valid, its tables complete, its code the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from tinies import TINYS
+
+import danceopd
+from danceopd.pipelines.families import FAMILIES
+
+ROOT = Path(__file__).parents[1]
+GUIDE = (ROOT / "docs" / "bring-your-own-model.md").read_text(encoding="utf-8")
+RECIPES = re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)
+EXAMPLE = re.search(r"```python\n(def _blank.*?)```", GUIDE, re.DOTALL)
+
+
+@pytest.mark.parametrize("text", RECIPES, ids=lambda text: yaml.safe_load(text)["output"])
+def test_the_recipes_are_valid(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in re.findall(r"\./([\w-]+)", text):
+        (tmp_path / folder).mkdir()
+    for file in re.findall(r"[\w-]+\.(?:txt|jsonl)", text):
+        (tmp_path / file).touch()
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = danceopd.Recipe.from_yaml("recipe.yaml")
+    assert len(recipe.teachers) == 2 and re.fullmatch(r"[\w-]+/[\w.-]+", recipe.base)
+
+
+def test_every_family_has_its_line_and_its_recipe():
+    assert len(RECIPES) == len(FAMILIES) == 6
+    for family in FAMILIES.values():
+        (line,) = [row for row in GUIDE.splitlines() if row.startswith(f"| `{family.name}` ")]
+        assert all(f"`{c}`" in line for c in (family.generation, *family.other_editing))
+        assert ("guidance_scale" in line) == ("guidance_scale" in family.call)
+    assert {tiny.family for tiny in TINYS} == set(FAMILIES)
+
+
+def test_adding_a_family_is_shown_as_it_is_in_under_40_lines():
+    assert EXAMPLE is not None and len(EXAMPLE[1].splitlines()) < 40
+    source = (ROOT / "pipelines" / "sd3.py").read_text(encoding="utf-8")
+    for part in re.split(r"\n\n(?=def |SD3)", EXAMPLE[1]):
+        assert part.strip() in source
+    assert 'TINY = Tiny("sd3", tiny_sd3, None, CALL, silent=SILENT)' in (ROOT / "tests" / "tiny_sd3.py").read_text()

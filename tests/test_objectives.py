@@ -1,0 +1,330 @@
+"""Every objective's gradient against an exact one: linear students on Gaussian flows, expectations by formula.
+
+The reference never runs a walk: it carries mean and variance of the states through the schedule, and differentiates
+the expected loss that each paper states.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+
+import pytest
+import torch
+from flows import Gaussian, Rows, shifted
+
+from danceopd.errors import UserError
+from danceopd.lesson import Fields, Lesson
+from danceopd.objectives import OBJECTIVES, clipped, probability_ratio, refuse_without_targets
+from danceopd.query import draw
+from danceopd.recipe import Recipe
+from danceopd.sde import Diffusion
+from danceopd.solvers import AdamsBashforth, Euler
+
+TEACHERS = [Gaussian(0.8, 0.4), Gaussian(-0.5, 0.9)]
+SIGMAS = shifted(6, 3.0)
+ROWS, WIDTH = 2048, 8
+
+
+class Linear:
+    """The student `(p0 + p1 σ) x + p2 + p3 σ`."""
+
+    def __init__(self) -> None:
+        self.p = torch.tensor([0.6, -0.2, -0.3, 0.5], requires_grad=True)
+
+    def line(self, sigma, p=None):
+        p = self.p if p is None else p
+        return p[0] + p[1] * sigma, p[2] + p[3] * sigma
+
+    def __call__(self, x, sigma, condition=None):
+        slope, offset = self.line(sigma.reshape(-1, *[1] * (x.ndim - 1)))
+        return slope * x + offset
+
+
+@pytest.fixture
+def lesson(files):
+    """`lesson(objective, step, **recipe)`: half the rows go to each teacher; each step draws anew."""
+
+    def make(objective: str, step: int, student: Linear, **fields) -> Lesson:
+        recipe = Recipe(**files, batch=ROWS, objective=objective, **fields)
+        query = recipe.query
+        block = recipe.flowopd.group if objective == "flowopd" else 1
+        routes = [row // block % 2 for row in range(ROWS)]
+        own = torch.tensor(routes)[:, None]
+        generator = torch.Generator().manual_seed(10_000 + step)
+        clean = torch.randn(ROWS, WIDTH, generator=generator)
+        means, scales = (torch.tensor([getattr(t, name) for t in TEACHERS])[own] for name in ("mean", "scale"))
+        return Lesson(
+            recipe=recipe,
+            fields=Fields(lambda x, s, c: student(x, s).detach(), student, TEACHERS, [0.5, 0.5]),
+            step=step,
+            name="0",
+            whole=ROWS,
+            mine=list(range(ROWS)),
+            routes=routes,
+            blank=[False] * ROWS,
+            condition=Rows(ROWS, (WIDTH,)),
+            null=None,
+            sigmas=SIGMAS,
+            drawn=draw(recipe.seed, step, ROWS, query.count, query.law, query.beta),
+            device=torch.device("cpu"),
+            targets=lambda: means + scales * clean,
+        )
+
+    return make
+
+
+def gradient(lesson, objective: str, steps: int = 8, **fields) -> torch.Tensor:
+    """The objective's gradient (steps, 4), one row for each of `steps` updates."""
+    found = []
+    for step in range(steps):
+        student = Linear()
+        OBJECTIVES[objective](lesson(objective, step, student, **fields))
+        found.append(student.p.grad.clone())
+    return torch.stack(found)
+
+
+def error(student, p, teacher, sigma, mean, variance):
+    """E[(student - teacher)²] over a Gaussian state, both linear; gradient through `p` alone."""
+    (a, b), (c, d) = student.line(sigma, p), teacher.line(sigma)
+    return (a - c) ** 2 * (variance + mean**2) + 2 * (a - c) * (b - d) * mean + (b - d) ** 2
+
+
+def walked(student, solver, sigmas=SIGMAS):
+    """(mean, variance) of the student's walk at every grid point, by the affine map that each step is."""
+    mean, variance, moments = torch.zeros(()), torch.ones(()), []
+    assert not isinstance(solver, AdamsBashforth)
+    for sigma, to in zip(sigmas[:-1], sigmas[1:]):
+        moments.append((mean, variance))
+        a, b = (value.detach() for value in student.line(sigma))
+        if isinstance(solver, Diffusion):
+            one = torch.ones(1, 1)
+            keep = solver.mean(one, 0 * one, sigma[None], to[None])[0, 0]
+            gain = solver.mean(0 * one, one, sigma[None], to[None])[0, 0]
+            noise = solver.deviation(sigma[None], to[None])[0]
+        else:
+            keep, gain, noise = torch.ones(()), to - sigma, torch.zeros(())
+        mean, variance = (keep + gain * a) * mean + gain * b, (keep + gain * a) ** 2 * variance + noise**2
+    return moments
+
+
+def exact(weights, solver=None, teachers=TEACHERS):
+    """Gradient of Σ_k weights[k] · E[error at grid point k of the student's walk], mean over the teachers."""
+    student = Linear()
+    moments = walked(student, solver or Euler())
+    p = student.p.detach().clone().requires_grad_()
+    total = sum(
+        weights[k] * error(student, p, teacher, SIGMAS[k], *moments[k]) / len(teachers)
+        for k in range(len(SIGMAS) - 1)
+        for teacher in teachers
+    )
+    return torch.autograd.grad(total, p)[0]
+
+
+def agree(found: torch.Tensor, wanted: torch.Tensor, size: float | None = 0.1) -> None:
+    """Direction to cosine 0.99 (and better), and length to `size`."""
+    cosine = torch.nn.functional.cosine_similarity(found.mean(0), wanted, dim=0)
+    assert float(cosine) >= 0.99, float(cosine)
+    if size is not None:
+        assert float(found.mean(0).norm() / wanted.norm()) == pytest.approx(1, abs=size)
+
+
+def paper_law() -> torch.Tensor:
+    """Probability of each grid index: Beta(5, 2) has the distribution function 6 u⁵ - 5 u⁶."""
+    u = torch.linspace(0, 1, len(SIGMAS))
+    return (6 * u**5 - 5 * u**6).diff()
+
+
+def dt2() -> torch.Tensor:
+    return SIGMAS.diff().square()
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_danceopd(lesson, queries):
+    agree(gradient(lesson, "danceopd", query={"count": queries}), exact(paper_law()))
+
+
+def test_danceopd_weighted_by_step(lesson):
+    weights = paper_law() * dt2() / dt2().mean()
+    agree(gradient(lesson, "danceopd", query={"weight": "dt2"}), exact(weights))
+
+
+def test_danceopd_on_random_walks(lesson):
+    solver = Diffusion(0.7, float(SIGMAS[1]), lambda step: torch.zeros(0))
+    agree(gradient(lesson, "danceopd", rollout={"noise": 0.7}), exact(paper_law(), solver))
+
+
+def test_soft_routing_matches_the_mean_of_the_teachers(lesson):
+    class Mean:
+        def line(self, sigma):
+            lines = [t.line(sigma) for t in TEACHERS]
+            return sum(a for a, _ in lines) / 2, sum(b for _, b in lines) / 2
+
+    agree(gradient(lesson, "danceopd", routing={"answer": "mean"}), exact(paper_law(), teachers=[Mean()]))
+
+
+def test_diffusionopd_without_noise_weighs_by_the_true_step(lesson):
+    """The released code's 1 / (2 steps²) is another gradient on a shifted schedule."""
+    found = gradient(lesson, "diffusionopd")
+    agree(found, exact(dt2() / 2))
+    uniform = exact(torch.full_like(dt2(), 0.5 / len(dt2()) ** 2))
+    assert float(torch.nn.functional.cosine_similarity(found.mean(0), uniform, dim=0)) < 0.99
+
+
+def test_diffusionopd_on_random_walks_is_the_transition_kl(lesson):
+    """torch's own KL between the two transitions' normals is the reference for the weights."""
+    solver = Diffusion(0.7, float(SIGMAS[1]), lambda step: torch.zeros(0))
+    weights, one = [], torch.ones(1, 1)
+    for sigma, to in zip(SIGMAS[:-1, None], SIGMAS[1:, None]):
+        means = [solver.mean(one, v * one, sigma, to) for v in (0.0, 1.0)]
+        normals = [torch.distributions.Normal(mean, solver.deviation(sigma, to)) for mean in means]
+        weights.append(torch.distributions.kl_divergence(*normals).squeeze())
+    agree(gradient(lesson, "diffusionopd", rollout={"noise": 0.7}), exact(torch.stack(weights), solver))
+
+
+FLOWOPD = {"rollout": {"noise": 0.7}, "flowopd": {"group": 8, "clip": 0.2}}
+
+
+def kl_of_random_walks() -> torch.Tensor:
+    solver = Diffusion(0.7, float(SIGMAS[1]), lambda step: torch.zeros(0))
+    gain, deviation = solver.kernel(SIGMAS)
+    return exact(gain**2 / (2 * deviation**2), solver)
+
+
+def test_flowopd_is_the_kl_gradient_in_expectation(lesson):
+    agree(gradient(lesson, "flowopd", 16, **FLOWOPD), kl_of_random_walks())
+
+
+def test_a_detached_advantage_teaches_nothing(lesson, monkeypatch):
+    """The released Flow-OPD: its mean gradient is zero to its standard error, where the other's is many of them."""
+    monkeypatch.setattr("danceopd.objectives.clipped", lambda r, a, c: clipped(r, a.detach(), c))
+    detached = gradient(lesson, "flowopd", 32, **FLOWOPD)
+    wanted = kl_of_random_walks()
+    errors = detached.std(0) / 32**0.5
+    assert float(errors.min()) > 0  # it does have a gradient, of pure noise
+    assert float((detached.mean(0) / errors).abs().max()) < 4
+    assert float(detached.mean(0).norm()) < 0.02 * float(wanted.norm())
+
+
+def test_the_baseline_is_the_groups_mean_reward_and_carries_no_gradient(lesson, monkeypatch):
+    """With a gradient through it, the rewards of a group would cancel and nothing would be learned."""
+    seen = []
+    monkeypatch.setattr("danceopd.objectives.clipped", lambda r, a, c: seen.append(a) or clipped(r, a, c))
+    student = Linear()
+    OBJECTIVES["flowopd"](lesson("flowopd", 0, student, **FLOWOPD))
+    advantage = seen[0].detach().unflatten(0, (-1, 8))
+    assert float(advantage.abs().max()) > 1e-3 and float(advantage.mean(1).abs().max()) < 1e-6
+    assert not torch.allclose(seen[0].detach().unflatten(0, (8, -1)).mean(0), torch.zeros(ROWS // 8), atol=1e-6)
+
+
+def test_offpolicy_on_the_data(lesson):
+    """States are the forward-noised data, so their moments are the flow's own."""
+    agree(gradient(lesson, "offpolicy", 16), forward())
+
+
+def test_supervised_is_offpolicy_with_the_best_teacher(lesson):
+    """Regressing `ε - x0` has the gradient of regressing its mean, with more noise."""
+    agree(gradient(lesson, "supervised", 64), forward())
+
+
+def forward() -> torch.Tensor:
+    student, law = Linear(), paper_law()
+    p = student.p.detach().clone().requires_grad_()
+    total = sum(
+        law[k] * error(student, p, teacher, SIGMAS[k], *teacher.moments(SIGMAS[k])) / 2
+        for k in range(len(law))
+        for teacher in TEACHERS
+    )
+    return torch.autograd.grad(total, p)[0]
+
+
+def test_offpolicy_on_the_teachers_own_pictures(lesson):
+    """Without data: what the teacher draws in these steps, noised again. Its Euler walk is affine, too."""
+    student, law = Linear(), paper_law()
+    p = student.p.detach().clone().requires_grad_()
+    total = 0.0
+    for teacher in TEACHERS:
+        mean, variance = torch.zeros(()), torch.ones(())
+        for sigma, to in zip(SIGMAS[:-1], SIGMAS[1:]):
+            a, b = teacher.line(sigma)
+            mean, variance = mean + (to - sigma) * (a * mean + b), (1 + (to - sigma) * a) ** 2 * variance
+        for k, weight in enumerate(law):
+            level = SIGMAS[k]
+            noised = (1 - level) * mean, (1 - level) ** 2 * variance + level**2
+            total = total + weight * error(student, p, teacher, level, *noised) / 2
+    wanted = torch.autograd.grad(total, p)[0]
+    agree(gradient(lesson, "offpolicy", 16, offpolicy={"clean": "teacher"}), wanted)
+
+
+def test_reported_errors_are_the_velocitys(lesson):
+    """Whatever the surrogate, the log has the KL as the loss and the plain mean squared error by noise level."""
+    made = lesson("flowopd", 0, Linear(), **FLOWOPD)
+    OBJECTIVES["flowopd"](made)
+    gain, deviation = made.solver().kernel(SIGMAS)
+    assert len(made.told) == len(SIGMAS) - 1
+    for told, weight in zip(made.told, gain**2 / (2 * deviation**2)):
+        assert torch.allclose(told.loss, weight * told.error, rtol=1e-4) and bool((told.error > 0).all())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_slice_of_the_rows_is_the_slice_of_the_whole(lesson, objective):
+    """Two processes with half of the rows each add up to the gradient of one with all of them."""
+    fields = FLOWOPD if objective == "flowopd" else {}
+    whole = gradient(lesson, objective, 1, **fields)[0]
+    student, numbers = Linear(), count()
+    for half in (range(0, ROWS, 2), range(1, ROWS, 2)) if objective != "flowopd" else (range(512), range(512, ROWS)):
+        made, mine = lesson(objective, 0, student, **fields), list(half)
+        clean = made.clean()[mine]
+        made.mine, made.condition = mine, made.condition.rows(torch.tensor(mine))
+        made.routes, made.blank = [made.routes[r] for r in mine], [False] * len(mine)
+        made.drawn, made.targets = made.drawn[mine], lambda clean=clean: clean
+        made.__post_init__()
+        OBJECTIVES[objective](made)
+        next(numbers)
+    torch.testing.assert_close(student.p.grad, whole, rtol=1e-3, atol=1e-5)
+    assert next(numbers) == 2
+
+
+def test_ratio_is_that_of_the_likelihoods():
+    drawn, deviation = torch.randn(5, 7), torch.rand(5) + 0.5
+    moved = 0.1 * torch.randn(5, 7)
+    then = torch.distributions.Normal(torch.zeros(5, 7), deviation[:, None])
+    now = torch.distributions.Normal(-moved, deviation[:, None])
+    taken = deviation[:, None] * drawn
+    wanted = torch.exp((now.log_prob(taken) - then.log_prob(taken)).mean(1))
+    assert torch.allclose(probability_ratio(taken + moved, drawn, deviation), wanted, rtol=1e-4)
+
+
+def test_clip_stops_a_ratio_that_has_left_its_range():
+    ratio = torch.tensor([0.5, 1.0, 1.5, 0.5, 1.0, 1.5], requires_grad=True)
+    advantage = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
+    value = clipped(ratio, advantage, 0.2)
+    assert value.tolist() == pytest.approx([0.5, 1.0, 1.2, -0.8, -1.0, -1.5])
+    assert torch.autograd.grad(value.sum(), ratio)[0].tolist() == [1.0, 1.0, 0.0, 0.0, -1.0, -1.0]
+
+
+def test_objectives_say_what_data_they_need():
+    for objective, clean in (("supervised", "targets"), ("offpolicy", "targets")):
+        with pytest.raises(UserError, match="target picture for each row"):
+            refuse_without_targets(objective, clean, "editing")
+    for objective in ("danceopd", "diffusionopd", "flowopd"):
+        refuse_without_targets(objective, "targets", "editing")
+    refuse_without_targets("offpolicy", "teacher", "editing")
+
+
+@pytest.mark.parametrize(
+    "fields, sentence",
+    [
+        ({"objective": "flowopd"}, "set rollout.noise"),
+        ({"objective": "flowopd", "rollout": {"noise": 0.7}, "batch": 9}, "no multiple of flowopd.group"),
+        ({"objective": "diffusionopd", "query": {"count": 2}}, "query has no meaning"),
+        ({"flowopd": {"group": 4}}, "flowopd is set"),
+        ({"offpolicy": {"clean": "teacher"}}, "offpolicy is set"),
+        ({"objective": "supervised", "rollout": {"solver": "ab2"}}, "has no student walk"),
+        ({"objective": "supervised", "routing": {"answer": "mean"}}, "asks no teacher"),
+        ({"rollout": {"solver": "ab2", "noise": 0.5}}, "cannot take random steps"),
+        ({"routing": {"per": "turn", "weights": {"editing": 2}}}, "equal turns"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(files, fields, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Recipe(**files, **fields)

@@ -1,0 +1,23 @@
+"""Every family's tiny pipelines, in one list: a family added here gets all of `test_families.py` for free."""
+
+from __future__ import annotations
+
+import tiny_flux1
+import tiny_flux2_dev
+import tiny_qwen
+import tiny_sd3
+import tiny_zimage
+from tiny import CALL, tiny_klein
+from tiny_parts import Tiny
+
+KLEIN = Tiny("flux2-klein", tiny_klein, lambda pipe: pipe, {**CALL, "steps": 4})
+TINYS: list[Tiny] = [
+    KLEIN,
+    tiny_flux2_dev.TINY,
+    tiny_flux1.TINY,
+    tiny_qwen.TINY,
+    tiny_qwen.PLUS,
+    tiny_zimage.TINY,
+    tiny_zimage.OMNI,
+    tiny_sd3.TINY,
+]
