@@ -21,7 +21,7 @@ from danceopd.lora import Adapter
 from danceopd.lora_file import few
 from danceopd.sentences import nearest
 
-__all__ = ["METHODS", "Blended", "blend", "blended", "residual", "scaled", "shrink", "truncate", "truncate_dense"]
+__all__ = ["METHODS", "Blended", "blend", "blended", "norm", "residual", "scaled", "shrink", "truncate", "truncate_dense"]
 
 SMALL = 1024
 """Up to this many rows or columns a dense SVD is exact; above it is randomised."""
@@ -213,13 +213,14 @@ def residual(whole: Adapter, part: Adapter) -> float:
 
     Raises ValueError when `whole` changes nothing.
     """
-    gap = _norm(blend([whole, part], [1.0, -1.0]))
-    size = _norm(whole)
+    gap = norm(blend([whole, part], [1.0, -1.0]))
+    size = norm(whole)
     if size == 0:
         raise ValueError("the adapter changes nothing, so nothing can be lost")
     return gap / size
 
 
-def _norm(adapter: Adapter) -> float:
+def norm(adapter: Adapter) -> float:
+    """‖Δ‖ over all modules together, Frobenius."""
     squares = [float(_core(a, b)[2].square().sum()) for a, b in adapter.tensors.values()]
     return sum(squares) ** 0.5

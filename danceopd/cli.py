@@ -306,6 +306,14 @@ def inspect(
 
 
 @app.command()
+def kernels() -> None:
+    """Say which attention kernels would run on this machine, and why."""
+    from .commands.kernels import describe, show
+
+    show(describe())
+
+
+@app.command()
 def version() -> None:
     """Versions of danceopd and of what its results depend on."""
     from importlib.metadata import PackageNotFoundError, version

@@ -70,7 +70,7 @@ def _existing(value: Any, what: str, **how: Any) -> Any:
 
 
 def _work(value: Any) -> Any:
-    if value is None or str(value).partition(":")[0] == "scenes":
+    if value is None or str(value).partition(":")[0] in ("scenes", "hub"):
         return value
     return _existing(value, "data source", shipped_names=False)
 
@@ -201,7 +201,7 @@ class OffPolicy(Part):
 
 
 class Data(Part):
-    """Where the work comes from: "scenes", or a .txt, .csv, .jsonl, .parquet file or a folder (see data.py)."""
+    """Where the work comes from: "scenes", a .txt, .csv, .jsonl or .parquet file, a folder, "hub:owner/name"."""
 
     generation: Work = "scenes"
     editing: Work = "scenes"

@@ -94,7 +94,7 @@ class StreamedField:
         finally:
             for handle in handles:
                 handle.remove()
-        for unit in (set(self._blocks()) - set(order)):
+        for unit in strays | (set(self._blocks()) - set(order)):
             self.units[ROOT] = self.units.get(ROOT, []) + self.units.pop(unit)
         self.order = [unit for unit in order if unit in self.units]
 

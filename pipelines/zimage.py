@@ -34,17 +34,18 @@ def _sees(pipe: Any) -> bool:
 
 
 def _z_lengths(pipe: Any, prompts: list[str]) -> list[int]:
-    if not _is_omni(pipe):
+    if _is_omni(pipe):
+        before, after = "<|vision_end|>", "<|vision_start|>"
+        if _sees(pipe):  # draws as well: that text is the longer one
+            before, after = "<|im_start|>user\n", ""
+        texts = [f"{before}{prompt}<|im_end|>\n<|im_start|>assistant\n{after}" for prompt in prompts]
+    else:
         turns = ([{"role": "user", "content": prompt}] for prompt in prompts)
         texts = [
             pipe.tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True, enable_thinking=True)
             for t in turns
         ]
-        return [len(ids) for ids in pipe.tokenizer(texts)["input_ids"]]
-    plain = [f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n" for prompt in prompts]
-    after = [f"<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>" for prompt in prompts]
-    lengths = [len(ids) for ids in pipe.tokenizer(plain + after)["input_ids"]]
-    return [max(pair) for pair in zip(lengths[: len(prompts)], lengths[len(prompts) :], strict=True)]
+    return [len(ids) for ids in pipe.tokenizer(texts)["input_ids"]]
 
 
 def _z_encode(pipe: Any, prompts: list[str], images: Any = None, **call: Any) -> list[dict[str, Any]]:

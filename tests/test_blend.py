@@ -299,36 +299,42 @@ def test_the_command_writes_what_blended_gives(danceopd, loras, tmp_path):
     assert f"residual {want.residual:.2%}" in done.stdout and "and 16 more" in done.stdout
     record = inspect_adapter(tmp_path / "o").record
     assert record["base"] == str(tmp_path / "base") and record["blend"] == "ties: 2 x a + 1 x b"
-    exact = danceopd("blend", "a", "b", "-o", "linear")
-    assert "rank 5" in exact.stdout and "exact" in exact.stdout
-    assert read_adapter(tmp_path / "linear").sha256 == blend(loras).sha256
 
 
 def test_the_command_blends_across_dialects(danceopd, loras, tmp_path):
-    assert danceopd("export", "b", "--format", "kohya", "-o", "k").returncode == 0
-    done = danceopd("blend", "a", "k/b.safetensors", "-o", "o")
-    assert done.returncode == 0, done.stderr
-    assert read_adapter(tmp_path / "o").sha256 == blend(loras).sha256
+    from danceopd.commands.blend import run, summary
+
+    done = danceopd("export", "b", "--format", "kohya", "-o", "k")
+    assert done.returncode == 0 and "read back by danceopd and by stock diffusers" in done.stdout, done.stderr
+    file, found = run([tmp_path / "a", tmp_path / "k" / "b.safetensors"], tmp_path / "o")
+    assert read_adapter(file).sha256 == blend(loras).sha256
+    assert "rank 5" in summary(found) and summary(found).endswith("exact")
 
 
-def test_what_the_command_refuses(danceopd, loras, tmp_path):
-    def refused(*arguments):
-        done = danceopd("blend", *arguments)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-        return done.stderr
+def test_what_the_command_refuses(danceopd, loras, tmp_path, monkeypatch):
+    from danceopd.commands.blend import run
 
-    assert "did you mean 'sce'" in refused("a", "b", "--method", "sec")
-    assert "give each its own weight" in refused("a", "b", "--weights", "1")
-    assert "which is no number" in refused("a", "b", "--weights", "1,x")
-    assert "is no share" in refused("a", "b", "--method", "ties", "--density", "2")
-    assert "does not exist" in refused("a", "gone")
-    assert "cancel out" in refused("a", "a", "--weights", "1,-1", "-r", "2")
+    monkeypatch.chdir(tmp_path)
+
+    def refused(says, *paths, output="blend", **how):
+        with pytest.raises(UserError, match=says) as caught:
+            run(paths, output, **how)
+        assert "\n" not in str(caught.value)
+
+    refused("did you mean 'sce'", "a", "b", method="sec")
+    refused("give each its own weight", "a", "b", weights=[1.0])
+    refused("is no share", "a", "b", method="ties", density=2.0)
+    refused("does not exist", "a", "gone")
+    refused("cancel out", "a", "a", weights=[1.0, -1.0], rank=2)
     write_adapter(loras[1], tmp_path / "other", metadata={"base_sha256": "1" * 64})
-    assert "different bases" in refused("a", "other")
-    assert not (tmp_path / "blend").exists()
+    refused("different bases", "a", "other")
+    refused("trained on another base than", "other", base="base")
     before = (tmp_path / "a" / "pytorch_lora_weights.safetensors").read_bytes()
-    assert "not overwritten" in refused("a", "b", "-o", "a")
+    refused("not overwritten", "a", "b", output="a")
     assert (tmp_path / "a" / "pytorch_lora_weights.safetensors").read_bytes() == before
+    done = danceopd("blend", "a", "b", "--weights", "1,x")
+    assert done.returncode == 2 and "which is no number" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "blend").exists()
 
 
 # A student's start

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from tiny import CALL, random_adapter, random_image, tiny_klein
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
 from danceopd.backbone import Backbone
+from danceopd.cli import app
 from danceopd.cost import Tokens, activation_bytes, forward_flops
 from danceopd.errors import UserError
 from danceopd.loop import STUDENT, Loop, Source
@@ -183,11 +185,12 @@ def test_a_machine_that_is_too_small_is_warned_of(
     assert "take a smaller batch" in said[0]
 
 
-def test_the_shipped_demo(danceopd: Any, tmp_path: Path) -> None:
+def test_the_shipped_demo(danceopd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = danceopd("plan", "--tflops", 0.1, "--steps", 5)
     assert done.returncode == 0, done.stderr
     for words in ("Teachers", "Queries by noise level", "student, Adam", "walk", "at least", "disk: run folder"):
         assert words in done.stdout
     assert list(tmp_path.iterdir()) == []
-    facts = json.loads(danceopd("plan", "--tflops", 0.1, "--steps", 5, "--json").stdout)
+    monkeypatch.chdir(tmp_path)
+    facts = json.loads(CliRunner().invoke(app, ["plan", "--tflops", "0.1", "--steps", "5", "--json"]).stdout)
     assert facts["family"] == "flux2-klein" and facts["tflops"] == 0.1 and facts["warnings"] == []

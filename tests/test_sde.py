@@ -79,3 +79,11 @@ def test_kernel_is_what_a_step_does_with_a_velocity(make):
         else:
             assert float(deviations[k]) == 0
         solver.remember(v, sigma, to)
+
+
+def test_the_noise_is_flow_grpos():
+    """`s = a sqrt(σ / (1 - σ))`, and the schedule's second level for a σ of 1 inside the root."""
+    solver = Diffusion(0.7, 0.9, draws(1, 1))
+    got = solver.deviation(torch.tensor([1.0, 0.6]), torch.tensor([0.9, 0.2]))
+    wanted = torch.tensor([0.7 * (1 / 0.1 * 0.1) ** 0.5, 0.7 * (0.6 / 0.4 * 0.4) ** 0.5])
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)

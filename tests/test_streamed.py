@@ -66,7 +66,7 @@ def test_velocity_is_the_checkpoints_own_bit_for_bit(models, backbone, scene, pr
     assert (expected - bare).abs().max() > 0.1
     for _ in range(2):  # learning the order, then knowing it
         assert torch.equal(field(*scene), expected)
-    with backbone.acting_as("edit"), backbone.merged("wide"):  # whoever acts outside is not inside
+    with backbone.merged("wide"), backbone.acting_as("edit"):  # whoever acts outside is not inside
         assert torch.equal(field(*scene), expected)
     assert unchanged(before, weights(backbone)) and torch.equal(BaseField(backbone)(*scene), bare)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in backbone.transformer.modules())

@@ -137,15 +137,17 @@ def test_prompts_of_the_caller_are_left_alone(pipe, omni):
         assert prompts == [PROMPT, "two star"]
 
 
-@pytest.mark.parametrize("task", ["generation", "editing"])
-def test_a_prompt_that_just_fits_is_not_cut(pipe, task):
-    stock = pipe if task == "generation" else editing_pipe(pipe)
-    images = {} if task == "generation" else {"images": [random_image(0)]}
-    ours = {"generation": GenerationPipeline, "editing": EditingPipeline}[task]
+@pytest.mark.parametrize("task", ["generation", "editing", "omni"])
+def test_a_prompt_that_just_fits_is_not_cut(pipe, omni, task):
+    stock = {"generation": pipe, "editing": editing_pipe(pipe), "omni": omni}[task]
+    ours, images = GenerationPipeline, {}
+    if task == "editing":
+        ours, images = EditingPipeline, {"images": [random_image(0)]}
     length = Z_IMAGE.prompt_lengths(stock, [PROMPT])[0]
     tight = ours(stock, Z_IMAGE, {**CALL, "max_sequence_length": length}).conditions([PROMPT], **images)
     wide = ours(stock, Z_IMAGE, CALL).conditions([PROMPT], **images)
     assert torch.equal(tight.kwargs["cap_lengths"], wide.kwargs["cap_lengths"])
+    assert wide.kwargs["cap_lengths"].max() == length
     with pytest.raises(UserError, match="would be cut"):
         ours(stock, Z_IMAGE, {**CALL, "max_sequence_length": length - 1}).conditions([PROMPT], **images)
 

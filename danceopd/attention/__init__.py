@@ -13,20 +13,21 @@ from types import MethodType
 
 from torch import nn
 
-from .choose import active, requested, using
+from .choose import active, demand, using
 
-__all__ = ["active", "install", "installed", "requested", "uninstall", "using"]
+__all__ = ["active", "install", "installed", "uninstall", "using"]
 
 
 def install(transformer: nn.Module) -> int:
     """Fuse every attention module and block that is covered; how many changed. Installing twice changes none.
 
-    Modules whose processor, norms or forward somebody else has replaced are left alone.
+    Modules whose processor, norms or forward somebody else has replaced are left alone. UserError when
+    `DANCEOPD_KERNELS` asks for what cannot run here.
     """
     from .blocks import PATCHES, covered
     from .processors import fused_for
 
-    requested()  # a bad word in the environment is an error now, not in the first forward
+    demand()  # what the environment asks for in vain is an error now, not in the first forward
     count = 0
     for module in transformer.modules():
         processor = fused_for(module)

@@ -141,7 +141,8 @@ def _with_nvrtc(library: ctypes.CDLL, name: str, arch: str, flags: list[str]) ->
     program = ctypes.c_void_p()
     names = [header.encode() for header in HEADERS]
     strings = ctypes.c_char_p * len(names)
-    call("nvrtcCreateProgram", ctypes.byref(program), source, name.encode(), len(names), strings(*headers), strings(*names))
+    given = len(names), strings(*headers), strings(*names)
+    call("nvrtcCreateProgram", ctypes.byref(program), source, name.encode(), *given)
     try:
         try:
             call("nvrtcCompileProgram", program, len(options), (ctypes.c_char_p * len(options))(*options))

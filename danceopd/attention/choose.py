@@ -39,6 +39,13 @@ def requested() -> str:
     return word
 
 
+def demand() -> None:
+    """UserError if the environment asks for a backend by name that cannot run here."""
+    word = requested()
+    if not _forced and word != "auto" and missing(word):
+        raise UserError(f"{VARIABLE}={word}, but {missing(word)}; use auto")
+
+
 @contextmanager
 def using(name: str) -> Iterator[None]:
     """Inside, this backend whatever the environment says; "op": the reference through the custom operators."""
@@ -89,9 +96,7 @@ def active(device: str) -> str:
         emulated = word == "cuda" and bool(_forced)  # tests run the CUDA sources on a CPU
         return word if emulated or (word == "triton" and interpreting() and not missing(word)) else "torch"
     if word != "auto":
-        reason = missing(word)
-        if reason:
-            raise UserError(f"{VARIABLE}={word}, but {reason}; use auto")
+        demand()
         return word
     return next(name for name in ("cuda", "triton", "torch") if not missing(name))
 

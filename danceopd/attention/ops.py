@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import build, choose, reference
-from .parts import Part, Stream, heads, heads_apart
+from .parts import Stream, heads, heads_apart
 
 Maybe = Tensor | None
 
@@ -189,7 +189,7 @@ def parallel_prep(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = _parallel_outputs(packed, head_dim, width)
     qkv, gate, up = _taken_apart(packed, width)
-    part = heads_apart(Stream(*qkv.chunk(3, -1), weight_q, weight_k, cos, sin), head_dim)
+    part = heads_apart(Stream(qkv, None, None, weight_q, weight_k, cos, sin), head_dim)
     _run("qkv_prep", packed, out[:3], part, None, eps, round_first, True)
     _run("swiglu", packed, out[3], gate, up, None)
     return out
@@ -229,8 +229,8 @@ def parallel_prep_backward(
 ) -> list[Tensor]:
     d_packed = torch.empty_like(packed, memory_format=torch.contiguous_format)
     (qkv, gate, up), (d_qkv, d_gate, d_up) = _taken_apart(packed, width), _taken_apart(d_packed, width)
-    part = heads_apart(Stream(*qkv.chunk(3, -1), weight_q, weight_k, cos, sin), head_dim)
-    d_part = heads_apart(Stream(*d_qkv.chunk(3, -1)), head_dim)
+    part = heads_apart(Stream(qkv, None, None, weight_q, weight_k, cos, sin), head_dim)
+    d_part = heads_apart(Stream(d_qkv, None, None), head_dim)
     grads = (grad_q, grad_k, grad_v)
     found = _run("qkv_prep_backward", packed, grads, part, None, d_part, None, eps, True, weights)
     _run("swiglu_backward", packed, d_gate, d_up, grad_act, gate, up)

@@ -256,7 +256,7 @@ def fused_for(attn: nn.Module) -> Fused | None:
     if kind is FusedFlux2Parallel and type(attn.mlp_act_fn) is not Flux2SwiGLU:
         return None
     norms = [norm for norm in (getattr(attn, name, None) for name in NORMS) if norm is not None]
-    kinds = {(type(norm), getattr(norm, "eps", None)) for norm in norms}
+    kinds: set[tuple[type, Any]] = {(type(norm), getattr(norm, "eps", None)) for norm in norms}
     if not norms:
         return kind(attn.processor, 1e-6, False)
     norm, eps = kinds.pop()

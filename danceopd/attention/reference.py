@@ -67,8 +67,8 @@ def joint(image: Part, text: Part | None, eps: float, round_first: bool, text_fi
         return halves[0]
     if text_first:
         halves.reverse()
-    q, k = (torch.cat([half[i] for half in halves], dim=1) for i in (0, 1))
-    values = [half[2] for half in halves if half[2] is not None]
+    q, k = torch.cat([half[0] for half in halves], dim=1), torch.cat([half[1] for half in halves], dim=1)
+    values = [v for _, _, v in halves if v is not None]
     return q, k, torch.cat(values, dim=1) if values else None
 
 
@@ -100,7 +100,7 @@ def qkv_prep_backward(
 ) -> list[tuple[Tensor, Tensor]]:
     """The gradient of `joint`, written into `d_image` and `d_text`; with `weights`, returns those of each stream's
     two norm weights (image first), in wide precision."""
-    found, first = [], 0
+    found = []
     parts = [(image, d_image)] if text is None or d_text is None else [(image, d_image), (text, d_text)]
     offsets = _offsets(image, text, text_first)
     for (part, d), first in zip(parts, offsets):

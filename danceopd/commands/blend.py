@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..base_model import base_fingerprint, base_folder, empty_transformer
-from ..blend import METHODS, Blended, blended
+from ..blend import METHODS, Blended, blended, norm
 from ..errors import UserError
-from ..lora import WEIGHTS, Adapter, read_adapter, write_adapter
+from ..lora import WEIGHTS, read_adapter, write_adapter
 from ..lora_file import Header, inspect_adapter
 from ..shipped import portable, resolve
 
@@ -43,9 +43,9 @@ def run(
     like = None if "base" not in record else empty_transformer(base_folder(record["base"]))
     adapters = [read_adapter(header.file, like) for header in headers]
     found = blended(adapters, weights, rank, method, density, scale, seed)
-    if not _changes(found.adapter):
-        raise UserError("the blend changes nothing (its adapters cancel out); give other weights")
     shares = METHODS[method].weights(len(adapters)) if weights is None else weights
+    if norm(found.adapter) <= 1e-6 * sum(abs(w) * norm(part) for w, part in zip(shares, adapters)):
+        raise UserError("the blend changes nothing, since its adapters cancel out; give other weights")
     record["blend"] = f"{method}: " + " + ".join(f"{w:g} x {h.file.parent.name}" for w, h in zip(shares, headers))
     record["residual"] = f"{found.residual:.6f}"
     return write_adapter(found.adapter, file.parent, metadata=record), found
@@ -73,10 +73,6 @@ def _base_of(headers: Sequence[Header], given: str | os.PathLike | None) -> dict
             raise UserError(f"{said[known]} was trained on another base than {name}; give the base it was trained on")
         record = {"base": name, "base_sha256": mine}
     return record
-
-
-def _changes(adapter: Adapter) -> bool:
-    return any(a.any() and b.any() for a, b in adapter.tensors.values())
 
 
 def show(found: Blended) -> None:

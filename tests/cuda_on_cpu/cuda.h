@@ -1,12 +1,12 @@
 // Enough of CUDA to run a kernel's source on a CPU: one fiber a thread, blocks one after another. Shuffles and
 // barriers wait for every lane they name; a lane that never comes ends the run instead of going unnoticed.
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <vector>
 
 #define __device__
@@ -21,17 +21,27 @@ struct float4 { float x, y, z, w; };
 struct Index { unsigned x, y, z; };
 static Index threadIdx, blockIdx, blockDim;
 
-struct Fiber { ucontext_t context; std::vector<char> stack; bool done; };
+struct Fiber { ucontext_t context; jmp_buf place; std::vector<char> stack; bool started, done; };
 struct Gate { int arrived = 0, generation = 0; };
 static std::vector<Fiber> fibers;
 static std::vector<Gate> warps;
 static Gate block;
-static ucontext_t scheduler;
-static std::function<void()> body;
+static jmp_buf scheduler; // after the first entry: jumps, which cost no system call as swapcontext does
+static void (*body)(const void*);
+static const void* argument;
 static float slots[2][1024];
 static int current, progress, alive;
 
-static void yield() { swapcontext(&fibers[current].context, &scheduler); }
+static void yield() {
+    if (!_setjmp(fibers[current].place)) _longjmp(scheduler, 1);
+}
+
+static void resume(Fiber& fiber) {
+    if (_setjmp(scheduler)) return;
+    if (fiber.started) _longjmp(fiber.place, 1);
+    fiber.started = true;
+    setcontext(&fiber.context);
+}
 
 static void meet(Gate& gate, int expected) {
     const int generation = gate.generation;
@@ -54,15 +64,15 @@ static float __shfl_xor_sync(unsigned, float x, int offset) {
 }
 
 static void enter() {
-    body();
+    body(argument);
     fibers[current].done = true;
     ++progress;
     --alive;
     yield();
 }
 
-static int run(int grid_x, int grid_y, int threads, std::function<void()> kernel) {
-    body = kernel;
+static int run(int grid_x, int grid_y, int threads, void (*kernel)(const void*), const void* given) {
+    body = kernel, argument = given;
     blockDim = {static_cast<unsigned>(threads), 1, 1};
     fibers.resize(threads);
     for (int y = 0; y < grid_y; ++y)
@@ -74,7 +84,7 @@ static int run(int grid_x, int grid_y, int threads, std::function<void()> kernel
             for (Fiber& fiber : fibers) {
                 getcontext(&fiber.context);
                 fiber.stack.resize(1 << 15);
-                fiber.done = false;
+                fiber.started = fiber.done = false;
                 fiber.context.uc_stack.ss_sp = fiber.stack.data();
                 fiber.context.uc_stack.ss_size = fiber.stack.size();
                 makecontext(&fiber.context, enter, 0);
@@ -84,7 +94,7 @@ static int run(int grid_x, int grid_y, int threads, std::function<void()> kernel
                 for (current = 0; current < threads; ++current)
                     if (!fibers[current].done) {
                         threadIdx = {static_cast<unsigned>(current), 0, 0};
-                        swapcontext(&scheduler, &fibers[current].context);
+                        resume(fibers[current]);
                     }
                 if (progress == 0) return 1; // some lane waits for one that has left
             }
