@@ -21,7 +21,7 @@ from danceopd.lora import Adapter
 from danceopd.lora_file import few
 from danceopd.sentences import nearest
 
-__all__ = ["METHODS", "Blended", "blend", "blended", "norm", "residual", "scaled", "shrink", "truncate", "truncate_dense"]
+__all__ = ["METHODS", "Blended", "blend", "blended", "norm", "residual", "scaled", "shrink", "truncate_dense"]
 
 SMALL = 1024
 """Up to this many rows or columns a dense SVD is exact; above it is randomised."""

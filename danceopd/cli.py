@@ -289,11 +289,11 @@ def export(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A LoRA file or folder, or a pipeline folder.")],
+    path: Annotated[Path, typer.Argument(help="A LoRA, a model's folder or file, a run's folder, a shipped name.")],
     names: Annotated[bool, typer.Option("--names", help="Also list every adapted module.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a LoRA or a pipeline is: modules, rank, dialect, hashes. Loads no weight."""
+    """Say what a LoRA, a model or a run is, and what it can be used for. Loads no weight."""
     from .commands.inspect import describe, show
 
     facts = describe(path)
