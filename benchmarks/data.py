@@ -32,12 +32,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "data.md")
-    given = parser.parse_args()
+    given, load = parser.parse_args(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DANCEOPD_CACHE"] = f"{folder}/cache"
         make(Path(folder), given.rows)
         lines = [line for kind in ("csv", "jsonl", "parquet") if (line := measure(Path(folder), kind))]
-    text = REPORT.format(rows=given.rows, machine=machine(), table="\n".join(lines))
+    text = REPORT.format(rows=given.rows, machine=machine(), load=load, table="\n".join(lines))
     given.output.parent.mkdir(exist_ok=True)
     given.output.write_text(text)
     print(text)
@@ -45,8 +45,10 @@ def main() -> None:
 
 REPORT = """# {rows:,} rows of edits
 
-`python benchmarks/data.py` on {machine}. Seconds, except a draw. Cold: the first time the file is seen. Warm: its
-index is kept. Check: every row's text and every path. A draw is one random row: its instruction and its image's path.
+`python benchmarks/data.py` on {machine}; load {load:.1f} when it began.
+
+Seconds, except a draw. Cold: the first time the file is seen. Warm: its index is kept. Check: every row's text and
+every path. A draw is one random row: its instruction and its image's path.
 
 | format | MB | open, cold | open, warm | check | draw |
 |---|---|---|---|---|---|

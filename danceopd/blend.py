@@ -165,11 +165,6 @@ def shrink(a: Tensor, b: Tensor, rank: int) -> tuple[Factors, float, float]:
     return pair, float(s[rank:].square().sum()), float(s.square().sum())
 
 
-def truncate(a: Tensor, b: Tensor, rank: int) -> Factors:
-    """`shrink` without what it lost."""
-    return shrink(a, b, rank)[0]
-
-
 def truncate_dense(delta: Tensor, rank: int, draw: torch.Generator) -> tuple[Factors, float, float]:
     """(A (rank, in), B (out, rank) closest to delta (out, in), ‖lost‖², ‖delta‖²), Frobenius.
 

@@ -7,7 +7,7 @@ import torch
 from tiny import random_adapter, tiny_klein
 
 from danceopd.base_model import base_fingerprint
-from danceopd.blend import METHODS, blend, blended, residual, truncate, truncate_dense
+from danceopd.blend import METHODS, blend, blended, residual, shrink, truncate_dense
 from danceopd.errors import UserError
 from danceopd.lora import Adapter, inspect_adapter, read_adapter, write_adapter
 from danceopd.recipe import BlendMethod, Student
@@ -81,7 +81,7 @@ def test_no_large_matrix_is_formed():
     """A (r, 200000) by (300000, r) delta would take 240 GB."""
     draw = torch.Generator().manual_seed(0)
     a, b = torch.randn(4, 200_000, generator=draw), torch.randn(300_000, 4, generator=draw)
-    small_a, small_b = truncate(a, b, 2)
+    (small_a, small_b), _, _ = shrink(a, b, 2)
     assert small_a.shape == (2, 200_000) and small_b.shape == (300_000, 2)
     assert 0 < residual(Adapter({"x": (a, b)}), Adapter({"x": (small_a, small_b)})) < 1
 

@@ -143,11 +143,10 @@ def test_the_tables_are_the_single_file_converters(kind):
 
     names = ARCHITECTURES[kind]
     width, sizes, tensors = HIDDEN if kind == "FluxTransformer2DModel" else 4, {}, {}
-    for number, parts in enumerate(names.stacked.values()):
-        for part in (p.format(0) for p in parts):
-            out = 4 * width if part.endswith("proj_mlp") else width
-            sizes[part] = (2, out)
-            tensors[part] = (torch.ones(1, 2), torch.arange(out).float()[:, None] + 100_000 * number)
+    for number, part in enumerate(p.format(0) for parts in names.stacked.values() for p in parts):
+        out = 4 * width if part.endswith("proj_mlp") else width
+        sizes[part] = (2, out)
+        tensors[part] = (torch.ones(1, 2), torch.arange(out).float()[:, None] + 100_000 * number)
     joined = names.join(tensors, sizes)
     checkpoint = {f"{layer}.weight": b @ a for layer, (a, b) in joined.items()}
     if kind in ("FluxTransformer2DModel", "SD3Transformer2DModel"):

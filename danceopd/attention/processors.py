@@ -110,7 +110,7 @@ class FusedFlux(Fused):
         out = self.core(q, k, v, attention_mask)
         if context is None:
             return out if getattr(attn, "pre_only", False) else _output(attn, out)
-        return _output(attn, out[:, text:]), attn.to_add_out(out[:, :text])
+        return _output(attn, out[:, text:].contiguous()), attn.to_add_out(out[:, :text].contiguous())
 
 
 def _output(attn: Any, out: Tensor) -> Tensor:

@@ -89,13 +89,22 @@ def _differentiate_site(ctx: Any, grad_total: Tensor, grad_out: Tensor) -> tuple
     )
     found: list[Maybe] = [dx, _given(dy), None, None, None, None, None]
     if any(needs[2:7]):
-        found[2:] = _of_modulation(ctx, dx, grad_out, y)
+        found[2:] = _of_modulation(ctx, dx, grad_out, total, y, gate, y_weight, weight, scale)
     return (*(grad if need else None for grad, need in zip(found, needs)), None, None, None, None)
 
 
-def _of_modulation(ctx: Any, dx: Tensor, grad_out: Tensor, y: Maybe) -> list[Maybe]:
+def _of_modulation(
+    ctx: Any,
+    dx: Tensor,
+    grad_out: Tensor,
+    total: Tensor,
+    y: Maybe,
+    gate: Maybe,
+    y_weight: Maybe,
+    weight: Maybe,
+    scale: Maybe,
+) -> list[Maybe]:
     """Gradients of gate, y_weight, weight, scale and shift, by autograd through the reference."""
-    total, _, gate, y_weight, weight, scale = ctx.saved_tensors
     kind, rms_y, eps, y_eps = ctx.fixed
     found: list[Maybe] = [None] * 5
     with torch.enable_grad():
