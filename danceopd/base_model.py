@@ -76,6 +76,9 @@ def load_base(folder: str | Path, dtype: torch.dtype | None = None, **components
     try:
         with quietly():
             return DiffusionPipeline.from_pretrained(folder, **kwargs, **components)
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} needs a package that is not installed ({reason}); install it") from error
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

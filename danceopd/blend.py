@@ -21,7 +21,7 @@ from danceopd.lora import Adapter
 from danceopd.lora_file import few
 from danceopd.sentences import nearest
 
-__all__ = ["METHODS", "Blended", "blend", "blended", "norm", "residual", "scaled", "shrink", "truncate_dense"]
+__all__ = ["METHODS", "Blended", "blend", "blended", "norm", "residual", "scaled", "shrink", "truncate"]
 
 SMALL = 1024
 """Up to this many rows or columns a dense SVD is exact; above it is randomised."""
@@ -163,6 +163,11 @@ def shrink(a: Tensor, b: Tensor, rank: int) -> tuple[Factors, float, float]:
     new_b = left @ (u[:, :rank] * root)
     pair = new_a.to(a.dtype).contiguous(), new_b.to(b.dtype).contiguous()
     return pair, float(s[rank:].square().sum()), float(s.square().sum())
+
+
+def truncate(a: Tensor, b: Tensor, rank: int) -> Factors:
+    """`shrink` without what it lost."""
+    return shrink(a, b, rank)[0]
 
 
 def truncate_dense(delta: Tensor, rank: int, draw: torch.Generator) -> tuple[Factors, float, float]:

@@ -127,6 +127,11 @@ def _components(place: str | Path, names: list[str], like: torch.nn.Module) -> d
         index = DiffusionPipeline.load_config(str(place))
         others = {k: None for k, v in index.items() if isinstance(v, list) and k not in names}
         held = DiffusionPipeline.from_pretrained(place, dtype=weights.dtype, **others).components
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{', '.join(names)} of {place} needs a package that is not installed ({reason}); install it"
+        ) from error
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{', '.join(names)} of {place} does not load ({reason}); fetch it again") from error

@@ -35,7 +35,7 @@ def angles(*shape: int) -> Tensor:
 
 def wide(x: Tensor, like: Tensor) -> Tensor:
     """A rotary table: fp32 as models hold it, float64 (of the same values) for the yardstick."""
-    return x.float().to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+    return x.float().to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
 
 
 def twice(angle: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,8 @@ def packed(heads: int, dim: int, image: int, text: int, **options: Any) -> tuple
         text_stream = Stream(y[..., :width], None, None, text_wq, text_wk, *ropes[1])
         return joint_qkv(image_stream, text_stream, head_dim=dim, eps=EPS, **options)
 
-    return function, [draw(0, 2, image, width + 32), draw(1, 2, text, width + 16), *(draw(2 + i, dim) for i in range(4))]
+    weights = [draw(2 + i, dim) for i in range(4)]
+    return function, [draw(0, 2, image, width + 32), draw(1, 2, text, width + 16), *weights]
 
 
 def unnormed() -> tuple:
@@ -113,7 +114,8 @@ def site(columns: int, tokens: int = 1, **options: Any) -> tuple:
         return out[:1] if kind == "none" else out
 
     modulation = [0.3 * draw(2 + i, 2, tokens, columns) for i in range(3)]
-    return function, [draw(0, 2, 3, columns) + 0.5, draw(1, 2, 3, columns), *modulation, draw(5, columns), draw(6, columns)]
+    weights = [draw(5, columns), draw(6, columns)]
+    return function, [draw(0, 2, 3, columns) + 0.5, draw(1, 2, 3, columns), *modulation, *weights]
 
 
 def adaptive(columns: int) -> tuple:
@@ -157,17 +159,19 @@ CASES: dict[str, tuple[torch.dtype, tuple]] = {
 }
 
 
-def outputs(function: Function, inputs: list[Tensor], dtype: torch.dtype, backend: str) -> tuple[list, int]:
+def outputs(
+    function: Function, inputs: list[Tensor], dtype: torch.dtype, backend: str, device: str = "cpu"
+) -> tuple[list, int]:
     """What `function` returns, then the gradient of each input; and how many are outputs."""
-    leaves = [x.to(dtype).requires_grad_() for x in inputs]
+    leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
     with using(backend):
         out = function(*leaves)
         out = [o for o in (out if isinstance(out, tuple) else (out,))]
         # gradients as attention may hand them back: heads before tokens in memory
-        grads = [draw(50 + i, *o.shape).to(dtype) for i, o in enumerate(out)]
+        grads = [draw(50 + i, *o.shape).to(device, dtype) for i, o in enumerate(out)]
         grads = [g.transpose(1, 2).contiguous().transpose(1, 2) if g.ndim == 4 else g for g in grads]
         found = torch.autograd.grad(out, leaves, grads, allow_unused=True)
-    return [*out, *found], len(out)
+    return [None if x is None else x.detach().cpu() for x in (*out, *found)], len(out)
 
 
 def relative(x: Tensor, exact: Tensor) -> float:
@@ -175,12 +179,12 @@ def relative(x: Tensor, exact: Tensor) -> float:
     return (x.double() - exact).norm().item() / size if size else 0.0
 
 
-def compare(name: str, backend: str) -> dict[str, Any]:
+def compare(name: str, backend: str, device: str = "cpu") -> dict[str, Any]:
     """Errors against float64 of the backend and of eager torch, output by output, and how many bits they share."""
     dtype, (function, inputs) = CASES[name]
     inputs = [x.to(dtype).double() for x in inputs]
-    got, count = outputs(function, inputs, dtype, backend)
-    eager, _ = outputs(function, inputs, dtype, "torch")
+    got, count = outputs(function, inputs, dtype, backend, device)
+    eager, _ = outputs(function, inputs, dtype, "torch", device)
     exact, _ = outputs(function, inputs, torch.float64, "torch")
     rows = [(g, e, x) for g, e, x in zip(got, eager, exact) if x is not None]
     return {

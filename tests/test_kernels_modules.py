@@ -20,7 +20,7 @@ MODULES = {"flux2": 7, "flux1": 4, "sd3": 5, "sd3-plain": 5, "qwen": 4, "qwen-fu
 
 def state(model):
     """What an installation could leave behind: attributes of every module, and its processor."""
-    return {name: (dict(vars(m)), m.processor if hasattr(m, "processor") else None) for name, m in model.named_modules()}
+    return {name: (dict(vars(m)), getattr(m, "processor", None)) for name, m in model.named_modules()}
 
 
 def gradients(model, call):

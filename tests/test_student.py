@@ -373,3 +373,14 @@ def test_loading_is_quiet_and_gives_the_bars_back(base, capfd):
     load_base(base)
     assert "it/s" not in capfd.readouterr().err
     assert logging.is_progress_bar_enabled()
+
+
+def test_a_base_that_needs_a_missing_package_says_so(base, monkeypatch):
+    from diffusers import DiffusionPipeline
+
+    def missing(*args, **kwargs):
+        raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", missing)
+    with pytest.raises(UserError, match="needs a package that is not installed .*Torchvision.*; install it"):
+        load_base(base)

@@ -140,9 +140,7 @@ def normed(
     return n if shift is None else n + shift
 
 
-def added(
-    x: Tensor, y: Tensor, gate: Tensor | None, rms_y: bool, y_weight: Tensor | None, y_eps: float
-) -> Tensor:
+def added(x: Tensor, y: Tensor, gate: Tensor | None, rms_y: bool, y_weight: Tensor | None, y_eps: float) -> Tensor:
     """`x + gate·y`, or `x + gate·RMSNorm(y)`."""
     y = rms(y, y_weight, y_eps, round_first=True) if rms_y else y
     return x + (y if gate is None else gate * y)
