@@ -163,30 +163,35 @@ def _difference(
 
 
 def null_condition(drawer: GenerationPipeline, teacher: Teacher, base_sha256: str, cache: Path) -> Condition:
-    """The teacher's null prompt, one row, as the stock pipeline encodes it; kept in `cache`.
-
-    The prompt is the teacher's `negative`, else the family's own (most often empty). UserError when the family has
-    no classifier-free guidance, or when its null prompt reads the source image, so that one row is not enough.
-    """
-    family, call = drawer.family, drawer.call
-    if family.guided is None:
-        raise UserError(f"teacher {teacher.name!r} is guided, and {family.name} has no classifier-free guidance")
-    negative = teacher.negative
-    if negative is None:
-        negative = str(family.guided(2.0).get("negative_prompt", ""))
-    elif negative.strip():
-        check_prompts(drawer.pipe, family, [negative], call)
-    path = cache / f"null-{_key([negative, base_sha256, teacher.capability, call])}.safetensors"
+    """The teacher's null prompt (see `null_prompt`), kept in `cache`."""
+    facts = [teacher.negative, base_sha256, teacher.capability, drawer.family.name, drawer.call]
+    path = cache / f"null-{_key(facts)}.safetensors"
     if path.exists():
         return Condition.from_state(load_file(path))
-    with torch.no_grad():
-        found = _null(drawer, negative)
+    found = null_prompt(drawer, teacher.name, teacher.negative)
     partial = path.with_suffix(".partial")
     with disk_faults(path):
         cache.mkdir(parents=True, exist_ok=True)
         save_file(found.state(), partial)
         partial.replace(path)
     return found
+
+
+@torch.no_grad()
+def null_prompt(drawer: GenerationPipeline, name: str, negative: str | None = None) -> Condition:
+    """The null prompt of teacher `name`, one row, as the stock pipeline encodes it.
+
+    The prompt is `negative`, else the family's own (most often empty). UserError when the family has no
+    classifier-free guidance, or when its null prompt reads the source image, so that one row is not enough.
+    """
+    family = drawer.family
+    if family.guided is None:
+        raise UserError(f"teacher {name!r} is guided, and {family.name} has no classifier-free guidance")
+    if negative is None:
+        negative = str(family.guided(2.0).get("negative_prompt", ""))
+    elif negative.strip():
+        check_prompts(drawer.pipe, family, [negative], drawer.call)
+    return _null(drawer, negative)
 
 
 def _null(drawer: GenerationPipeline, negative: str) -> Condition:

@@ -1,24 +1,23 @@
 """Which models a bench compares: the student, the base, its recipe's teachers, a naive blend, anything by path.
 
 Names become a `Lineup` without any weight of the base being loaded, so misspelt names cost nothing. All LoRAs
-ride on ONE backbone; a fused pipeline brings its own transformer and must share the base's text encoder and
+ride on ONE backbone (`stage`); a whole model brings its own transformer and must share the base's text encoder and
 autoencoder, since prompts are encoded once for everybody. Two names for the same weights are sampled once.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from danceopd.base_model import base_fingerprint, base_folder, empty_transformer
 from danceopd.blend import METHODS, blend, scaled
+from danceopd.checkpoint import is_checkpoint
 from danceopd.disk import sha256
 from danceopd.errors import UserError
 from danceopd.lora import Adapter, read_adapter
@@ -29,13 +28,14 @@ from danceopd.shipped import SHIPPED, portable, shipped
 
 RESERVED = ("source", "target")
 """Folders of a bench that are no models."""
-LARGE = 1_000_000_000
-"""Above this many parameters a LoRA runs beside the weights instead of in a merged copy of them."""
+AGAINST = ("base", "teachers", "blend")
+"""What a student is compared with when nothing is named."""
+_log = logging.getLogger("danceopd")
 
 
 @dataclass(frozen=True)
 class Model:
-    """One row of the table. `adapter` None with `pipeline` None is the bare base."""
+    """One row of the table. `adapter` None with `whole` None is the bare base."""
 
     name: str  # of its folder and in every row; unique
     label: str
@@ -43,10 +43,12 @@ class Model:
     path: str  # where it comes from; a shipped checkpoint by its name
     sha256: str
     adapter: Adapter | None = field(default=None, compare=False, repr=False)
-    pipeline: Path | None = None
+    whole: Path | None = None  # a pipeline's, a transformer's folder or a single file, instead of an adapter
     weights: tuple[float, ...] = ()  # of a blend, in the order of the recipe's teachers
     method: str = ""  # of a blend
     capability: str | None = None  # of a teacher
+    guidance: float | None = None  # classifier-free, as its recipe's teacher is asked; None: without
+    negative: str | None = None  # its prompt to get away from; None: the family's own
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ class Lineup:
     base: Model
     folder: Path  # of the base
     models: tuple[Model, ...]
-    call: dict[str, int]  # the recipe's, over the base's own
+    call: dict[str, float]  # the recipe's, over the base's own
+    family: str | None = None  # the recipe's; None: by the base's pipeline
+    editing_base: str | None = None  # what the base's editing pipeline may lack
 
     @property
     def student(self) -> Model:
@@ -145,6 +149,12 @@ class _Builder:
         self._adapters: dict[Path, Adapter] = {}
         self._base = Model("base", "base", "base", portable(self.recipe.base), sha256_of(self.folder))
 
+    @property
+    def whole(self) -> list[str]:
+        """Names of the teachers that are whole models."""
+        adapters = {name: teacher.adapter for name, teacher in self.teachers.items()}
+        return [name for name, path in adapters.items() if path != "base" and is_checkpoint(path)]
+
     def adapter(self, file: Path) -> Adapter:
         """A LoRA that belongs to the base, N of N tensors."""
         if file not in self._adapters:
@@ -164,8 +174,8 @@ class _Builder:
         label = name if role in ("student", "teacher") else path.name
         if path.resolve() == self.folder.resolve():
             return replace(self.base(), name=name, label=label, role=role)
-        if _is_pipeline(path):
-            return Model(name, label, role, portable(str(path)), sha256_of(path), pipeline=path)
+        if is_checkpoint(path):
+            return Model(name, label, role, portable(str(path)), sha256_of(path), whole=path)
         file = adapter_file(path)
         return Model(name, label, role, portable(str(path)), sha256_of(file), self.adapter(file))
 
@@ -182,17 +192,23 @@ class _Builder:
     def teacher(self, name: str) -> Model:
         teacher = self.teachers[name]
         if teacher.adapter == "base":
-            return replace(
-                self.base(), name=name, label=f"{name} (base)", role="teacher", capability=teacher.capability
-            )
-        model = self.from_path(Path(teacher.adapter), name, "teacher")
+            model = replace(self.base(), name=name, label=f"{name} (base)", role="teacher")
+        else:
+            model = self.from_path(Path(teacher.adapter), name, "teacher")
         if teacher.scale != 1.0 and model.adapter is not None:
             strong = scaled(model.adapter, teacher.scale)
             model = replace(model, adapter=strong, sha256=strong.sha256, label=f"{name} x{teacher.scale:g}")
-        return replace(model, capability=teacher.capability)
+        return replace(
+            model, guidance=teacher.guidance, negative=teacher.negative, capability=teacher.capability
+        )
 
     def blend(self, word: str, method: str = "linear") -> Model:
         weights = _weights_of(word, len(self.teachers), method)
+        if self.whole:
+            raise UserError(
+                f"teacher {self.whole[0]!r} is a whole model, which has no LoRA to blend; take its low-rank difference "
+                "with `danceopd extract`, or leave blend out of --against"
+            )
         parts = [(self.teacher(name).adapter, w) for name, w in zip(self.teachers, weights)]
         held = [(adapter, w) for adapter, w in parts if adapter is not None and w != 0]
         label = "blend" if word == "blend" else "blend " + "/".join(f"{w:.2g}" for w in weights)
@@ -232,23 +248,28 @@ class _Builder:
 
 def line_up(
     student: str | Path,
-    against: Sequence[str] = ("base", "teachers", "blend"),
+    against: Sequence[str] | None = None,
     blend_weights: Sequence[float] | Mapping[str, float] = (),
     recipe: Recipe | None = None,
     blend_methods: Sequence[str] = ("linear",),
 ) -> Lineup:
     """The models that the names mean.
 
-    `student`: a run folder, a LoRA's folder or file, a fused pipeline's folder, or a shipped name. `against`:
-    `base`, a teacher of the student's recipe by name, `teachers` (all of them), `blend`, `blend:0.3`, a shipped
-    name, or a path. `blend_weights` are further blends, by the share of the first of two teachers; by teacher's
-    name they are the weights of `blend` itself. Every blend is made by each of `blend_methods`, as `blend` makes
-    it. Without a recipe beside the student, the default recipe says what the base and the teachers are.
+    `student`: a run folder, a LoRA's folder or file, a fused pipeline's folder, or a shipped name. `against` (None:
+    `AGAINST`, without the blend where a teacher is a whole model): `base`, a teacher of the student's recipe by
+    name, `teachers` (all of them), `blend`, `blend:0.3`, a shipped name, or a path. `blend_weights` are further
+    blends, by the share of the first of two teachers; by teacher's name they are the weights of `blend` itself. Every
+    blend is made by each of `blend_methods`, as `blend` makes it. Without a recipe beside the student, the default
+    recipe says what the base and the teachers are.
     """
     builder = _Builder(student, recipe)
     for method in blend_methods:
         if method not in METHODS:
             raise UserError(f"there is no blend method {method!r}{nearest(method, METHODS)}")
+    if against is None:
+        against = [word for word in AGAINST if word != "blend" or not builder.whole]
+        if len(against) < len(AGAINST):
+            _log.warning("no blend in the table: teacher %s is a whole model and no LoRA", builder.whole[0])
     words: list[str] = []
     for word in (w.strip() for w in against):
         words += list(builder.teachers) if word == "teachers" else [word] if word else []
@@ -277,72 +298,12 @@ def line_up(
     label = str(student) if known else builder.path.name
     mine = builder.from_path(builder.path, _free("student", found), "student")
     mine = replace(mine, label="student" if label == "student" else f"student: {label}"[:40])
-    return Lineup(builder.base(), builder.folder, (*models, mine), dict(builder.recipe.call))
+    recipe = builder.recipe
+    return Lineup(
+        builder.base(), builder.folder, (*models, mine), dict(recipe.call), recipe.family, recipe.editing_base
+    )
 
 
 def _free(name: str, taken: Any) -> str:
     names = (name, *(f"{name}-{n}" for n in range(2, 1000)))
     return next(n for n in names if n not in taken and n not in RESERVED)
-
-
-class Stage:
-    """The loaded pipeline with every LoRA of a lineup on one backbone; `acting(model)` gives its velocity field."""
-
-    def __init__(self, lineup: Lineup, device: str) -> None:
-        from danceopd.backbone import Backbone
-        from danceopd.base_model import load_base, stored_dtype
-        from danceopd.pipelines import family_of
-
-        dtype = torch.float32 if device == "cpu" else stored_dtype(lineup.folder)
-        self.pipe = load_base(lineup.folder, dtype).to(device)
-        self.pipe.set_progress_bar_config(disable=True)
-        self.family, self.device, self._folder = family_of(self.pipe), device, lineup.folder
-        self.backbone = Backbone(self.pipe.transformer, self.family)
-        for model in lineup.models:
-            if model.adapter is not None:
-                self.backbone.add_adapter(model.name, model.adapter)
-        self.large = sum(p.numel() for p in self.pipe.transformer.parameters()) > LARGE
-
-    @torch.no_grad()
-    def round_trip(self, images: list[Any], batch: int = 64) -> list[Any]:
-        """Pictures through the autoencoder and back: what is lost before any model draws."""
-        vae, processor = self.pipe.vae, self.pipe.image_processor
-        found: list[Any] = []
-        for at in range(0, len(images), batch):
-            pixels = processor.preprocess(images[at : at + batch]).to(self.device, vae.dtype)
-            decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
-            found += processor.postprocess(decoded, output_type="pil")
-        return found
-
-    @contextmanager
-    def acting(self, model: Model) -> Iterator[Callable]:
-        """Inside, the yielded field is the model's velocity, without gradients."""
-        backbone, how = self.backbone, self.backbone.acting_as(None)
-        if model.pipeline is not None:
-            backbone = self._fused(model)
-            how = backbone.acting_as(None)
-        elif model.adapter is not None:
-            how = backbone.acting_as(model.name) if self.large else backbone.merged(model.name)
-        with torch.no_grad(), how:
-            yield backbone.velocity
-
-    def _fused(self, model: Model) -> Any:
-        """A backbone of a fused pipeline's own transformer."""
-        from danceopd.backbone import Backbone
-
-        assert model.pipeline is not None
-        for part in ("text_encoder", "tokenizer", "vae", "scheduler"):
-            ours, theirs = self._folder / part, model.pipeline / part
-            if ours.is_dir() and weights_of(ours) != weights_of(theirs):
-                raise UserError(
-                    f"{model.pipeline} has another {part} than the base {self._folder}, so the two cannot "
-                    "share prompts and pictures; bench it as a base of its own"
-                )
-        kind = type(self.pipe.transformer)
-        transformer = kind.from_pretrained(model.pipeline / "transformer", torch_dtype=self.pipe.transformer.dtype)
-        return Backbone(transformer.to(self.device), self.family)
-
-
-def weights_of(part: Path) -> list[str]:
-    """Hashes of the weights of one component of a pipeline."""
-    return [sha256_of(file) for file in sorted(part.rglob("*.safetensors"))] if part.is_dir() else []

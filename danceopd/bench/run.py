@@ -20,18 +20,18 @@ from typing import Any
 
 from PIL import Image
 
-from danceopd.bench.models import Lineup, Model, Stage, line_up
+from danceopd.bench.models import Lineup, Model, line_up
 from danceopd.bench.report import report as write_report
 from danceopd.bench.scores import machine, summarise
 from danceopd.bench.suites import Item, Suite
 from danceopd.disk import disk_faults, lock, replace_file
 from danceopd.errors import UserError
+from danceopd.pipelines.families import family_of
 from danceopd.recipe import Recipe
 from danceopd.sentences import nearest
 from danceopd.work import call_of
 
 SUITES = {"scenes": "danceopd.bench.suites.scenes"}
-AGAINST = ("base", "teachers", "blend")
 CEILING = 96
 """Items a capability that the ceiling is measured on."""
 Progress = Callable[[int, int, str], None]
@@ -67,7 +67,7 @@ def seed_of(seed: int, item: Item) -> int:
 def bench(
     student: str | Path,
     suite: str = "scenes",
-    against: Sequence[str] | None = AGAINST,
+    against: Sequence[str] | None = None,
     output: str | Path | None = None,
     limit: int | None = None,
     seed: int = 0,
@@ -106,9 +106,9 @@ def bench(
     return BenchResult(folder, scores, rows, write_report(folder))
 
 
-def _words(against: Sequence[str] | None) -> list[str]:
+def _words(against: Sequence[str] | None) -> list[str] | None:
     words = [word for word in against or () if word]
-    return [] if words == ["none"] else words or list(AGAINST)
+    return [] if words == ["none"] else words or None
 
 
 def _device(device: str) -> str:
@@ -151,7 +151,7 @@ class _Work:
         self.suite, self.lineup, self.folder, self.seed = suite, lineup, folder, seed
         self.device, self.batch, self.progress = device, batch, progress
         self.limit, self.probes = limit, probes
-        self.call = call_of(lineup.folder, lineup.call)
+        self.call = call_of(lineup.folder, lineup.call, family_of(lineup.folder, lineup.family))
         self.items = suite_items(suite, limit, probes)
         self.identity = {
             "suite": suite.name,
@@ -224,17 +224,20 @@ class _Work:
     def _sample(self, models: Sequence[Model], rows: dict) -> dict:
         """Draw, decode, score and write what is missing; seconds by model."""
         start = time.perf_counter()
+        from danceopd.bench.stage import Stage
+
         stage = Stage(self.lineup, self.device)
         encoded = {c: self._encode(stage, c, items) for c, items in self.items.items() if items}
         seconds: dict[str, Any] = {"load": round(time.perf_counter() - start, 2), "models": {}}
         self._measure_ceiling(stage)
         total = len(self.lineup.models) * len(self.all())
-        twin = {(m.sha256, m.pipeline): m.name for m in reversed(self.lineup.models)}
+        twin = {_asked(m): m.name for m in reversed(self.lineup.models)}
         with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as out:
             for model in models:
                 start = time.perf_counter()
-                first = twin[model.sha256, model.pipeline]
+                first = twin[_asked(model)]
                 for capability, (pipeline, condition, noise) in encoded.items():
+                    null = stage.null(model, pipeline)
                     items = self.items[capability]
                     missing = [n for n, i in enumerate(items) if (model.name, i.key) not in rows]
                     for at in range(0, len(missing), self.batch):
@@ -244,7 +247,7 @@ class _Work:
                         if first != model.name:
                             fresh = [rows[first, i.key] | {"model": model.name} for i in part]
                         else:
-                            with stage.acting(model) as field:
+                            with stage.acting(model, null) as field:
                                 x = noise[index].to(self.device)
                                 for state in pipeline.denoise(condition.rows(index).to(self.device), x, field):
                                     x = state.x
@@ -258,22 +261,19 @@ class _Work:
         self.progress(total, total, "report")
         return seconds
 
-    def _encode(self, stage: Stage, capability: str, items: Sequence[Any]) -> tuple[Any, Any, Any]:
+    def _encode(self, stage: Any, capability: str, items: Sequence[Any]) -> tuple[Any, Any, Any]:
         """(pipeline, condition, noise) of all items, recorded once for all models; sources and targets written."""
-        from danceopd.pipelines import EditingPipeline, GenerationPipeline, editing_pipe
-
         prompts, seeds = [i.prompt for i in items], [seed_of(self.seed, i) for i in items]
+        pipeline = stage.drawer(capability, self.call, self.batch)
         if capability == "generation":
-            pipeline = GenerationPipeline(stage.pipe, stage.family, self.call, chunk=self.batch)
             return pipeline, pipeline.conditions(prompts), pipeline.noise(seeds)
         for item in items:
             self._save("source", item, item.source, "_SRCIMG")
             if item.target is not None:
                 self._save("target", item, item.target)
-        editing = EditingPipeline(editing_pipe(stage.pipe), stage.family, self.call, chunk=self.batch)
-        return editing, editing.conditions(prompts, [i.source for i in items]), editing.noise(seeds)
+        return pipeline, pipeline.conditions(prompts, [i.source for i in items]), pipeline.noise(seeds)
 
-    def _measure_ceiling(self, stage: Stage) -> None:
+    def _measure_ceiling(self, stage: Any) -> None:
         """What right pictures score after the autoencoder's round trip, kept beside the samples."""
         file = self.folder / "ceiling.json"
         if hasattr(self.suite, "ceiling") and not file.is_file():
@@ -341,6 +341,11 @@ def score_row(score: Any) -> dict:
         "reason": score.reason,
         "parts": parts,
     }
+
+
+def _asked(model: Model) -> tuple:
+    """Equal for models that answer alike."""
+    return model.sha256, model.whole, model.guidance, model.negative
 
 
 def _line(row: dict) -> str:
