@@ -16,7 +16,7 @@ from conftest import Program
 from PIL import Image
 from safetensors.torch import save_file
 
-COMMANDS = ("merge", "sample", "bench", "teach", "blend", "export", "inspect", "version")
+COMMANDS = ("merge", "sample", "bench", "teach", "blend", "export", "extract", "plan", "kernels", "inspect", "version")
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
