@@ -52,11 +52,11 @@ RANK = 40
 """Rank of the shipped teachers: 1.4 MB each in bfloat16."""
 
 STAGES: dict[str, Stage] = {
-    "autoencoder": Stage(steps=6400, batch=24),
+    "autoencoder": Stage(steps=10000, batch=24),
     "base": Stage(steps=4000, mix=Mix(_even(TAGS), _even(TASKS), 0.6)),
-    "generation": Stage(steps=3600, mix=Mix(HARD, {}, 1.0), rank=RANK, guidance=2.0),
+    "generation": Stage(steps=11000, mix=Mix(HARD, {}, 1.0), rank=RANK, guidance=2.0),
     "editing": Stage(steps=1800, mix=Mix({}, _even(TASKS), 0.0), rank=RANK),
-    "local-edit": Stage(steps=500, mix=Mix({}, _even(LOCAL), 0.0), rank=RANK),
+    "local-edit": Stage(steps=2000, mix=Mix({}, _even(LOCAL), 0.0), rank=RANK),
     "global-edit": Stage(steps=300, mix=Mix({}, _even(GLOBAL), 0.0), rank=RANK),
 }
 
