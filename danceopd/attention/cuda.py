@@ -86,8 +86,8 @@ def _pointer(x: Tensor | None) -> int | None:
 
 
 def _threads(row: int, heads: int) -> int:
-    """Block size, a multiple of 32 up to 256, that leaves the fewest rows idle, larger ones first."""
-    sizes = range(256, 95, -32)
+    """Block size, a multiple of 32 up to 192, that leaves the fewest rows idle, larger ones first."""
+    sizes = range(192, 95, -32)  # THREADS of qkv_prep.cu is the largest
     rounds = {size: -(-heads // (size // row)) * (size // row) for size in sizes}
     return min(sizes, key=lambda size: (rounds[size] - heads) / heads)
 

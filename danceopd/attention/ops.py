@@ -7,6 +7,7 @@ is an operator too, so `torch.compile` traces through both directions and CUDA g
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -127,10 +128,15 @@ def qkv_prep_backward(
     d_text = None if text is None else heads_apart(Stream(out[3], *map(_given, out[4:6])), head_dim)
     parts = heads_apart(image, head_dim), None if text is None else heads_apart(text, head_dim)
     found = _run("qkv_prep_backward", q, (grad_q, grad_k, grad_v), *parts, d_image, d_text, eps, text_first, weights)
-    for i, (dq, dk) in enumerate(found):
-        out[6 + 2 * i].copy_(dq if out[6 + 2 * i].numel() else out[6 + 2 * i])
-        out[7 + 2 * i].copy_(dk if out[7 + 2 * i].numel() else out[7 + 2 * i])
+    _fill(out[6:], [d for pair in found for d in pair])
     return out
+
+
+def _fill(places: list[Tensor], values: Iterable[Tensor]) -> None:
+    """Each value into its place, in the place's dtype; empty places are for what has no gradient."""
+    for place, value in zip(places, values):
+        if place.numel():
+            place.copy_(value)
 
 
 @qkv_prep_backward.register_fake
@@ -235,9 +241,7 @@ def parallel_prep_backward(
     found = _run("qkv_prep_backward", packed, grads, part, None, d_part, None, eps, True, weights)
     _run("swiglu_backward", packed, d_gate, d_up, grad_act, gate, up)
     places = _weight_places(packed, weight_q, weight_k, weights)
-    for place, value in zip(places, found[0] if found else ()):
-        if place.numel():
-            place.copy_(value)
+    _fill(places, found[0] if found else ())
     return [d_packed, *places]
 
 

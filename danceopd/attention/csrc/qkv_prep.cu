@@ -14,6 +14,7 @@
 constexpr int USED = HEAD_DIM / CHUNK;                                     // lanes of a row that hold data
 constexpr int ROW = USED <= 8 ? 8 : USED <= 16 ? 16 : 32;                  // lanes of a row
 constexpr int HEADS_AHEAD = 2;                                             // heads loaded before the first is used
+constexpr int THREADS = 192;                                               // at most; three blocks leave 96 registers
 
 enum Flags { WEIGHT_FP32 = 1, ROUND_FIRST = 2, NO_NORM = 4 };
 
@@ -127,7 +128,7 @@ __device__ __forceinline__ uint4 retrace(uint4 raw, uint4 grad, const float (&w)
     return pack(u);
 }
 
-extern "C" __global__ void __launch_bounds__(256) qkv_prep_forward(const __grid_constant__ Prep p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 3) qkv_prep_forward(const __grid_constant__ Prep p) {
     const int s = blockIdx.x, b = blockIdx.y;
     const bool text = s >= p.text.first && s < p.text.first + p.text.tokens;
     const int t = s - OF(first), flags = OF(flags);
@@ -194,8 +195,8 @@ __device__ __forceinline__ void gather_weight(float (&dw)[CHUNK], float* row, fl
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2) qkv_prep_backward(const __grid_constant__ Prep p) {
-    __shared__ float scratch[256 / ROW * HEAD_DIM];
+extern "C" __global__ void __launch_bounds__(THREADS, 3) qkv_prep_backward(const __grid_constant__ Prep p) {
+    __shared__ float scratch[THREADS / ROW * HEAD_DIM];
     const int s = blockIdx.x, b = blockIdx.y;
     const bool text = s >= p.text.first && s < p.text.first + p.text.tokens;
     const int t = s - OF(first), flags = OF(flags);

@@ -20,7 +20,7 @@ __device__ __forceinline__ float logistic(float x) {
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(256) swiglu_forward(const __grid_constant__ Swiglu p) {
+extern "C" __global__ void __launch_bounds__(256, 2) swiglu_forward(const __grid_constant__ Swiglu p) {
     const i64 s = blockIdx.x, b = blockIdx.y;
     const i64 gate_at = b * p.gate_at.batch + s * p.gate_at.token, up_at = b * p.up_at.batch + s * p.up_at.token;
     const i64 out_at = b * p.out_at.batch + s * p.out_at.token;
@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(256) swiglu_forward(const __grid_co
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) swiglu_backward(const __grid_constant__ Swiglu p) {
+extern "C" __global__ void __launch_bounds__(256, 2) swiglu_backward(const __grid_constant__ Swiglu p) {
     const i64 s = blockIdx.x, b = blockIdx.y;
     const i64 gate_at = b * p.gate_at.batch + s * p.gate_at.token, up_at = b * p.up_at.batch + s * p.up_at.token;
     const i64 grad_at = b * p.grad_at.batch + s * p.grad_at.token;
