@@ -109,6 +109,8 @@ def merge(
     from .merge import merge as run
 
     student = run(resolved)
+    if not student.first:  # another process of the same run says it
+        return
     done = "finished before" if student.seconds == 0 else f"{student.steps} steps, {student.seconds:.0f} s"
     typer.echo(f"student: {resolved.output} ({done})")
     if fuse:

@@ -3,13 +3,14 @@
 One update draws its routes, questions and query levels, gathers rows of one layout and one schedule into lessons,
 whichever teacher they go to, and lets the objective learn from each (`danceopd.lesson`, `danceopd.objectives`); one
 gradient step follows. Everything drawn is a function of (seed, step), so a run continues exactly where it stopped,
-and each of several processes learns its own rows of the same update.
+and each of several processes learns its own rows of the same update; their gradients are added once. Of a large
+batch `micro_batch` rows at a time are walked and learnt, each slice drawing what the whole would have drawn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from danceopd.backbone import Backbone
 from danceopd.errors import UserError
 from danceopd.fields import AdapterField, MergedField, VelocityField
+from danceopd.figures import Figures, Progress
 from danceopd.lesson import Fields, Lesson
 from danceopd.objectives import OBJECTIVES, refuse_without_targets
 from danceopd.pipelines.record import Condition, stack
@@ -31,8 +33,8 @@ from danceopd.routing import pick, stream
 STUDENT = "student"
 PATIENCE = 5
 """Updates in a row whose loss may be NaN or infinite before the run gives up."""
-BINS, FINE = 4, 10
-"""Equal bins of the noise level in which errors are reported, and in which queries are counted."""
+SMALLEST = 1.0
+"""The loss scale of an fp16 backbone below which an infinite gradient is no longer the scale's fault."""
 
 
 @dataclass(frozen=True)
@@ -45,38 +47,12 @@ class Source:
     null: Condition | None = None
 
 
-@dataclass
-class Progress:
-    """What one update did: loss overall and by teacher, mean query level, gradient norm, learning rate.
-
-    `errors` are the mean squared velocity errors in `BINS` bins of the noise level from 0 to 1, by bin; one without a
-    query has none. `asked` is the histogram of the queries: the share of each of `FINE` bins.
-    """
-
-    step: int
-    loss: float = 0.0
-    by_teacher: dict[str, float] = field(default_factory=dict)
-    sigma: float = 0.0
-    gradient: float = 0.0
-    rate: float = 0.0
-    skipped: bool = False
-    errors: dict[int, float] = field(default_factory=dict)
-    asked: list[float] = field(default_factory=list)
-
-    def scalars(self) -> dict[str, float]:
-        """Flat names for the log."""
-        named = {f"loss/{name}": value for name, value in self.by_teacher.items()}
-        levels = {f"error/sigma {i / BINS:g}-{(i + 1) / BINS:g}": value for i, value in self.errors.items()}
-        asked = {f"asked/sigma {i / FINE:g}-{(i + 1) / FINE:g}": value for i, value in enumerate(self.asked)}
-        rest = {"sigma": self.sigma, "gradient": self.gradient, "rate": self.rate}
-        return {"loss": self.loss, **named, **levels, **asked, **rest}
-
-
 class Loop:
     """The student's parameters, their optimizer and average, and the teachers they learn from.
 
     As process `rank` of `ranks` it learns its own rows of each update; gradients are of the whole update's mean, so
-    that their sum over the processes is the update.
+    that their sum over the processes is the update. `add` makes a tensor that sum, in place. An update without a row
+    for this process is learnt from the others' gradients.
     """
 
     def __init__(
@@ -87,9 +63,10 @@ class Loop:
         device: torch.device,
         rank: int = 0,
         ranks: int = 1,
+        add: Callable[[Tensor], None] = lambda tensor: None,
     ) -> None:
         self.recipe, self.backbone, self.sources, self.device = recipe, backbone, list(sources), device
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.ranks, self.add = rank, ranks, add
         self._refuse()
         self.shares = [recipe.shares()[s.name] for s in self.sources]
         self.parameters = backbone.parameters(STUDENT)
@@ -98,6 +75,8 @@ class Loop:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=knobs.lr, betas=knobs.betas, weight_decay=knobs.weight_decay
         )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.dtype == "fp16")
+        self.scaler.scale(torch.ones((), device=device))  # makes its state now: there may be no row to scale
         self.objective = OBJECTIVES[recipe.objective]
         self.walk: VelocityField = (MergedField if recipe.rollout.merged else AdapterField)(backbone, STUDENT)
         self.step, self._bad = 0, 0
@@ -111,15 +90,18 @@ class Loop:
 
     def _update(self) -> Progress:
         done = Progress(self.step + 1)
-        lessons = list(self._lessons())
-        for lesson in lessons:
+        figures = Figures([source.name for source in self.sources], self.device)
+        for lesson in self._lessons():
             self.objective(lesson)
-        self._report(done, lessons)
+            figures.count(lesson.routes, lesson.told)
+        if self.ranks > 1:
+            self._synchronise()
+        figures.into(done, self.add)
         self._descend(done)
         return done
 
     def _lessons(self) -> Iterator[Lesson]:
-        """This process's part of the update: rows of one layout and schedule together.
+        """This process's part of the update: rows of one layout and schedule together, `micro_batch` at most.
 
         Rows are drawn in units: one row, or the walks of one question that Flow-OPD compares.
         """
@@ -135,8 +117,10 @@ class Loop:
         start = 0
         for group in self._layouts(routes, picks, blank):
             order = [row for members in group.values() for u in members for row in range(u * unit, (u + 1) * unit)]
-            mine = [place for place in range(len(order)) if place // unit % self.ranks == self.rank]
-            if mine:
+            share = [place for place in range(len(order)) if (start + place) // unit % self.ranks == self.rank]
+            size = max(unit, (recipe.micro_batch or recipe.batch) // unit * unit)
+            for first_row in range(0, len(share), size):
+                mine = share[first_row : first_row + size]
                 rows = [order[place] // unit for place in mine]
                 first = self.sources[routes[rows[0]]].questions
                 yield Lesson(
@@ -198,7 +182,10 @@ class Loop:
 
     def _student(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         with self.backbone.acting_as(STUDENT):
-            return self.backbone.velocity(x, sigma, condition)
+            velocity = self.backbone.velocity(x, sigma, condition)
+        if self.scaler.is_enabled():  # from here the gradient goes through fp16
+            velocity.register_hook(self.scaler.scale)
+        return velocity
 
     def _refuse(self) -> None:
         """Faults of the work that the recipe alone does not show."""
@@ -210,34 +197,26 @@ class Loop:
                 knob = "guidance.unconditional" if recipe.guidance.unconditional else "rollout.guidance"
                 raise UserError(f"{knob} needs the null prompt, and teacher {source.name!r} has none; leave it out")
 
-    def _report(self, done: Progress, lessons: Sequence[Lesson]) -> None:
-        """Losses by teacher, errors and queries by noise level, of this process's rows."""
-        by_teacher: dict[int, list[Tensor]] = {}
-        for lesson in lessons:
-            losses = torch.stack([told.loss for told in lesson.told]).sum(0)
-            for m, loss in zip(lesson.routes, losses, strict=True):
-                by_teacher.setdefault(m, []).append(loss)
-        for m in sorted(by_teacher):
-            done.by_teacher[self.sources[m].name] = float(torch.stack(by_teacher[m]).mean())
-        if not lessons:
-            return
-        done.loss = float(torch.stack([loss for losses in by_teacher.values() for loss in losses]).mean())
-        told = [told for lesson in lessons for told in lesson.told]
-        sigma = torch.cat([t.sigma for t in told]).cpu()
-        error = torch.cat([t.error for t in told]).cpu()
-        done.sigma = float(sigma.mean())
-        places = (sigma * BINS).long().clamp(max=BINS - 1)
-        done.errors = {i: float(error[places == i].mean()) for i in range(BINS) if (places == i).any()}
-        fine = (sigma * FINE).long().clamp(max=FINE - 1)
-        done.asked = (torch.bincount(fine, minlength=FINE) / len(fine)).tolist()
+    def _synchronise(self) -> None:
+        """Add the processes' gradients, all in one tensor; a process without rows adds zeros."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        self.add(flat)
+        for parameter, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
 
     def _descend(self, done: Progress) -> None:
         """Clip, step, average; an update with a NaN or an infinity is skipped, and too many end the run."""
         knobs = self.recipe.optimizer
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, knobs.clip)
         done.gradient, done.rate = float(norm), self.rate(self.step)
+        if self.scaler.is_enabled():
+            done.scale = self.scaler.get_scale()
+            self.scaler.update()
         if not (torch.isfinite(norm) and done.loss == done.loss):
-            self._bad, done.skipped = self._bad + 1, True
+            too_large = done.loss == done.loss and (done.scale or 0.0) > SMALLEST  # of the scale, which is now less
+            self._bad, done.skipped = self._bad + (not too_large), True
             self.optimizer.zero_grad(set_to_none=True)
             if self._bad >= PATIENCE:
                 raise UserError(
@@ -259,26 +238,34 @@ class Loop:
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
 
     def rate(self, step: int) -> float:
-        """The learning rate of an update: warm up, then constant or a cosine to zero."""
+        """The learning rate of an update: warm up, and constant, or a line or a cosine to zero."""
         knobs = self.recipe.optimizer
         factor = min(1.0, (step + 1) / max(1, knobs.warmup))
         if knobs.schedule == "cosine":
             factor *= 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / self.recipe.steps)).item())
+        elif knobs.schedule == "linear":
+            factor *= 1 - step / self.recipe.steps
         return knobs.lr * factor
 
     def state(self) -> dict[str, Tensor]:
-        """Weights, their average and the optimizer's moments, by flat names."""
+        """Weights, their average, the optimizer's moments and the loss scale, by flat names."""
         out: dict[str, Tensor] = {}
         for i, (weight, average) in enumerate(zip(self.parameters, self.average, strict=True)):
             out[f"weight.{i}"], out[f"average.{i}"] = weight.detach(), average
             for key, value in self.optimizer.state.get(weight, {}).items():
                 out[f"optimizer.{i}.{key}"] = torch.as_tensor(value)
+        for key, value in self.scaler.state_dict().items():
+            out[f"scaler.{key}"] = torch.tensor(value, dtype=torch.float64)
+        out["skipped"] = torch.tensor(self._bad)
         return out
 
     @torch.no_grad()
     def restore(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Put a saved ``state`` back."""
-        self.step = step
+        self.step, self._bad = step, int(tensors.get("skipped", torch.tensor(0)))
+        scaler = {k.removeprefix("scaler."): v.item() for k, v in tensors.items() if k.startswith("scaler.")}
+        if scaler:
+            self.scaler.load_state_dict(scaler | {k: int(scaler[k]) for k in ("growth_interval", "_growth_tracker")})
         for i, (weight, average) in enumerate(zip(self.parameters, self.average, strict=True)):
             weight.copy_(tensors[f"weight.{i}"])
             average.copy_(tensors[f"average.{i}"])

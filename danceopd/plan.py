@@ -28,17 +28,16 @@ from danceopd.checkpoint import is_checkpoint, open_checkpoint, scheduler_differ
 from danceopd.cost import Tokens, activation_bytes, forward_flops
 from danceopd.data import Edits
 from danceopd.errors import UserError
+from danceopd.formats import DTYPES
 from danceopd.lora import Adapter, adapter_shapes
 from danceopd.pipelines.families import class_name, family_of
 from danceopd.pipelines.family import Family
 from danceopd.pipelines.generation import GenerationPipeline
 from danceopd.query import draw, place
 from danceopd.recipe import Recipe, Teacher
-from danceopd.run import KEEP, RunFolder
+from danceopd.run import RunFolder
 from danceopd.work import Asked, Size, call_of, open_work
 
-LOAD = torch.float32
-"""What a merge loads a base in: the stock default."""
 LOOKED, COUNTED = 256, 1000  # source images that sizes are read from; updates whose queries are counted
 BINS = 10
 
@@ -62,7 +61,8 @@ def plan(recipe: Recipe, tflops: float | None = None) -> dict[str, Any]:
     queries = _queries(recipe, sigmas, pictures)
     modules = _student_modules(recipe, teachers, transformer, family)
     memory = _memory(recipe, folder, family, transformer, teachers, modules, pictures)
-    speed = tflops or measure(device)
+    load = DTYPES[recipe.dtype]
+    speed = tflops or measure(device, dtype=load)
     passes = _passes(recipe, queries["walked"])
     flops = {c: sum(p["share"] * p["flops"] for p in pictures if p["capability"] == c) for c in asked_of(recipe)}
     shares = recipe.shares()
@@ -74,7 +74,7 @@ def plan(recipe: Recipe, tflops: float | None = None) -> dict[str, Any]:
     peak = {key: sum(m["bytes"] for m in memory if key in m["when"]) for key in times}
     return {
         "base": str(recipe.base), "family": family.name, "transformer": type(transformer).__name__,
-        "parameters": sum(p.numel() for p in transformer.parameters()), "dtype": str(LOAD).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in transformer.parameters()), "dtype": str(load).removeprefix("torch."),
         "device": str(device), "objective": recipe.objective, "steps": recipe.steps, "batch": recipe.batch,
         "teachers": [
             {**teachers[t.name][0], "share": shares[t.name], "source": recipe.work(t), "rows": len(asked[t.name].data),
@@ -154,7 +154,7 @@ def _hollow(model: nn.Module) -> Any:
     """The model's class and configuration with one empty parameter on the CPU."""
     hollow = copy.copy(model)
     hollow._modules, hollow._buffers = {}, {}
-    hollow._parameters = {"like": nn.Parameter(torch.empty(0, dtype=LOAD), requires_grad=False)}
+    hollow._parameters = {"like": nn.Parameter(torch.empty(0), requires_grad=False)}
     return hollow
 
 
@@ -260,12 +260,13 @@ def _memory(
     pictures: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Bytes by part, and when they are held."""
-    size, student = LOAD.itemsize, 4 * _numbers(recipe, modules)
+    size, student = DTYPES[recipe.dtype].itemsize, 4 * _numbers(recipe, modules)
     copy_ = size * sum(m.weight.numel() for m in modules.values())
     both = ["training", "checkpointed"]
     largest = max(pictures, key=lambda p: p["picture"] + p["source"])
     tokens = Tokens(largest["picture"], largest["source"], largest["text"])
-    kept = {c: recipe.batch * activation_bytes(transformer, tokens, size, c) for c in (False, True)}
+    rows = min(recipe.batch, recipe.micro_batch or recipe.batch)
+    kept = {c: rows * activation_bytes(transformer, tokens, size, c) for c in (False, True)}
     parts = [("backbone", size * sum(p.numel() for p in transformer.parameters()), ["encoding", *both])]
     if recipe.rollout.merged and recipe.objective in ("danceopd", "diffusionopd", "flowopd"):
         parts.append(("merged copy for the walk", copy_, both))
@@ -313,13 +314,13 @@ def _disk(
     width = int(config.get("joint_attention_dim") or config.get("cap_feat_dim") or 0)
     channels = int(config.get("in_channels") or 64)
     rows = {(recipe.work(t), t.capability): asked[t.name].rows for t in recipe.teachers}
-    cache = 0.0
+    cache, size = 0.0, DTYPES[recipe.dtype].itemsize
     for (_, capability), drawn in rows.items():
         for p in (p for p in pictures if p["capability"] == capability):
-            cache += len(drawn) * p["share"] * LOAD.itemsize * (p["text"] * width + p["source"] * channels)
+            cache += len(drawn) * p["share"] * size * (p["text"] * width + p["source"] * channels)
     student = 4 * _numbers(recipe, modules)
     return {
-        "run": (KEEP + 1) * 4 * student + student, "run_free": _free(recipe.output),
+        "run": (recipe.keep_last + 1) * 4 * student + student, "run_free": _free(recipe.output),
         "cache": int(cache), "cache_free": _free(cache_folder()),
     }  # fmt: skip
 
@@ -334,10 +335,10 @@ def _free(path: Path) -> int:
 # -- the machine ------------------------------------------------------------------------------------------
 
 
-def measure(device: torch.device, seconds: float = 1.0) -> float:
+def measure(device: torch.device, seconds: float = 1.0, dtype: torch.dtype = torch.float32) -> float:
     """TFLOP/s of a plain matrix product in the dtype that a merge computes in."""
     side = 4096 if device.type == "cuda" else 1024
-    a, b = (torch.rand(side, side, device=device, dtype=LOAD) for _ in range(2))
+    a, b = (torch.rand(side, side, device=device, dtype=dtype) for _ in range(2))
     (a @ b).sum().item()
     began, count = time.perf_counter(), 0
     while (spent := time.perf_counter() - began) < seconds:
@@ -356,10 +357,13 @@ def _warnings(
     recipe: Recipe, peak: Mapping[str, int], here: int, disk: Mapping[str, int], device: torch.device
 ) -> list[str]:
     said = []
-    if peak["training"] > here:
+    if recipe.gradient_checkpointing and peak["checkpointed"] > here:
+        it = f"training takes about {gigabytes(peak['checkpointed'])} with gradient checkpointing"
+        said.append(f"{it} and {device} has {gigabytes(here)}; take a smaller batch, micro_batch, picture or base")
+    elif not recipe.gradient_checkpointing and peak["training"] > here:
         help_ = (
             "gradient checkpointing would fit" if peak["checkpointed"] <= here
-            else "it does not fit with gradient checkpointing either: take a smaller batch, picture or base"
+            else "it does not with gradient checkpointing either: take a smaller batch, micro_batch, picture or base"
         )  # fmt: skip
         said.append(f"training takes about {gigabytes(peak['training'])} and {device} has {gigabytes(here)}; {help_}")
     if peak["encoding"] > here:

@@ -35,8 +35,9 @@ __all__ = ["CAPABILITIES", "SHIPPED", "Recipe", "Teacher", "shipped"]
 
 CAPABILITIES = ("generation", "editing")
 CALL_KEYS = ("height", "width", "steps", "max_sequence_length", "guidance_scale")
-CONTINUES = ("steps", "output", "device", "samples", "save_every", "time_limit")
-"""Fields that may differ between a run and its continuation: they do not change what a step computes."""
+CONTINUES = """steps output device samples save_every keep_last time_limit
+    micro_batch gradient_checkpointing compile parallel""".split()
+"""Fields that may differ between a run and its continuation: but for rounding they change nothing a step computes."""
 
 Unit = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -145,7 +146,7 @@ class Optimizer(Part):
     weight_decay: float = Field(0.0, ge=0)
     warmup: int = Field(10, ge=0)
     clip: PositiveFloat = 1.0
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up, down to 0
 
 
 class Rollout(Part):
@@ -227,6 +228,11 @@ class Recipe(Part):
     batch: PositiveInt = 8
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the frozen models; the student and Adam are fp32
+    micro_batch: PositiveInt | None = None  # rows of the batch at a time; None: all
+    gradient_checkpointing: bool = False
+    compile: bool = False  # the transformer's repeated blocks, by torch.compile
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes, each has the whole base, or a share of it
     student: Student = Student()
     optimizer: Optimizer = Optimizer()
     ema: Unit = 0.99
@@ -240,6 +246,7 @@ class Recipe(Part):
     data: Data = Data()
     samples: Samples = Samples()
     save_every: PositiveInt = 100
+    keep_last: PositiveInt = 2  # checkpoints
     time_limit: PositiveFloat | None = None  # minutes
     call: Annotated[dict[str, Any], AfterValidator(_call)] = {}  # over the base's own: CALL_KEYS
     family: str | None = None  # a key of pipelines.FAMILIES; None: by the base's pipeline class
@@ -295,7 +302,7 @@ class Recipe(Part):
             from .pipelines.families import FAMILIES  # late: it imports torch
 
             if self.family not in FAMILIES:
-                raise ValueError(f"family is {self.family!r}, which danceopd does not know{nearest(self.family, FAMILIES)}")
+                raise ValueError(f"family is {self.family!r}, which is unknown{nearest(self.family, FAMILIES)}")
         words = ["base", "blend", *names]
         if self.student.init not in words:
             hint = nearest(self.student.init, words)
@@ -326,6 +333,8 @@ class Recipe(Part):
             raise ValueError(f"objective {objective} has no student walk; of rollout, keep steps only")
         if objective == "supervised" and self.routing.answer == "mean":
             raise ValueError("objective supervised asks no teacher; leave out routing.answer")
+        if (self.micro_batch or self.batch) < (unit := self.flowopd.group if objective == "flowopd" else 1):
+            raise ValueError(f"micro_batch {self.micro_batch} splits the walks of one question, flowopd.group {unit}")
         if self.routing.per == "turn" and len(set(self.shares().values())) > 1:
             raise ValueError("routing.per turn gives each teacher equal turns; leave out the weights")
 

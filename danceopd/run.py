@@ -1,10 +1,11 @@
 """The run directory: what a merge writes, so that it can be watched, trusted and continued.
 
-    recipe.yaml  metrics.jsonl  logs/  samples/step-000050.png  checkpoints/step-000050/{state.safetensors,meta.json}
+    recipe.yaml  metrics.jsonl  logs/  samples/step-000050.png
+    checkpoints/step-000050/{state.safetensors,meta.json,manifest.json}
 
-A checkpoint appears by one rename after everything in it reached the disk, and names its own sha256, so the
-newest one is complete or is passed over. Continuing drops what was logged after it: nothing counts twice.
-Nothing is pickled; a full disk is a sentence, and leaves the previous checkpoint as it was.
+A checkpoint appears by one rename after everything in it reached the disk, and its manifest names the sha256 of
+every file, so the newest one is complete or is passed over. Continuing drops what was logged after it: nothing
+counts twice. Nothing is pickled; a full disk is a sentence, and leaves the previous checkpoint as it was.
 """
 
 from __future__ import annotations
@@ -12,27 +13,34 @@ from __future__ import annotations
 import json
 import logging
 import os
-import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .disk import disk_faults, lock, replace_file, sha256, sync
 from .errors import UserError
+from .random_state import RandomState
 from .recipe import Recipe
 
 if TYPE_CHECKING:
     from PIL import Image
 
-KEEP = 2
-_RNG = "rng."
+STATE, META, MANIFEST = "state.safetensors", "meta.json", "manifest.json"
 _log = logging.getLogger("danceopd")
+
+
+class Saved(NamedTuple):
+    """A checkpoint as it was saved: after which step, the tensors, plain facts, each process's random state."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+    random: list[RandomState]
 
 
 class RunFolder:
@@ -121,28 +129,42 @@ class RunFolder:
 
     # -- checkpoints ----------------------------------------------------------------------------------
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
-        """Writes `checkpoints/step-XXXXXX` whole or not at all, with the state of every random generator."""
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        meta: Mapping[str, Any],
+        random: Sequence[RandomState] | None = None,
+    ) -> Path:
+        """Writes `checkpoints/step-XXXXXX` whole or not at all, and forgets all but the last `keep_last`.
+
+        `random` is the state of every process's random generators, by rank; None: there is this one.
+        """
         final = self._checkpoints / f"step-{step:06d}"
-        part = self._checkpoints / f".step-{step:06d}.{os.getpid()}"
-        random_tensors, random_meta = _random_state()
+        part, before = (final.with_name(f".{final.name}.{os.getpid()}{end}") for end in ("", ".old"))
+        states = [RandomState.now()] if random is None else random
+        drawn = {f"{_rng(rank)}{key}": value for rank, one in enumerate(states) for key, value in one.tensors.items()}
+        facts = {
+            "step": step, "meta": dict(meta), "random": states[0].plain, "others": [one.plain for one in states[1:]]
+        }  # fmt: skip
         with disk_faults(final):
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             try:
-                state = part / "state.safetensors"
-                save_file(_apart({**tensors, **random_tensors}), state)
-                sync(state)
-                facts = {"step": step, "sha256": sha256(state), "meta": dict(meta), "random": random_meta}
-                replace_file(part / "meta.json", json.dumps(facts).encode())
+                save_file(_apart({**tensors, **drawn}), part / STATE)
+                sync(part / STATE)
+                replace_file(part / META, json.dumps(facts).encode())
+                hashes = {name: sha256(part / name) for name in (STATE, META)}
+                replace_file(part / MANIFEST, json.dumps(hashes, indent=1).encode())
+                sync(part)
                 if final.exists():
-                    shutil.rmtree(final)
+                    os.replace(final, before)
                 os.replace(part, final)
                 sync(self._checkpoints)
             except BaseException:
                 shutil.rmtree(part, ignore_errors=True)
                 raise
-        for old in self._steps()[:-KEEP]:
+        for old in (before, *self._steps()[: -self.recipe.keep_last]):
             shutil.rmtree(old, ignore_errors=True)
         return final
 
@@ -150,27 +172,28 @@ class RunFolder:
         """The newest complete checkpoint; a damaged one is passed over with a warning."""
         for folder in reversed(self._steps()):
             try:
-                facts = json.loads((folder / "meta.json").read_text())
-                if facts["sha256"] == sha256(folder / "state.safetensors"):
-                    return folder
-                fault = "its state.safetensors is not the one that was saved"
-            except (OSError, ValueError, KeyError) as error:
+                fault = _fault(folder)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 fault = str(error)
+            if fault is None:
+                return folder
             _log.warning("checkpoint %s is damaged and is passed over: %s", folder, fault)
         return None
 
-    def load(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-        """(step, tensors, meta) of `latest()`, with the random generators set back and later logs dropped."""
+    def load(self) -> Saved | None:
+        """What `latest()` holds; what was logged after it is dropped."""
         folder = self.latest()
         if folder is None:
             self._truncate(-1)
             return None
-        facts = json.loads((folder / "meta.json").read_text())
-        tensors = load_file(folder / "state.safetensors")
-        generators = {key: tensors.pop(key) for key in list(tensors) if key.startswith(_RNG)}
-        _set_random_state(generators, facts["random"])
+        facts = json.loads((folder / META).read_text())
+        tensors = load_file(folder / STATE)
+        states = []
+        for rank, plain in enumerate([facts["random"], *facts.get("others", [])]):
+            mine = [key for key in tensors if key.startswith(_rng(rank))]
+            states.append(RandomState({key.removeprefix(_rng(rank)): tensors.pop(key) for key in mine}, plain))
         self._truncate(facts["step"])
-        return facts["step"], tensors, facts["meta"]
+        return Saved(facts["step"], tensors, facts["meta"], states)
 
     def _steps(self) -> list[Path]:
         return sorted(p for p in self._checkpoints.glob("step-*") if p.is_dir())
@@ -220,6 +243,24 @@ class RunFolder:
             replace_file(path, "".join(kept).encode())
 
 
+def _fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; OSError, ValueError and the like say it too."""
+    facts = json.loads((folder / META).read_text())
+    if (folder / MANIFEST).exists() or "sha256" not in facts:
+        hashes = json.loads((folder / MANIFEST).read_text())
+    else:  # of before there were manifests
+        hashes = {STATE: facts["sha256"], META: None}
+    for name in (STATE, META):
+        if hashes[name] not in (None, sha256(folder / name)):
+            return f"its {name} is not the one that was saved"
+    return None
+
+
+def _rng(rank: int) -> str:
+    """What the names of a process's random states begin with."""
+    return f"rng{rank or ''}."
+
+
 def _differences(there: Any, here: Any, key: str = "") -> list[tuple[str, Any, Any]]:
     if isinstance(there, dict) and isinstance(here, dict):
         return [
@@ -251,31 +292,3 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out[name] = value.clone() if owner in seen else value
         seen.add(owner)
     return out
-
-
-def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    tensors = {
-        f"{_RNG}torch": torch.get_rng_state(),
-        f"{_RNG}numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-    }
-    if torch.cuda.is_available():
-        for index, state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"{_RNG}cuda.{index}"] = state
-    version, internal, gauss_next = random.getstate()
-    return tensors, {
-        "python": [version, list(internal), gauss_next],
-        "numpy": [str(kind), int(position), int(has_gauss), float(gauss)],
-    }
-
-
-def _set_random_state(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    version, internal, gauss_next = meta["python"]
-    random.setstate((version, tuple(internal), gauss_next))
-    kind, *rest = meta["numpy"]
-    np.random.set_state((kind, tensors[f"{_RNG}numpy"].numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(tensors[f"{_RNG}torch"])
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            if f"{_RNG}cuda.{index}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"{_RNG}cuda.{index}"], index)

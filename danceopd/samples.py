@@ -10,7 +10,7 @@ from PIL import Image
 
 from danceopd.backbone import Backbone
 from danceopd.data import Edits, edits_from, open_image, prompts_from
-from danceopd.fields import MergedField
+from danceopd.fields import AdapterField, MergedField, VelocityField
 from danceopd.grid import grid
 from danceopd.lora import Adapter
 from danceopd.recipe import Recipe
@@ -20,10 +20,13 @@ LOOK = "look"  # the adapter on the backbone that the grid is drawn with
 
 
 class SampleGrid:
-    """Conditions and noise of the grid, recorded once; `draw` costs one rollout for each capability."""
+    """Conditions and noise of the grid, recorded once; `draw` costs one rollout for each capability.
 
-    def __init__(self, recipe: Recipe, encoder: Encoder, backbone: Backbone) -> None:
-        self.backbone, self.count = backbone, recipe.samples.count
+    Drawn with W + BA, or with `merged` False through the LoRA layers (a sharded backbone has no whole W).
+    """
+
+    def __init__(self, recipe: Recipe, encoder: Encoder, backbone: Backbone, merged: bool = True) -> None:
+        self.backbone, self.count, self.merged = backbone, recipe.samples.count, merged
         self.parts = []
         for capability in dict.fromkeys(t.capability for t in recipe.teachers):
             spec = next(recipe.work(t) for t in recipe.teachers if t.capability == capability)
@@ -48,7 +51,7 @@ class SampleGrid:
             self.backbone.assign(LOOK, student)
         else:
             self.backbone.add_adapter(LOOK, student)
-        field = MergedField(self.backbone, LOOK)
+        field: VelocityField = (MergedField if self.merged else AdapterField)(self.backbone, LOOK)
         rows: list[list[Image.Image | None]] = []
         labels: list[str] = []
         for drawer, condition, noise, words, sources in self.parts:

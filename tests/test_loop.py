@@ -151,6 +151,8 @@ def test_rate_warms_up_and_falls(world, files):
     assert loop.rate(0) == pytest.approx(0.1, rel=1e-2)
     assert loop.rate(9) > loop.rate(50) > loop.rate(99)
     assert loop.rate(99) < 1e-3
+    loop = make(world, files, steps=100, optimizer={"lr": 1.0, "warmup": 10, "schedule": "linear"})
+    assert [loop.rate(step) for step in (0, 50, 99)] == pytest.approx([0.1, 0.5, 0.01], abs=1e-6)
 
 
 def targeted(world):
@@ -218,6 +220,60 @@ def test_processes_share_an_update(world, files, objective):
     assert rows[0] == 10 == rows[1] + rows[2] and min(rows) > 0
     for whole, a, b in zip(*grads):
         torch.testing.assert_close(a + b, whole, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["danceopd", "flowopd"])
+def test_a_batch_learnt_in_slices_is_the_batch(world, files, objective):
+    """Eight slices or one: the same draws, the same gradient to fp32 noise, the same figures."""
+    fields = {"batch": 16, "objective": objective, "query": {"jitter": True}}
+    if objective == "flowopd":
+        fields = {"batch": 16, "objective": objective, "rollout": {"noise": 0.7}, "flowopd": {"group": 2}}
+    seen = []
+    for micro in (None, 2):
+        loop = make(world, files, micro_batch=micro, **fields)
+        lessons = list(loop._lessons())
+        assert micro is None or (len(lessons) >= 8 and max(len(lesson.mine) for lesson in lessons) == micro)
+        for lesson in lessons:
+            loop.objective(lesson)
+        seen.append([p.grad.clone() for p in loop.parameters])
+        loop.optimizer.zero_grad()
+        seen.append(loop._update())
+    (whole, figures), (parts, again) = seen[:2], seen[2:]
+    for a, b in zip(whole, parts):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+    assert again.scalars() == pytest.approx(figures.scalars(), rel=1e-3, abs=1e-6)
+
+
+def test_a_process_without_rows_takes_part(world, files):
+    """It adds zeros, and learns what the others have learnt: the same bits, the same figures."""
+    sent = []
+    alone = make(world, files, batch=1)
+    first = make(world, files, batch=1, rank=0, ranks=2)
+    second = make(world, files, batch=1, rank=1, ranks=2)
+    first.add, second.add = lambda t: sent.append(t.clone()), lambda t: t.add_(sent.pop(0))
+    for _ in range(3):
+        done = [loop._update() for loop in (first, second, alone)]
+        for loop in (first, second, alone):
+            loop.step += 1
+        assert not sent and done[0].scalars() == done[1].scalars() == done[2].scalars()
+    assert not list(second._lessons())
+    for a, b, c in zip(first.average, second.average, alone.average):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_fp16_skips_a_loss_scale_that_is_too_large_and_lowers_it(world, files):
+    """An infinite gradient is the scale's fault until the scale is 1; then it counts, and the scale is resumed."""
+    loop = make(world, files, dtype="fp16", steps=9)
+    exact = make(world, files, steps=9)
+    done = loop._update()
+    assert not done.skipped and done.scale == 2.0**16 and done.gradient == pytest.approx(exact._update().gradient, 1e-4)
+    loop.parameters[0].register_hook(lambda gradient: gradient / 0)
+    assert loop._update().skipped and loop._bad == 0 and loop.scaler.get_scale() == 2.0**15
+    loop.scaler.update(1.0)
+    assert loop._update().skipped and loop._bad == 1
+    again = make(world, files, dtype="fp16", steps=9)
+    again.restore(1, loop.state())
+    assert again.scaler.state_dict() == loop.scaler.state_dict() and again._bad == 1
 
 
 def test_buckets_of_other_sizes_and_schedules_share_no_batch(world, files):

@@ -166,6 +166,27 @@ def test_blend_is_the_default_init(models, tmp_path):
         torch.testing.assert_close(got.delta(module), mean, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_half_precision_backbone_with_all_that_saves_memory(models, tmp_path, dtype):
+    """The student stays fp32, and is proven through the stock pipeline in that dtype; it is near the fp32 one."""
+    fields = {"steps": 2, "save_every": 1, "optimizer": {"lr": 1e-3, "warmup": 1}, "samples": {"every": 0, "count": 1}}
+    merge(recipe(models, tmp_path / "fp32", **fields), silent)
+    seen = []
+    half = recipe(
+        models, tmp_path / dtype, dtype=dtype, gradient_checkpointing=True, micro_batch=1, keep_last=1, **fields
+    )
+    merge(half, lambda done, steps: seen.append(done))
+    found, wanted = (read_adapter(tmp_path / name) for name in (dtype, "fp32"))
+    assert all(t.dtype == torch.float32 for pair in found.tensors.values() for t in pair)
+    assert not any(done.skipped for done in seen) and (dtype == "fp16") == (seen[0].scale is not None)
+    lines = [json.loads(line) for line in (tmp_path / "fp32" / "metrics.jsonl").read_text().splitlines()]
+    rounding = {"bf16": 0.5, "fp16": 0.1}[dtype]  # the teachers are near the student, so bf16's own noise is seen
+    assert [done.loss for done in seen] == pytest.approx([line["loss"] for line in lines], rel=rounding)
+    assert [p.name for p in (tmp_path / dtype / "checkpoints").iterdir()] == ["step-000002"]
+    near = sum((found.delta(m) - wanted.delta(m)).square().sum() for m in wanted.tensors)
+    assert near < 0.01 * sum(wanted.delta(m).square().sum() for m in wanted.tensors)
+
+
 def test_damaged_checkpoint_falls_back(models, tmp_path):
     merge(recipe(models, tmp_path / "run", steps=4), silent)
     (tmp_path / "run" / "finished.json").unlink()

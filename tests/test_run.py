@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 from danceopd.errors import UserError
+from danceopd.random_state import RandomState
 from danceopd.recipe import Recipe
-from danceopd.run import KEEP, RunFolder
+from danceopd.run import RunFolder
 
 
 @pytest.fixture
@@ -48,8 +49,9 @@ def test_save_and_load_give_back_bytes_meta_and_every_random_generator(recipe: R
         folder.save(3, state(), {"loss": 0.5})
         drawn = torch.rand(2), np.random.standard_normal(3).tolist(), random.gauss(0, 1), random.random()
     with RunFolder("out", recipe) as folder:
-        step, tensors, meta = folder.load()  # type: ignore[misc]
+        step, tensors, meta, states = folder.load()  # type: ignore[misc]
         assert (step, meta) == (3, {"loss": 0.5})
+        states[0].restore()
         assert tensors.keys() == state().keys()
         assert all(torch.equal(tensors[key], value) for key, value in state().items())
         assert torch.equal(torch.rand(2), drawn[0])
@@ -60,7 +62,43 @@ def test_only_the_last_checkpoints_stay(recipe: Recipe) -> None:
     with RunFolder("out", recipe) as folder:
         for step in (1, 2, 30):
             folder.save(step, state(), {})
-        assert sorted(os.listdir("out/checkpoints")) == ["step-000002", "step-000030"] and KEEP == 2
+        assert sorted(os.listdir("out/checkpoints")) == ["step-000002", "step-000030"]
+    with RunFolder("out", recipe.model_copy(update={"keep_last": 1})) as folder:
+        folder.save(31, state(), {})
+        assert os.listdir("out/checkpoints") == ["step-000031"]
+
+
+def test_every_process_gets_its_own_random_state_back(recipe: Recipe) -> None:
+    states = []
+    for seed in range(3):
+        torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
+        states.append(RandomState.now())
+    drawn = torch.rand(2), np.random.standard_normal(3).tolist(), random.random()
+    with RunFolder("out", recipe) as folder:
+        folder.save(3, state(), {}, states)
+        saved = folder.load()
+        assert saved is not None and saved.tensors.keys() == state().keys() and len(saved.random) == 3
+        for one, found in zip(states, saved.random):
+            assert one.plain == found.plain and one.tensors.keys() == found.tensors.keys()
+            assert all(torch.equal(value, found.tensors[key]) for key, value in one.tensors.items())
+        saved.random[2].restore()
+    assert torch.equal(torch.rand(2), drawn[0])
+    assert (np.random.standard_normal(3).tolist(), random.random()) == drawn[1:]
+
+
+def test_a_checkpoint_of_before_there_were_manifests_is_continued(recipe: Recipe) -> None:
+    """Old ones name the state's hash in meta.json, and have no other process's random state."""
+    with RunFolder("out", recipe) as folder:
+        place = folder.save(3, state(), {"loss": 0.5})
+        facts = json.loads((place / "meta.json").read_text())
+        del facts["others"]
+        hashes = json.loads((place / "manifest.json").read_text())
+        (place / "manifest.json").unlink()
+        (place / "meta.json").write_text(json.dumps(facts))
+        assert folder.load() is None  # a manifest that is lost is not one that never was
+        (place / "meta.json").write_text(json.dumps({**facts, "sha256": hashes["state.safetensors"]}))
+        saved = folder.load()
+    assert saved is not None and (saved.step, saved.meta, len(saved.random)) == (3, {"loss": 0.5}, 1)
 
 
 def test_saving_a_step_again_replaces_it(recipe: Recipe) -> None:
@@ -70,7 +108,10 @@ def test_saving_a_step_again_replaces_it(recipe: Recipe) -> None:
         assert folder.load()[1]["lora.a"][0, 0] == 2  # type: ignore[index]
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "no meta", "half meta", "no state"])
+@pytest.mark.parametrize(
+    "damage",
+    ["cut", "flip", "no meta", "half meta", "other meta", "no state", "half manifest", "no manifest"],
+)
 def test_a_damaged_checkpoint_is_passed_over(recipe: Recipe, damage: str, caplog) -> None:
     with RunFolder("out", recipe) as folder:
         folder.save(1, state(), {})
@@ -85,6 +126,13 @@ def test_a_damaged_checkpoint_is_passed_over(recipe: Recipe, damage: str, caplog
             file.unlink()
         elif damage == "no meta":
             (newest / "meta.json").unlink()
+        elif damage == "other meta":
+            text = (newest / "meta.json").read_text()
+            (newest / "meta.json").write_text(text.replace('"step": 2', '"step": 3'))
+        elif damage == "no manifest":
+            (newest / "manifest.json").unlink()
+        elif damage == "half manifest":
+            (newest / "manifest.json").write_text('{"state')
         else:
             (newest / "meta.json").write_text('{"step"')
         assert folder.load()[0] == 1  # type: ignore[index]
@@ -104,7 +152,7 @@ def test_a_killed_save_leaves_the_previous_checkpoint(recipe: Recipe) -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     assert any(name.startswith(".step-000002") for name in os.listdir("out/checkpoints"))
     with RunFolder("out", recipe) as folder:
-        step, tensors, _ = folder.load()  # type: ignore[misc]
+        step, tensors, *_ = folder.load()  # type: ignore[misc]
         assert step == 1 and tensors["a"].tolist() == [1, 1, 1]
         assert os.listdir("out/checkpoints") == ["step-000001"]
 

@@ -1,0 +1,35 @@
+"""SIGTERM and Ctrl-C while a run learns: noted, so that the update at hand ends and is saved first.
+
+A second Ctrl-C, a second or more after the first, stops at once (launchers repeat the first within moments).
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+
+class Interrupts:
+    """Inside, `caught` is the number of the signal that came, 0 for none. Outside, signals do what they did before."""
+
+    def __init__(self) -> None:
+        self.caught, self._when = 0, 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():  # no other may say what a signal does
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.caught:
+            self.caught, self._when = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._when >= 1:
+            raise KeyboardInterrupt

@@ -1,0 +1,127 @@
+"""A run that is stopped in any way goes on to the same bytes; with other weights or another recipe it does not."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import random_adapter, tiny_klein
+
+from danceopd.errors import UserError
+from danceopd.lora import write_adapter
+from danceopd.merge import merge
+from danceopd.recipe import Recipe
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    pipe = tiny_klein(folder / "base")
+    for i, name in enumerate(("draws", "edits")):
+        write_adapter(random_adapter(pipe.transformer, seed=i, size=0.1), folder / name)
+    return folder
+
+
+def recipe(models: Path, output: Path, **fields: object) -> Recipe:
+    given = {
+        "base": str(models / "base"), "generation": str(models / "draws"), "editing": str(models / "edits"),
+        "output": output, "steps": STEPS, "batch": 2, "student": {"rank": 8}, "data": {"rows": 4}, "save_every": 2,
+        "rollout": {"steps": 3}, "samples": {"every": 0, "count": 1}, "optimizer": {"schedule": "cosine"},
+        "call": {"height": 64, "width": 64, "steps": 2, "max_sequence_length": 24},
+    }  # fmt: skip
+    return Recipe(**{**given, **fields})
+
+
+@pytest.fixture(scope="module")
+def whole(models: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The student of a run that nobody stopped."""
+    output = tmp_path_factory.mktemp("whole") / "student"
+    merge(recipe(models, output), lambda done, steps: None)
+    return (output / WEIGHTS).read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_makes_the_same_student(models: Path, whole: bytes, tmp_path: Path) -> None:
+    """Five SIGKILLs at random moments of training and saving, a SIGTERM, then left alone: real processes."""
+    output, moments = tmp_path / "run", random.Random(5)
+    (tmp_path / "r.yaml").write_text(recipe(models, output).to_yaml())
+
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "danceopd", "merge", str(tmp_path / "r.yaml")]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+    def saved() -> set[str]:
+        return {path.name for path in (output / "checkpoints").glob("step-*")}
+
+    for life in range(6):
+        before, process = saved(), start()
+        while not saved() - before:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL if life < 5 else signal.SIGTERM)
+        said = process.communicate()[1]
+    assert process.returncode == 143 and "is saved in" in said, said
+    assert "run the same command again to continue" in said
+    assert not (output / WEIGHTS).exists()
+    process = start()
+    assert process.communicate() and process.returncode == 0
+    assert (output / WEIGHTS).read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "number, ends, status", [(signal.SIGTERM, SystemExit, 143), (signal.SIGINT, KeyboardInterrupt, 0)]
+)
+def test_signals_save_the_update_at_hand(
+    models: Path, whole: bytes, tmp_path: Path, capsys, number: int, ends: type[BaseException], status: int
+) -> None:
+    def stop(done, steps):
+        if done.step == 3:  # it comes between two updates: the next is learnt, and saved though none was due
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(ends) as stopped:
+        merge(recipe(models, tmp_path / "run", save_every=100), stop)
+    assert not status or stopped.value.code == status  # type: ignore[attr-defined]
+    assert f"step 4 of {STEPS} is saved" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000004"]
+    assert signal.getsignal(number) == before
+    steps = []
+    merge(recipe(models, tmp_path / "run"), lambda done, total: steps.append(done.step))
+    assert steps == list(range(5, STEPS + 1))
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == whole
+
+
+def test_what_changed_is_named_and_the_run_left_alone(models: Path, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(done, steps):
+        if done.step == 2:
+            raise Stop
+
+    mine = tmp_path / "models"
+    shutil.copytree(models, mine)
+    with pytest.raises(Stop):
+        merge(recipe(mine, tmp_path / "run"), stop)
+    checkpoints = sorted(p.read_bytes() for p in (tmp_path / "run" / "checkpoints").rglob("*.safetensors"))
+    with pytest.raises(UserError, match=r"holds another run \(optimizer.lr is 0.0002 there and 0.5 here\)"):
+        merge(recipe(mine, tmp_path / "run", optimizer={"schedule": "cosine", "lr": 0.5}), stop)
+    write_adapter(random_adapter(tiny_klein().transformer, seed=9, size=0.1), mine / "edits")
+    with pytest.raises(UserError, match="teacher 'editing' is no longer what the run in .* began with"):
+        merge(recipe(mine, tmp_path / "run"), stop)
+    shutil.copytree(models / "edits", mine / "edits", dirs_exist_ok=True)
+    tiny_klein(seed=1).transformer.save_pretrained(mine / "base" / "transformer")
+    with pytest.raises(UserError, match="the base is no longer what the run in .* began with"):
+        merge(recipe(mine, tmp_path / "run"), stop)
+    assert checkpoints == sorted(p.read_bytes() for p in (tmp_path / "run" / "checkpoints").rglob("*.safetensors"))
