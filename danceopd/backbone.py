@@ -3,8 +3,9 @@
 PEFT injects the layers; from then on only their active-adapter marks change, never `requires_grad`, so a
 teacher call between the student's forward and backward cannot silence the student. Under gradient
 checkpointing the recompute runs under the adapter of its forward. `merged` swaps in weights W + BA kept in
-buffers that never move (a CUDA graph stays valid), so a rollout pays nothing for being adapted. Rows of one
-batch may act under different adapters: the base runs once for all, each row's own adapter is added to it.
+buffers that never move (a CUDA graph stays valid), so a rollout pays nothing for being adapted; `formed` makes
+W + BA with a gradient, which is cheaper than LoRA layers where the rank is wide. Rows of one batch may act under
+different adapters: the base runs once for all, each row's own adapter is added to it.
 """
 
 from __future__ import annotations
@@ -25,17 +26,19 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from danceopd.errors import UserError
+from danceopd.forming import small, wide
 from danceopd.lora import Adapter
 from danceopd.pipelines.family import Family
 from danceopd.pipelines.record import Condition
 
 
 class State(NamedTuple):
-    """Who is acting: the adapter in the LoRA layers, the one merged into the weights, or one for each row."""
+    """Who is acting: the adapter in the LoRA layers, in the weights (merged, or formed), or one for each row."""
 
     adapter: str | None = None
     merged: str | None = None
     rows: tuple[str | None, ...] = ()
+    formed: str | None = None
 
 
 class _NotRows(Exception):
@@ -202,14 +205,27 @@ class Backbone:
         """Inside, the base weights are W + BA of `name` and no LoRA layer runs. Nests; restores.
 
         For rollouts: run no backward inside, the weights of its forward are not there.
-
-        Weights that changed since the last refresh are refreshed on entry, except those written through
-        `.data`, which need `refresh`.
+        Weights that changed are refreshed on entry, but for those written through `.data`, which need `refresh`.
         """
         self._paths(name)
         if name not in self._merged or self._merged[name].versions != self._versions(name):
             self.refresh(name)
         return _As(self, State(merged=name))
+
+    def formed(self, name: str) -> AbstractContextManager[None]:
+        """Inside, the weights are W + BA of `name`, formed on entry with a gradient to A and B; no LoRA layer runs.
+
+        Under gradient checkpointing the LoRA layers do run: each block's recompute would form all weights again.
+        """
+        if getattr(self.transformer, "is_gradient_checkpointing", False):
+            return self.acting_as(name)
+        self._paths(name)
+        return _As(self, State(formed=name))
+
+    def forms(self, name: str) -> bool:
+        """Whether `merged` and `formed` are cheaper than the LoRA layers of `name`, and exact."""
+        layers = map(self._layers.__getitem__, self._paths(name))
+        return small(self.transformer) and wide([(layer.base_layer.weight, layer.r[name]) for layer in layers])
 
     @torch.no_grad()
     def refresh(self, name: str) -> None:
@@ -242,9 +258,7 @@ class Backbone:
             return self.family.velocity(self.transformer, x, sigma, condition)
         if len(names) != len(x):
             raise ValueError(f"there are {len(names)} adapter names for {len(x)} rows")
-        groups: dict[str | None, list[int]] = {}
-        for row, name in enumerate(names):
-            groups.setdefault(name, []).append(row)
+        groups = {name: [row for row, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}
         adapted = {path for name in groups if name is not None for path in self._paths(name)}
         if len(groups) > 1 and not adapted & self._rowless:
             try:
@@ -260,7 +274,7 @@ class Backbone:
         return torch.cat(parts)[place]
 
     def checkpoint_gradients(self, enable: bool = True) -> None:
-        """Trade time for memory: blocks recompute in backward, each under the adapter of its forward."""
+        """Blocks recompute in backward, each under the adapter of its forward: time for memory."""
         if not enable:
             self.transformer.disable_gradient_checkpointing()
         elif getattr(self.transformer, "_gradient_checkpointing_func", None) != self._checkpoint:
@@ -281,11 +295,21 @@ class Backbone:
             for path, weight in self._merged[state.merged].weights.items() if state.merged else ():
                 parameter = self._layers[path].base_layer.weight
                 self._pristine[path], parameter.data = parameter.data, weight
+        if state.formed or old.formed:
+            self._form(old.formed, state.formed)
         if state.adapter != old.adapter:
             self._mark(state.adapter)
         if state.rows != old.rows:
             self._mix(state.rows)
         self._state = state
+
+    def _form(self, old: str | None, new: str | None) -> None:
+        """W + BA hides the layer's own parameter, which stays where it is and as it is."""
+        for layer in (self._layers[path] for path in (self._paths(old) if old else ())):
+            layer.base_layer.__dict__.pop("weight", None)
+        for layer in (self._layers[path] for path in (self._paths(new) if new else ())):
+            base, a, b = layer.base_layer, layer.lora_A[new].weight, layer.lora_B[new].weight
+            base.__dict__["weight"] = torch.addmm(base.weight, b, a, alpha=layer.scaling[new])
 
     def _mix(self, names: tuple[str | None, ...]) -> None:
         """Hook the layers that any of these rows adapts; no names: unhook."""
@@ -368,8 +392,7 @@ class Backbone:
             raise KeyError(f"no adapter {name!r}; there are {sorted(self._adapted)}") from None
 
     def _versions(self, name: str) -> list[Any]:
-        parameters = self._parameters[name]
-        return [parameters[0].device, *(parameter._version for parameter in parameters)]
+        return [self._parameters[name][0].device, *(p._version for p in self._parameters[name])]
 
 
 def _few(names: list[str]) -> str:

@@ -7,7 +7,7 @@ gradient is `backbone.velocity` inside `backbone.acting_as("student")`.) Fields 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -73,25 +73,3 @@ class GuidedField:
         away = self.field(x, sigma, unprompted(condition, self.null_condition))
         return FAMILIES[condition.family].guide(self.field(x, sigma, condition), away, self.scale)
 
-
-def answers(
-    fields: Sequence[VelocityField], routes: Sequence[int], x: Tensor, sigma: Tensor, condition: Condition
-) -> Tensor:
-    """Each row's velocity by its own field, `fields[routes[row]]`: shape of `x`, fp32.
-
-    Rows whose fields are the base or adapters of one backbone share one forward, whichever they are.
-    """
-    found = torch.empty_like(x, dtype=torch.float32)
-    groups: dict[int, list[int]] = {}  # by backbone where rows can mix, else by field
-    for row, route in enumerate(routes):
-        field = fields[route]
-        groups.setdefault(id(field.backbone if isinstance(field, AdapterField) else field), []).append(row)
-    for rows in groups.values():
-        first, part = fields[routes[rows[0]]], condition.rows(rows)
-        if isinstance(first, AdapterField):
-            names = [fields[routes[row]].name for row in rows]  # type: ignore[attr-defined]
-            with torch.no_grad():
-                found[rows] = first.backbone.velocity(x[rows], sigma[rows], part, names)
-        else:
-            found[rows] = first(x[rows], sigma[rows], part)
-    return found

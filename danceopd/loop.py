@@ -78,6 +78,7 @@ class Loop:
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.dtype == "fp16")
         self.scaler.scale(torch.ones((), device=device))  # makes its state now: there may be no row to scale
         self.objective = OBJECTIVES[recipe.objective]
+        self.forms = recipe.rollout.merged and not recipe.compile and backbone.forms(STUDENT)
         self.walk: VelocityField = (MergedField if recipe.rollout.merged else AdapterField)(backbone, STUDENT)
         self.step, self._bad = 0, 0
 
@@ -181,7 +182,7 @@ class Loop:
         return torch.cat(parts).float()
 
     def _student(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        with self.backbone.acting_as(STUDENT):
+        with self.backbone.formed(STUDENT) if self.forms else self.backbone.acting_as(STUDENT):
             velocity = self.backbone.velocity(x, sigma, condition)
         if self.scaler.is_enabled():  # from here the gradient goes through fp16
             velocity.register_hook(self.scaler.scale)

@@ -168,7 +168,7 @@ def _run(job: _Job, report: Report) -> Student:
             teacher, drawer, null = one.teacher, draw[one.teacher.capability], None
             if away or teacher.guidance is not None:
                 null = null_condition(drawer, teacher, fingerprint, recipe.output / "cache").to(device)
-            field = one.field(backbone, null)
+            field = one.field(backbone, null, recipe.rollout.merged and not recipe.compile)
             data, rows = job.asked[teacher.name].data, job.asked[teacher.name].rows
             questions = encoder.questions(teacher.capability, data, rows, recipe.rollout.steps)
             sources.append(Source(teacher.name, field, questions, null))

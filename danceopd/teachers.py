@@ -8,7 +8,6 @@ All that can be refused is refused by `look`, from headers and hashes, before an
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable
@@ -32,12 +31,13 @@ from danceopd.checkpoint import (
 from danceopd.disk import disk_faults, replace_file
 from danceopd.errors import UserError
 from danceopd.extract import difference, progress
-from danceopd.fields import AdapterField, GuidedField, VelocityField
+from danceopd.fields import AdapterField, GuidedField, MergedField, VelocityField
 from danceopd.lora import WEIGHTS, Adapter, inspect_adapter, read_adapter, write_adapter
 from danceopd.pipelines.editing import EditingPipeline
 from danceopd.pipelines.generation import GenerationPipeline, check_prompts
 from danceopd.pipelines.record import Condition, record
 from danceopd.recipe import Teacher
+from danceopd.store import key_of
 from danceopd.streamed import StreamedField
 
 _log = logging.getLogger("danceopd")
@@ -69,8 +69,11 @@ class Known:
             return self.checkpoint.sha256
         return None if self.adapter is None else self.adapter.sha256
 
-    def field(self, backbone: Backbone, null: Condition | None = None) -> VelocityField:
-        """Its velocity field; an adapter joins the backbone under the teacher's name. `null` guides it."""
+    def field(self, backbone: Backbone, null: Condition | None = None, merged: bool = True) -> VelocityField:
+        """Its velocity field; an adapter joins the backbone under the teacher's name. `null` guides it.
+
+        `merged`: an adapter may be merged into the weights where that is cheaper, and costs no digits.
+        """
         teacher = self.teacher
         field: VelocityField
         if self.streamed:
@@ -79,7 +82,9 @@ class Known:
         else:
             if self.adapter is not None:
                 backbone.add_adapter(teacher.name, self.adapter, teacher.scale)
-            field = AdapterField(backbone, None if self.adapter is None else teacher.name)
+            name = None if self.adapter is None else teacher.name
+            cheaper = merged and name is not None and backbone.forms(name)
+            field = MergedField(backbone, teacher.name) if cheaper else AdapterField(backbone, name)
         if teacher.guidance is None:
             return field
         if null is None:
@@ -151,7 +156,7 @@ def _difference(
     teacher: Teacher, base: Checkpoint, tuned: Checkpoint, cache: Path, device: torch.device
 ) -> tuple[Adapter | None, float]:
     facts = [base.sha256, tuned.sha256, teacher.rank]
-    folder = cache / f"difference-{_key(facts)}"
+    folder = cache / f"difference-{key_of(*facts)[:16]}"
     if (folder / WEIGHTS).is_file():
         return read_adapter(folder, base.empty()), float(inspect_adapter(folder).record["residual"])
     with progress(f"reading teacher {teacher.name}") as report:
@@ -165,7 +170,7 @@ def _difference(
 def null_condition(drawer: GenerationPipeline, teacher: Teacher, base_sha256: str, cache: Path) -> Condition:
     """The teacher's null prompt (see `null_prompt`), kept in `cache`."""
     facts = [teacher.negative, base_sha256, teacher.capability, drawer.family.name, drawer.call]
-    path = cache / f"null-{_key(facts)}.safetensors"
+    path = cache / f"null-{key_of(*facts)[:16]}.safetensors"
     if path.exists():
         return Condition.from_state(load_file(path))
     found = null_prompt(drawer, teacher.name, teacher.negative)
@@ -225,11 +230,16 @@ def remember(run: Path, base_sha256: str, known: Iterable[Known]) -> dict[str, A
     }
     facts = {"base": base_sha256, "teachers": teachers}
     path = run / SOURCES
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        old = {"base": before["base"], **{name: t["sha256"] for name, t in before["teachers"].items()}}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        old = {}
+    old = {}
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            old = {"base": before["base"], **{name: t["sha256"] for name, t in before["teachers"].items()}}
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            raise UserError(
+                f"{path} is damaged, so nobody knows whose weights this run learnt from; choose another --output, or "
+                "delete the file if base and teachers are still the same"
+            ) from None
     now = {"base": base_sha256, **{name: t["sha256"] for name, t in teachers.items()}}
     changed = next((name for name in now if name in old and old[name] != now[name]), None)
     if changed is not None:
@@ -242,6 +252,3 @@ def remember(run: Path, base_sha256: str, known: Iterable[Known]) -> dict[str, A
         replace_file(path, json.dumps(facts, indent=1).encode())
     return facts
 
-
-def _key(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]

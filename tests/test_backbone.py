@@ -9,7 +9,8 @@ from tiny import CALL, random_adapter, random_image, tiny_klein
 
 from danceopd.backbone import Backbone
 from danceopd.errors import UserError
-from danceopd.fields import AdapterField, BaseField, MergedField, answers
+from danceopd.fields import AdapterField, BaseField, MergedField
+from danceopd.forming import wide
 from danceopd.lora import Adapter
 from danceopd.pipelines import EditingPipeline, family_of
 
@@ -103,6 +104,37 @@ def test_teacher_between_forward_and_backward_leaves_gradients(backbone, scene):
     assert equal(alone, gradients(backbone, scene, teachers))
     trainable = [p for p in backbone.transformer.parameters() if p.requires_grad]
     assert {id(p) for p in trainable} == {id(p) for p in backbone.parameters("student")}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_formed_weights_teach_what_lora_layers_teach(backbone, scene, recompute):
+    """The same velocity and gradient without a LoRA layer, whoever is asked between forward and backward."""
+    parameters = student_of(backbone)
+    plain = gradients(backbone, scene)
+    storage = [p.data_ptr() for p in backbone.transformer.parameters()]
+    backbone.checkpoint_gradients(recompute)
+    layers = [m for m in backbone.transformer.modules() if isinstance(m, LoraLayer)]
+    ran = []
+    hooks = [m.lora_A["student"].register_forward_hook(lambda *a: ran.append(1)) for m in layers]
+    with backbone.formed("student"):
+        velocity = backbone.velocity(*scene)
+    MergedField(backbone, "edit")(*scene)
+    formed = torch.autograd.grad(velocity.square().mean(), parameters)
+    for hook in hooks:
+        hook.remove()
+    assert bool(ran) == recompute and equal(plain, formed, 1e-6)
+    assert (velocity - AdapterField(backbone, "student")(*scene)).abs().max() < 2e-5
+    assert [p.data_ptr() for p in backbone.transformer.parameters()] == storage
+    with backbone.formed("student"), backbone.acting_as(None):
+        assert torch.equal(backbone.velocity(*scene), BaseField(backbone)(*scene))
+
+
+def test_only_wide_ranks_on_fp32_weights_are_formed():
+    """A sixth of the width is where the gradient of W + BA costs as much as the LoRA layers."""
+    layer = torch.nn.Linear(96, 96).requires_grad_(False)
+    assert wide([(layer.weight, 17)]) and not wide([(layer.weight, 16)])
+    assert not wide([(layer.weight, 17), (layer.weight, 8)])
+    assert not wide([(layer.to(torch.bfloat16).weight, 17)])
 
 
 @pytest.mark.parametrize("when", ["before the backbone", "by method", "behind its back"])
@@ -250,9 +282,6 @@ def test_rows_of_one_batch_act_under_their_own_adapters(backbone, scene):
     assert (mixed - torch.cat(alone)).abs().max() <= 1e-6
     assert torch.equal(draw, AdapterField(backbone, "draw")(*scene))
     assert torch.equal(same, AdapterField(backbone, "edit")(*scene))
-    routed = answers([AdapterField(backbone, n) for n in NAMES], [2, 0, 1], *scene)
-    with torch.no_grad():
-        assert torch.equal(routed, backbone.velocity(*scene, ["student", "edit", None]))
     assert not backbone._mixing and torch.equal(backbone.velocity(*scene), BaseField(backbone)(*scene))
     with pytest.raises(ValueError, match="2 adapter names for 3 rows"):
         backbone.velocity(*scene, ["edit", None])

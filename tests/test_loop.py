@@ -141,7 +141,7 @@ def test_zero_gradient_is_refused(world, files):
     """Teachers equal to the student teach nothing: that is said, not trained."""
     adapter = random_adapter(tiny_klein().transformer, seed=0, size=0.1)
     loop = make(world, files, init=adapter)
-    loop.sources = [Source(s.name, AdapterField(loop.backbone, STUDENT), s.questions) for s in loop.sources]
+    loop.sources = [Source(s.name, loop.walk, s.questions) for s in loop.sources]
     with pytest.raises(UserError, match="gradient is exactly zero"):
         loop._update()
 
