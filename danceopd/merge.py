@@ -35,13 +35,14 @@ from danceopd.interrupts import Interrupts
 from danceopd.loop import STUDENT, Loop, Source
 from danceopd.lora import Adapter, read_adapter
 from danceopd.pipelines.families import family_of
+from danceopd.pipelines.hollow import hollow
 from danceopd.processes import Processes
 from danceopd.questions import alike
 from danceopd.random_state import RandomState
 from danceopd.recipe import Recipe
 from danceopd.run import RunFolder
 from danceopd.samples import SampleGrid
-from danceopd.sharded import Sharded, shard, stand_in
+from danceopd.sharded import Sharded, shard
 from danceopd.shipped import SHIPPED
 from danceopd.student import Probe, export, load_student
 from danceopd.teachers import Known, look, null_condition, prepare, remember
@@ -147,7 +148,7 @@ def _run(job: _Job, report: Report) -> Student:
     pipe = load_base(job.base, _stock(recipe))
     transformer = pipe.transformer
     if split:  # it goes to the device block by block
-        pipe.transformer = stand_in(transformer)
+        pipe.transformer = hollow(transformer, next(transformer.parameters()))  # pipelines only record calls
     pipe.to(device)
     family = family_of(pipe, recipe.family)
     call = call_of(job.base, recipe.call, family)

@@ -7,7 +7,6 @@ the recipe. Times divide FLOPs by the speed of a plain matrix product on this ma
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import shutil
@@ -33,6 +32,7 @@ from danceopd.lora import Adapter, adapter_shapes
 from danceopd.pipelines.families import class_name, family_of
 from danceopd.pipelines.family import Family
 from danceopd.pipelines.generation import GenerationPipeline
+from danceopd.pipelines.hollow import hollow
 from danceopd.query import draw, place
 from danceopd.recipe import Recipe, Teacher
 from danceopd.run import RunFolder
@@ -141,21 +141,13 @@ def _pipeline(folder: Path, family: Family, transformer: nn.Module) -> Any:
     kind = getattr(diffusers, family.generation)
     needed, settings = kind._get_signature_keys(kind)
     parts: dict[str, Any] = dict.fromkeys(needed)
-    parts["transformer"] = _hollow(transformer)
+    parts["transformer"] = hollow(transformer, torch.empty(0))
     parts["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
     with torch.device("meta"):
         vae = getattr(diffusers, index["vae"][1])
-        parts["vae"] = _hollow(vae.from_config(vae.load_config(folder / "vae")))
+        parts["vae"] = hollow(vae.from_config(vae.load_config(folder / "vae")), torch.empty(0, device="cpu"))
     same = class_name(folder) == family.generation
     return kind(**parts, **({key: index[key] for key in settings if key in index} if same else {}))
-
-
-def _hollow(model: nn.Module) -> Any:
-    """The model's class and configuration with one empty parameter on the CPU."""
-    hollow = copy.copy(model)
-    hollow._modules, hollow._buffers = {}, {}
-    hollow._parameters = {"like": nn.Parameter(torch.empty(0), requires_grad=False)}
-    return hollow
 
 
 def _drawer(pipe: Any, family: Family, call: dict[str, Any], size: Size, steps: int) -> GenerationPipeline:

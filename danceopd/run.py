@@ -136,7 +136,7 @@ class RunFolder:
         meta: Mapping[str, Any],
         random: Sequence[RandomState] | None = None,
     ) -> Path:
-        """Writes `checkpoints/step-XXXXXX` whole or not at all, and forgets all but the last `keep_last`.
+        """Writes `checkpoints/step-000050` and the like, whole or not at all, and forgets all but the last `keep_last`.
 
         `random` is the state of every process's random generators, by rank; None: there is this one.
         """
@@ -211,7 +211,7 @@ class RunFolder:
                     self._tensorboard(step).add_scalar(key, float(value), step)  # type: ignore[arg-type]
 
     def image(self, step: int, image: Image.Image) -> Path:
-        """`samples/step-XXXXXX.png`, and the same picture in TensorBoard."""
+        """`samples/step-000050.png` and the like, and the same picture in TensorBoard."""
         path = self.path / "samples" / f"step-{step:06d}.png"
         part = path.with_name(f".{path.name}")
         with disk_faults(path):

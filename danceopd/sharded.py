@@ -9,7 +9,6 @@ Walks run through the LoRA layers (`W + BA` would need whole weights), and no wh
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -23,15 +22,6 @@ from danceopd.pipelines.record import Condition
 from danceopd.processes import Processes
 
 REST, PLAIN, GRADIENT = range(3)
-
-
-def stand_in(transformer: nn.Module) -> Any:
-    """The model's class and configuration without its weights, for pipelines that only record calls."""
-    hollow = copy.copy(transformer)
-    hollow._modules, hollow._buffers = {}, {}
-    like = next(transformer.parameters())
-    hollow._parameters = {"like": nn.Parameter(like.new_empty(0), requires_grad=False)}
-    return hollow
 
 
 def shard(transformer: nn.Module, processes: Processes) -> None:

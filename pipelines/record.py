@@ -12,7 +12,6 @@ import copy
 import inspect
 import json
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,6 +21,8 @@ import torch
 from torch import Tensor
 
 from danceopd.errors import UserError
+
+from .hollow import hollow
 
 if TYPE_CHECKING:
     from .family import Family
@@ -213,11 +214,9 @@ def _double(pipe: Any, without: Sequence[str], dtype: torch.dtype | None) -> Any
     on the user's pipeline, and the dozen walks over all modules that a stock call makes cost next to nothing.
     """
     double, transformer = copy.copy(pipe), getattr(pipe.transformer, "_orig_mod", pipe.transformer)
-    hollow, like = copy.copy(transformer), next(transformer.parameters())
-    hollow._modules, hollow._buffers, hollow._forward_pre_hooks = {}, {}, OrderedDict()
-    hollow._forward_pre_hooks_with_kwargs = OrderedDict()
-    hollow._parameters = {"like": torch.nn.Parameter(like.new_empty(0, dtype=dtype), requires_grad=False)}
-    changed = {"transformer": hollow, "scheduler": copy.copy(pipe.scheduler), **dict.fromkeys(without)}
+    like = next(transformer.parameters())
+    empty = hollow(transformer, like if dtype is None else like.new_empty(0, dtype=dtype))
+    changed = {"transformer": empty, "scheduler": copy.copy(pipe.scheduler), **dict.fromkeys(without)}
     double.__dict__.update(changed, _progress_bar_config={"disable": True})
     return double
 
