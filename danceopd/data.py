@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -30,7 +31,13 @@ SOURCE = (
     "source", "source_image", "source_path", "input_image", "cond_image", "control_image", "control_path", "control",
     "image",
 )  # fmt: skip
-"""Where a table has both a source and an `image`, the image is the result, which distillation does not need."""
+"""Where a table has both a source and an `image`, the image is the result, which only `target` reads."""
+TARGET = (
+    "target", "target_image", "target_path", "edited_image", "edited_path", "output_image", "result", "output", "image",
+)  # fmt: skip
+"""The finished picture of a row, for objectives that learn from pictures; of an edit, not what is its source."""
+SAID = ("paraphrases", "expanded")
+"""What a gate may ask instead: other wordings (a list, or one text with | between), and the words at greater length."""
 LOOKED = 1000
 """Image headers that `check` opens when it is not told which rows will be drawn, spread evenly."""
 
@@ -42,6 +49,7 @@ class Prompts(Sequence[str]):
 
     def __init__(self, table: Table) -> None:
         self.table = table
+        self._home = os.path.dirname(table.path) if isinstance(table.path, Path) else ""
         if not len(table):
             raise UserError(f"data source {table.path} has no rows; add some")
 
@@ -62,9 +70,47 @@ class Prompts(Sequence[str]):
     def _item(self, row: int, cells: Row) -> Any:
         return self._words(row, cells)
 
+    def target(self, row: int) -> Source:
+        """The finished picture of a row, or its path; UserError where the row has none."""
+        cells = self.table[row]
+        return self._picture(row, cells, self._targets(cells))
+
+    def _targets(self, cells: Row) -> tuple[str, ...]:
+        return TARGET
+
     def where(self, row: int) -> str:
         """The file and line of a row."""
         return self.table.where(row)
+
+    def words(self, row: int) -> str:
+        """A row's prompt or instruction alone."""
+        return self._words(row, self.table[row])
+
+    def paraphrases(self, row: int) -> list[str]:
+        """Other wordings in a row's column `paraphrases`; UserError where they are no texts."""
+        value = self.table[row].get("paraphrases")
+        if value is None or value == "":
+            return []
+        found = value.split("|") if isinstance(value, str) else value
+        if not isinstance(found, list) or not all(isinstance(one, str) and one.strip() for one in found):
+            raise UserError(
+                f"{self.where(row)}: paraphrases is {value!r}, no list of texts or texts with | between; mend that row"
+            )
+        return [one.strip() for one in found]
+
+    def expanded(self, row: int) -> str | None:
+        """The words at greater length, in a row's column `expanded`; UserError where it is no text."""
+        value = self.table[row].get("expanded")
+        if value is None or value == "":
+            return None
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{self.where(row)}: expanded is {value!r}, not text; mend that row")
+        return value.strip()
+
+    def check_targets(self, rows: Iterable[int]) -> None:
+        """UserError for the first of `rows` that has no finished picture, or a faulty one, by its header."""
+        for row in sorted(set(rows)):
+            image_size(self.target(row), self.where(row))
 
     def check(self, rows: Iterable[int] | None = None) -> None:
         """UserError for the first faulty row, which says how many more there are.
@@ -127,6 +173,17 @@ class Prompts(Sequence[str]):
             raise UserError(f"{self.where(row)}: {column} is empty; write it or remove the row")
         return value.strip()
 
+    def _picture(self, row: int, cells: Row, columns: tuple[str, ...]) -> Source:
+        """The picture in the first of `columns` that the row has."""
+        value = self._cell(row, cells, columns)
+        value = value() if callable(value) else value
+        if isinstance(value, Image.Image):
+            return value
+        if not isinstance(value, str) or not value.strip():
+            shown = "empty" if isinstance(value, str) else f"{value!r}, not a path"
+            raise UserError(f"{self.where(row)}: {_named(cells, columns)} is {shown}; write it or remove the row")
+        return Path(self._home, value.strip())
+
     def _cell(self, row: int, cells: Row, columns: tuple[str, ...]) -> Any:
         column = _named(cells, columns)
         if column is None:
@@ -143,21 +200,13 @@ class Edits(Prompts):
 
     def __init__(self, table: Table) -> None:
         super().__init__(table)
-        self._home = os.path.dirname(table.path) if isinstance(table.path, Path) else ""
         self._names: dict[tuple[str, str], frozenset[str]] = {}  # of folders, while all rows are checked
 
     def _item(self, row: int, cells: Row) -> tuple[str, Source]:
-        return self._words(row, cells), self._source(row, cells)
+        return self._words(row, cells), self._picture(row, cells, SOURCE)
 
-    def _source(self, row: int, cells: Row) -> Source:
-        value = self._cell(row, cells, SOURCE)
-        value = value() if callable(value) else value
-        if isinstance(value, Image.Image):
-            return value
-        if not isinstance(value, str) or not value.strip():
-            shown = "empty" if isinstance(value, str) else f"{value!r}, not a path"
-            raise UserError(f"{self.where(row)}: {_named(cells, SOURCE)} is {shown}; write it or remove the row")
-        return Path(self._home, value.strip())
+    def _targets(self, cells: Row) -> tuple[str, ...]:
+        return tuple(column for column in TARGET if column != _named(cells, SOURCE))
 
     def size(self, row: int) -> tuple[int, int]:
         """(width, height) of a row's source image in pixels, from its header."""
@@ -196,7 +245,7 @@ class Edits(Prompts):
 
     def _fault(self, row: int, cells: Row) -> UserError | None:
         fault = super()._fault(row, cells)
-        if fault is None and isinstance(path := self._source(row, cells), Path) and not path.exists():
+        if fault is None and isinstance(path := self._picture(row, cells, SOURCE), Path) and not path.exists():
             return UserError(f"{self.where(row)}: image {path} does not exist; check the path")
         return fault
 
@@ -207,26 +256,36 @@ class Edits(Prompts):
             self._names.clear()
 
 
-def prompts_from(spec: str | Path, rows: int = 1024, seed: int = 0, check: bool = True) -> Prompts:
-    """The prompts of a source; `rows` of them from "scenes", every one of a file's. Checked unless told not to."""
+def prompts_from(
+    spec: str | Path, rows: int = 1024, seed: int = 0, check: bool = True, targets: bool = False
+) -> Prompts:
+    """The prompts of a source; `rows` of them from "scenes", every one of a file's. Checked unless told not to.
+
+    `targets`: its pictures are wanted, too.
+    """
     if is_made(spec):
         from .scenes.prompts import TAGS, prompts
 
-        tags = _only(spec, {tag: (tag,) for tag in TAGS})
-        return Prompts(MadeTable(str(spec), [{"prompt": p.prompt} for p in prompts("train", rows, seed, tags)]))
-    found = Prompts(_table(spec, PROMPT, images=False))
+        drawn = prompts("train", rows, seed, _only(spec, {tag: (tag,) for tag in TAGS}))
+        return Prompts(MadeTable(str(spec), [{"prompt": p.prompt, "target": partial(_drawn, p.scene)} for p in drawn]))
+    found = Prompts(_table(spec, PROMPT + SAID + (TARGET if targets else ()), images=targets))
     if check:
         found.check()
     return found
 
 
-def edits_from(spec: str | Path, rows: int = 1024, seed: int = 0, check: bool = True) -> Edits:
-    """(instruction, source image or its path) pairs of a source. Checked unless told not to, in full by `check`."""
+def edits_from(
+    spec: str | Path, rows: int = 1024, seed: int = 0, check: bool = True, targets: bool = False
+) -> Edits:
+    """(instruction, source image or its path) pairs of a source. Checked unless told not to, in full by `check`.
+
+    `targets`: the finished pictures are wanted, too.
+    """
     if is_made(spec):
         return Edits(MadeTable(str(spec), _made_edits(spec, rows, seed)))
     if Path(spec).suffix.lower() == ".txt" and Path(spec).is_file():
         raise UserError(f"{spec} holds prompts only; edits need a source image each: give a .csv, .jsonl or folder")
-    found = Edits(_table(spec, INSTRUCTION + SOURCE, images=True))
+    found = Edits(_table(spec, INSTRUCTION + SOURCE + SAID + (TARGET if targets else ()), images=True))
     if check:
         found.check()
     return found
@@ -239,13 +298,20 @@ def is_made(spec: str | Path) -> bool:
 
 def _made_edits(spec: str | Path, rows: int, seed: int) -> list[Row]:
     from .scenes.edits import TASKS, edits, group_of
-    from .scenes.render import render
 
     known = {task: (task,) for task in TASKS}
     for task in TASKS:
         known[group_of(task)] = (*known.get(group_of(task), ()), task)
     drawn = edits("train", rows, seed, _only(spec, known))
-    return [{"instruction": edit.instruction, "source": Image.fromarray(render(edit.source))} for edit in drawn]
+    return [
+        {"instruction": e.instruction, "source": _drawn(e.source), "target": partial(_drawn, e.target)} for e in drawn
+    ]
+
+
+def _drawn(scene: Any) -> Image.Image:
+    from .scenes.render import render
+
+    return Image.fromarray(render(scene))
 
 
 def _only(spec: str | Path, known: Mapping[str, tuple[str, ...]]) -> tuple[str, ...] | None:

@@ -2,7 +2,8 @@
 
 A folder is either flat (`name.png` is the source image of the instruction in `name.txt`), or it has a `control`
 folder, as trainers lay out edits: then `control/name.png` is the source, and `name.png` beside the text is the
-result, which distillation does not need. Texts are read when they are drawn; the listing is all that is kept.
+result, which only objectives that learn from pictures need. Texts are read when they are drawn; the listing is all
+that is kept.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ class FolderTable(Table):
     def __init__(self, path: Path, images: bool) -> None:
         self.path = self._folder = path
         self._sources: dict[str, str] = {}
+        self._results: dict[str, str] = {}
         texts, pictures = _listing(path)
         if images:
             controlled = (path / CONTROL).is_dir()
+            self._results = pictures if controlled else {}
             self._home = path / CONTROL if controlled else path
             self._sources = _listing(self._home)[1] if controlled else pictures
             lone = min(pictures.keys() - texts, default=None)
@@ -54,6 +57,8 @@ class FolderTable(Table):
             raise UserError(f"{file} cannot be read: {error.strerror}") from None
         if self._sources:
             found["image"] = os.path.join(self._home.absolute(), self._sources[stem])
+        if stem in self._results:
+            found["target"] = os.path.join(self._folder.absolute(), self._results[stem])
         return found
 
     def where(self, row: int) -> str:

@@ -23,7 +23,7 @@ from danceopd.errors import UserError
 from danceopd.fields import AdapterField, MergedField, VelocityField
 from danceopd.figures import Figures, Progress
 from danceopd.lesson import Fields, Lesson
-from danceopd.objectives import OBJECTIVES, refuse_without_targets
+from danceopd.objectives import OBJECTIVES, needs_targets
 from danceopd.pipelines.record import Condition, stack
 from danceopd.query import draw
 from danceopd.questions import Targets, Work, unprompted
@@ -192,8 +192,11 @@ class Loop:
         """Faults of the work that the recipe alone does not show."""
         recipe = self.recipe
         for source in self.sources:
-            if not isinstance(source.questions, Targets):
-                refuse_without_targets(recipe.objective, recipe.offpolicy.clean, source.name)
+            if needs_targets(recipe) and not isinstance(source.questions, Targets):
+                raise UserError(
+                    f"objective {recipe.objective} learns from finished pictures, and what teacher {source.name!r} is "
+                    "asked about has none; give data with a target picture for each row"
+                )
             if source.null is None and (recipe.guidance.unconditional or recipe.rollout.guidance != 1):
                 knob = "guidance.unconditional" if recipe.guidance.unconditional else "rollout.guidance"
                 raise UserError(f"{knob} needs the null prompt, and teacher {source.name!r} has none; leave it out")

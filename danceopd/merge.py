@@ -34,6 +34,7 @@ from danceopd.formats import DTYPES
 from danceopd.interrupts import Interrupts
 from danceopd.loop import STUDENT, Loop, Source
 from danceopd.lora import Adapter, read_adapter
+from danceopd.objectives import needs_targets
 from danceopd.pipelines.families import family_of
 from danceopd.pipelines.hollow import hollow
 from danceopd.processes import Processes
@@ -171,7 +172,9 @@ def _run(job: _Job, report: Report) -> Student:
                 null = null_condition(drawer, teacher, fingerprint, recipe.output / "cache").to(device)
             field = one.field(backbone, null, recipe.rollout.merged and not recipe.compile)
             data, rows = job.asked[teacher.name].data, job.asked[teacher.name].rows
-            questions = encoder.questions(teacher.capability, data, rows, recipe.rollout.steps)
+            questions = encoder.questions(
+                teacher.capability, data, rows, recipe.rollout.steps, targets=needs_targets(recipe)
+            )
             sources.append(Source(teacher.name, field, questions, null))
         grid = SampleGrid(recipe, encoder, backbone, merged=not split)
     release_encoders(encoder, pipe)

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from danceopd.errors import UserError
 from danceopd.gates import full_trust
 from danceopd.lesson import Lesson
+from danceopd.recipe import Recipe
 from danceopd.sde import Diffusion
 
 Objective = Callable[[Lesson], None]
@@ -109,14 +109,9 @@ def clipped(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
-def refuse_without_targets(objective: str, clean: str, teacher: str) -> None:
-    """UserError that says what data an objective needs; for a teacher whose questions have no targets."""
-    if objective == "supervised" or (objective == "offpolicy" and clean == "targets"):
-        other = "set offpolicy.clean: teacher" if objective == "offpolicy" else "choose another objective"
-        raise UserError(
-            f"objective {objective} learns from finished pictures, and the data of teacher {teacher!r} has prompts or "
-            f"sources only; give data with a target picture for each row, or {other}"
-        )
+def needs_targets(recipe: Recipe) -> bool:
+    """Whether the recipe's objective learns from finished pictures of the data."""
+    return recipe.objective == "supervised" or (recipe.objective == "offpolicy" and recipe.offpolicy.clean == "targets")
 
 
 def _match(lesson: Lesson, k: int, x: Tensor, answer: Tensor | None = None) -> None:

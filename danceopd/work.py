@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from danceopd.cache import cache_folder
 from danceopd.data import Edits, Prompts, Source, edits_from, image_size, open_image, prompts_from
 from danceopd.disk import sha256
 from danceopd.errors import UserError
+from danceopd.objectives import needs_targets
 from danceopd.pipelines.editing import EditingPipeline, editing_pipe, generation_pipe
 from danceopd.pipelines.families import family_of
 from danceopd.pipelines.family import Family
@@ -40,6 +42,8 @@ from danceopd.store import Store, key_of, missing
 Size = tuple[int, int]  # height, width in pixels
 PROOFS = 4
 """First rows of each teacher's data that are encoded whether they are drawn or not: the export is proven on them."""
+SQUEEZE = 0.06
+"""How far, in the logarithm, a target's aspect ratio may be from that of what is drawn: rounding to whole tokens."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".onnx", ".h5", ".gguf")
 
 
@@ -80,17 +84,24 @@ class Asked:
 
 
 def open_work(recipe: Recipe) -> dict[str, Asked]:
-    """Each teacher's data by its name, opened, with the rows that will be drawn; UserError for any faulty row."""
+    """Each teacher's data by its name, opened, with the rows that will be drawn; UserError for any faulty row.
+
+    Where the objective learns from finished pictures, each drawn row must have one.
+    """
+    targets = needs_targets(recipe)
     opened: dict[tuple[str, str], Prompts] = {}
     for teacher in recipe.teachers:
         source: tuple[str, str] = (recipe.work(teacher), teacher.capability)
         if source not in opened:
             read = edits_from if teacher.capability == "editing" else prompts_from
-            opened[source] = read(source[0], recipe.data.rows, recipe.seed, check=False)
+            opened[source] = read(source[0], recipe.data.rows, recipe.seed, check=False, targets=targets)
     data = [opened[recipe.work(teacher), teacher.capability] for teacher in recipe.teachers]
     drawn = rows_drawn(recipe, [len(d) for d in data])
     for found in opened.values():
-        found.check(set().union(*(rows for d, rows in zip(data, drawn) if d is found)))
+        rows = set().union(*(rows for d, rows in zip(data, drawn) if d is found))
+        found.check(rows)
+        if targets:
+            found.check_targets(rows)
     return {t.name: Asked(d, sorted(rows)) for t, d, rows in zip(recipe.teachers, data, drawn)}
 
 
@@ -138,6 +149,19 @@ class StoredQuestions:
         return Condition.from_state(self._store.row(self._keys[row]))
 
 
+class StoredTargets(StoredQuestions):
+    """Stored questions whose rows have right answers (`questions.Targets`); `clean` are their keys."""
+
+    def __init__(
+        self, store: Store, length: int, keys: Mapping[int, str], sizes: Mapping[int, Size], clean: Mapping[int, str]
+    ) -> None:
+        super().__init__(store, length, keys, sizes)
+        self._clean = dict(clean)
+
+    def targets(self, index: list[int]) -> Tensor:
+        return torch.stack([self._store.row(self._clean[row])["clean"] for row in index])
+
+
 class Encoder:
     """Conditions from the store, or from the stock pipelines where it lacks them.
 
@@ -174,8 +198,10 @@ class Encoder:
             self._sized[capability, size, call["steps"]] = made
         return self._sized[capability, size, call["steps"]]
 
-    def questions(self, capability: str, data: Prompts, rows: Iterable[int], steps: int) -> StoredQuestions:
-        """These rows of `data`, encoded; their schedules have `steps` steps."""
+    def questions(
+        self, capability: str, data: Prompts, rows: Iterable[int], steps: int, targets: bool = False
+    ) -> StoredQuestions:
+        """These rows of `data`, encoded; their schedules have `steps` steps. `targets`: their pictures, too."""
         keys: dict[int, str] = {}
         sizes: dict[int, Size] = {}
         alike: dict[Hashable, list[int]] = {}
@@ -194,8 +220,35 @@ class Encoder:
                     for place, row in enumerate(chunk):
                         add(keys[row], found.rows([place]).state())
         made = StoredQuestions(self.store, len(data), keys, sizes)
+        if targets:
+            made = StoredTargets(self.store, len(data), keys, sizes, self._targets(capability, data, sizes))
         made._schedules = {size: self.sized(capability, size, steps).sigmas() for size in set(sizes.values())}
         return made
+
+    def _targets(self, capability: str, data: Prompts, sizes: Mapping[int, Size]) -> dict[int, str]:
+        """Where each row's clean latents are in the store, encoded if they were not, a chunk at once."""
+        keys: dict[int, str] = {}
+        absent: dict[Size, dict[str, int]] = {}
+        for row, size in sizes.items():
+            picture = data.target(row)
+            width, height = image_size(picture, data.where(row))
+            if abs(math.log(width * size[0] / (height * size[1]))) > SQUEEZE:
+                raise UserError(
+                    f"{data.where(row)}: the target is {width}x{height} pixels and would be squeezed into "
+                    f"{size[1]}x{size[0]}; crop it to that shape"
+                )
+            keys[row] = key_of("clean", capability, _image_hash(picture), size)
+            if not self.store.sound(keys[row]):
+                absent.setdefault(size, {})[keys[row]] = row
+        with self.store.add() as add:
+            for size, new in absent.items():
+                drawer, order = self.sized(capability, size), list(new.items())
+                for first in range(0, len(order), drawer.chunk):
+                    chunk = order[first : first + drawer.chunk]
+                    clean = drawer.clean([open_image(data.target(row), data.where(row)) for _, row in chunk])
+                    for (key, _), latents in zip(chunk, clean.cpu(), strict=True):
+                        add(key, {"clean": latents})
+        return keys
 
     def _facts_of(self, capability: str, data: Prompts, row: int) -> tuple[Size, Size | None, list[Any]]:
         """The row's picture size, its source's size, and what its encoding depends on."""

@@ -2,7 +2,7 @@
 
 A family says which pipeline classes it has, which modules a LoRA adapts, how guidance is switched off and on, how
 a recorded transformer call becomes a `Condition`, how a velocity is read out of the transformer, and how latents
-become pictures. Everything else in the package is family-free; the stock pipeline is every family's oracle.
+become pictures and pictures latents. Everything else in the package is family-free; the stock pipeline is every family's oracle.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class Family:
     split: Callable[[dict[str, Any]], tuple[Tensor, Condition]]  # a recorded call -> noisy latents, the rest
     velocity: Callable[[Any, Tensor, Tensor, Condition], Tensor]  # (transformer, x, sigma (B,), condition) -> v fp32
     decode: Callable[[Any, Tensor, int, int], list[Image]]  # (pipe, x, height, width) -> pictures
+    clean: Callable[[Any, Tensor], Tensor]  # (pipe, pixels (B, 3, height, width) in [-1, 1]) -> x0, decode's inverse
     prompt_kwargs: tuple[str, ...]  # what of a Condition holds the prompt (guidance replaces these)
     prompt_lengths: Callable[[Any, list[str]], list[int]]  # (pipe, prompts) -> tokens each, untruncated
     prompt_limit: Callable[[Any, dict[str, Any]], int] = stock_limit  # (pipe, call) -> tokens before a prompt is cut

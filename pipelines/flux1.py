@@ -90,6 +90,12 @@ def _decode(pipe: Any, x: Tensor, height: int, width: int) -> list[Image]:
     return pipe.image_processor.postprocess(pipe.vae.decode(grid, return_dict=False)[0], output_type="pil")
 
 
+def _clean(pipe: Any, pixels: Tensor) -> Tensor:
+    grid = pipe.vae.encode(pixels).latent_dist.mode().float()
+    grid = (grid - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    return pipe._pack_latents(grid, *grid.shape)
+
+
 FLUX1 = Family(
     name="flux1",
     generation="FluxPipeline",
@@ -110,4 +116,5 @@ FLUX1 = Family(
     split=_split,
     velocity=_velocity,
     decode=_decode,
+    clean=_clean,
 )

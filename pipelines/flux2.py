@@ -73,6 +73,12 @@ def _decode(pipe: Any, x: Tensor, height: int, width: int) -> list[Image]:
     return pipe.image_processor.postprocess(pipe.vae.decode(grid, return_dict=False)[0], output_type="pil")
 
 
+def _clean(pipe: Any, pixels: Tensor) -> Tensor:
+    grid = pipe._patchify_latents(pipe.vae.encode(pixels).latent_dist.mode()).float()
+    mean, var = (s.view(1, -1, 1, 1).to(grid) for s in (pipe.vae.bn.running_mean, pipe.vae.bn.running_var))
+    return ((grid - mean) / torch.sqrt(var + pipe.vae.config.batch_norm_eps)).flatten(2).transpose(1, 2)
+
+
 FLUX2_KLEIN = Family(
     name="flux2-klein",
     generation="Flux2KleinPipeline",
@@ -91,6 +97,7 @@ FLUX2_KLEIN = Family(
     split=partial(_split, "flux2-klein"),
     velocity=_velocity,
     decode=_decode,
+    clean=_clean,
 )
 
 

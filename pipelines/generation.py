@@ -97,6 +97,20 @@ class GenerationPipeline:
         parts = (self.family.decode(self.pipe, part, self.height, self.width) for part in x.split(size))
         return [image for part in parts for image in part]
 
+    @torch.no_grad()
+    def clean(self, pictures: list[Image]) -> Tensor:
+        """Clean latents x0 `(B, *shape)` fp32 of finished pictures, resized to this pipeline's size where they differ.
+
+        What `images` would be given to draw them, but for what the autoencoder loses.
+        """
+        size, vae = max(1, min(self.chunk, 2**20 // (self.height * self.width))), self._plain.vae
+        parts = []
+        for start in range(0, len(pictures), size):
+            part = pictures[start : start + size]
+            pixels = self._plain.image_processor.preprocess(part, height=self.height, width=self.width)
+            parts.append(self.family.clean(self._plain, pixels.to(vae.device, vae.dtype)))
+        return torch.cat(parts)
+
     def _blank(self, rows: int) -> dict[str, Any]:
         return {**self.call, **self.family.blank(self._plain, rows, **self.call)}
 

@@ -86,6 +86,13 @@ def _decode(pipe: Any, x: Tensor, height: int, width: int) -> list[Image]:
     return pipe.image_processor.postprocess(pipe.vae.decode(grid, return_dict=False)[0][:, :, 0], output_type="pil")
 
 
+def _clean(pipe: Any, pixels: Tensor) -> Tensor:
+    grid = pipe.vae.encode(pixels.unsqueeze(2)).latent_dist.mode().float()
+    mean, std = (torch.tensor(pipe.vae.config[key]).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
+    grid = ((grid - mean.to(grid)) / std.to(grid)).squeeze(2)
+    return pipe._pack_latents(grid, *grid.shape)
+
+
 QWEN_IMAGE = Family(
     name="qwen-image",
     generation="QwenImagePipeline",
@@ -104,4 +111,5 @@ QWEN_IMAGE = Family(
     split=_split,
     velocity=_velocity,
     decode=_decode,
+    clean=_clean,
 )

@@ -53,6 +53,11 @@ def _decode(pipe: Any, x: Tensor, height: int, width: int) -> list[Image]:
     return pipe.image_processor.postprocess(pipe.vae.decode(grid, return_dict=False)[0], output_type="pil")
 
 
+def _clean(pipe: Any, pixels: Tensor) -> Tensor:
+    latents = pipe.vae.encode(pixels).latent_dist.mode().float()
+    return (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+
+
 SD3 = Family(
     name="sd3",
     generation="StableDiffusion3Pipeline",
@@ -69,4 +74,5 @@ SD3 = Family(
     split=_split,
     velocity=_velocity,
     decode=_decode,
+    clean=_clean,
 )

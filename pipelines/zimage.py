@@ -147,6 +147,11 @@ def _z_ready(pipe: Any) -> Any:
     return ready
 
 
+def _z_clean(pipe: Any, pixels: Tensor) -> Tensor:
+    latents = pipe.vae.encode(pixels).latent_dist.mode().float()
+    return (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+
+
 Z_IMAGE = Family(
     name="z-image",
     generation="ZImagePipeline",
@@ -167,4 +172,5 @@ Z_IMAGE = Family(
     split=_z_split,
     velocity=_z_velocity,
     decode=_z_decode,
+    clean=_z_clean,
 )

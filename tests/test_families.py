@@ -265,3 +265,24 @@ def test_both_pipelines_share_every_module_and_are_found_by_their_class(built, t
     assert type(editing) is type(stock) and family_of(editing) is family and editing_pipe(editing) is editing
     assert editing.transformer is pipe.transformer and editing.vae is pipe.vae
     assert editing.components.keys() == stock.components.keys()
+
+
+def test_clean_latents_are_what_the_autoencoder_is_handed_to_draw_them(case, monkeypatch):
+    """`clean` undoes `images` up to the autoencoder itself, and gives the tokens that the stock pipeline gives a source."""
+    call = case.ours.call
+    pictures = [random_image(i, call["width"], call["height"]) for i in range(3)]
+    x = case.ours.clean(pictures)
+    assert x.dtype == torch.float32 and x.shape == (3, *case.conditions.shape)
+    plain = case.ours._plain
+    handed, decode = [], plain.vae.decode
+    monkeypatch.setattr(plain.vae, "decode", lambda z, **how: handed.append(z) or decode(z, **how))
+    GenerationPipeline(plain, case.family, case.tiny.call).images(x)
+    pixels = plain.image_processor.preprocess(pictures, height=call["height"], width=call["width"]).to(plain.vae.dtype)
+    with torch.no_grad():
+        frames = pixels.unsqueeze(2) if torch.cat(handed).ndim == 5 else pixels
+        rounded = torch.finfo(plain.vae.dtype).eps / case.tiny.tolerance
+        case.close(torch.cat(handed).float(), plain.vae.encode(frames).latent_dist.mode().float(), max(1, 2 * rounded))
+    if case.task == "editing":
+        source = case.ours.conditions(PROMPTS["editing"], pictures).context
+        if source is not None and source.shape == x.shape and case.tiny.family.startswith("flux"):
+            case.close(source.float(), x)

@@ -14,7 +14,7 @@ from flows import Gaussian, Rows, shifted
 
 from danceopd.errors import UserError
 from danceopd.lesson import Fields, Lesson
-from danceopd.objectives import OBJECTIVES, clipped, probability_ratio, refuse_without_targets
+from danceopd.objectives import OBJECTIVES, clipped, needs_targets, probability_ratio
 from danceopd.query import draw
 from danceopd.recipe import Recipe
 from danceopd.sde import Diffusion
@@ -302,13 +302,10 @@ def test_clip_stops_a_ratio_that_has_left_its_range():
     assert torch.autograd.grad(value.sum(), ratio)[0].tolist() == [1.0, 1.0, 0.0, 0.0, -1.0, -1.0]
 
 
-def test_objectives_say_what_data_they_need():
-    for objective, clean in (("supervised", "targets"), ("offpolicy", "targets")):
-        with pytest.raises(UserError, match="target picture for each row"):
-            refuse_without_targets(objective, clean, "editing")
-    for objective in ("danceopd", "diffusionopd", "flowopd"):
-        refuse_without_targets(objective, "targets", "editing")
-    refuse_without_targets("offpolicy", "teacher", "editing")
+def test_which_objectives_need_finished_pictures(files):
+    assert needs_targets(Recipe(**files, objective="supervised")) and needs_targets(Recipe(**files, objective="offpolicy"))
+    assert not needs_targets(Recipe(**files, objective="offpolicy", offpolicy={"clean": "teacher"}))
+    assert not needs_targets(Recipe(**files))
 
 
 @pytest.mark.parametrize(
