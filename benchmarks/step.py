@@ -1,0 +1,206 @@
+"""How many updates a second, and how much memory, beside the released loop's way of doing the same.
+
+    python benchmarks/step.py [--repeats 5] [--rows 16]
+
+Tiny random SD3 and FLUX.2 pipelines of the stock classes (as the tests have them) and the shipped model. The same
+samples an update, the same 16 rollout steps, the paper's query law, fp32, one thread; the ways take turns, and medians
+are reported. Then the peak memory of a merge with 1, 2, 4 and 8 LoRA teachers on a FLUX.2 transformer of 46 million
+parameters, each in a process of its own. Writes benchmarks/results/step.md.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from official import Habits, Official, Route, copy_with
+
+from danceopd.backbone import Backbone
+from danceopd.base_model import base_folder, load_base
+from danceopd.data import edits_from
+from danceopd.fields import AdapterField, MergedField
+from danceopd.loop import STUDENT, Loop, Source
+from danceopd.lora import Adapter
+from danceopd.machine import describe
+from danceopd.pipelines import EditingPipeline, GenerationPipeline, family_of
+from danceopd.questions import Questions
+from danceopd.recipe import Recipe
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from tiny import random_adapter, tiny_klein  # noqa: E402
+from tiny_sd3 import tiny_sd3  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results" / "step.md"
+STEPS, ROWS, RANK = 16, 8, 32
+WORDS = ["a red circle", "two blue square on the left", "a white ring", "a green star above"] * (ROWS // 4)
+TIMES = """Median processor
+seconds of an update, fp32, one thread, the ways in turn; in brackets, how many times as fast as the released way
+(benchmarks/official.py)."""
+MEMORY = """Peak memory in MiB of a process that holds the transformer, so many LoRA teachers and the student (rank 8 on a
+width of 512), and has made one walk step and one gradient. The released way holds a transformer for each teacher."""
+WAYS = {
+    "the released way": Habits(),
+    "+ encoded once": Habits(caches=True),
+    "+ stops at the query": Habits(caches=True, stops=True),
+    "+ merged walk": Habits(caches=True, stops=True, merges=True),
+}
+
+
+class World:
+    """A pipeline, its work and its teachers, for both ways."""
+
+    def __init__(self, pipe: Any, call: dict[str, Any], edits: bool) -> None:
+        self.family, self.pipe = family_of(pipe), pipe
+        self.draw = GenerationPipeline(pipe, self.family, {**call, "steps": STEPS})
+        self.sigmas = self.draw.sigmas()
+        self.conditions = {"generation": self.draw.conditions(WORDS)}
+        self.encode = {"generation": lambda row: self.draw.conditions([WORDS[row]])}
+        if edits:
+            edit = EditingPipeline(pipe, self.family, {**call, "steps": STEPS})
+            pairs = list(edits_from("scenes", ROWS, 0))
+            self.conditions["editing"] = edit.conditions([w for w, _ in pairs], [image for _, image in pairs])
+            self.encode["editing"] = lambda row: edit.conditions([pairs[row][0]], [pairs[row][1]])
+        else:
+            self.conditions["second"], self.encode["second"] = self.conditions["generation"], self.encode["generation"]
+        targets = self.family.lora_targets
+        self.adapters = {
+            name: random_adapter(pipe.transformer, rank=RANK, seed=i, size=0.01, targets=targets)
+            for i, name in enumerate(self.conditions)
+        }
+
+    def released(self, batch: int, habits: Habits) -> Official:
+        bare = self.pipe.transformer
+        routes = [
+            Route(copy_with(bare, self.adapters[name], self.family), condition, self.encode[name])
+            for name, condition in self.conditions.items()
+        ]
+        return Official(copy_with(bare, Adapter({}), self.family), routes, self.sigmas, RANK, batch, habits)
+
+    def ours(self, batch: int) -> Loop:
+        backbone = copy_with(self.pipe.transformer, Adapter({}), self.family)
+        sources = []
+        for name, condition in self.conditions.items():
+            backbone.add_adapter(name, self.adapters[name])
+            field = MergedField(backbone, name) if backbone.forms(name) else AdapterField(backbone, name)
+            sources.append(Source(name, field, Questions([(condition, self.sigmas)])))
+        teachers = [{"name": n, "adapter": "generation", "capability": "generation"} for n in self.conditions]
+        recipe = Recipe(teachers=teachers, steps=10**6, batch=batch, student={"rank": RANK}, rollout={"steps": STEPS})
+        backbone.new_student(STUDENT, RANK)
+        return Loop(recipe, backbone, sources, torch.device("cpu"))
+
+
+def worlds() -> dict[str, World]:
+    shipped = load_base(base_folder("base"))
+    return {
+        "tiny SD3": World(tiny_sd3(), {"height": 64, "width": 64, "max_sequence_length": 40}, edits=False),
+        "tiny FLUX.2": World(tiny_klein(), {"height": 64, "width": 64, "max_sequence_length": 24}, edits=True),
+        "the shipped model (2 M)": World(shipped, {"height": 64, "width": 64, "max_sequence_length": 32}, edits=True),
+    }
+
+
+def timed(world: World, batch: int, repeats: int) -> dict[str, float]:
+    """Median seconds an update, by way; the ways take turns."""
+    ways = {name: world.released(batch, habits).update for name, habits in WAYS.items()}
+    loop = world.ours(batch)
+
+    def update() -> None:
+        loop._update()
+        loop.step += 1
+
+    ways["ours: + batched, formed"] = update
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        for name, way in ways.items():
+            began = time.process_time()
+            way()
+            if turn:  # the first warms up
+                found[name].append(time.process_time() - began)
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
+
+
+def large() -> Any:
+    from diffusers import Flux2Transformer2DModel
+
+    return Flux2Transformer2DModel(
+        in_channels=32, num_layers=3, num_single_layers=6, attention_head_dim=64, num_attention_heads=8,
+        joint_attention_dim=256, timestep_guidance_channels=64, axes_dims_rope=(16, 16, 16, 16), guidance_embeds=False,
+    )  # fmt: skip
+
+
+def occupy(teachers: int, released: bool) -> None:
+    """Hold what an update holds, with so many teachers; prints MiB: the peak, the transformer's, an adapter's."""
+    torch.manual_seed(0)
+    transformer, pipe = large(), tiny_klein()
+    family = family_of(pipe)
+    own = sum(p.nbytes for p in transformer.parameters()) / 2**20
+    draw = GenerationPipeline(pipe, family, {"height": 64, "width": 64, "steps": 4, "max_sequence_length": 24})
+    condition = draw.conditions(WORDS[:1])
+    words = condition.kwargs["encoder_hidden_states"]
+    condition.kwargs["encoder_hidden_states"] = words.repeat(1, 1, 6)[..., :256]
+    backbone, x, sigma = Backbone(transformer, family), torch.randn(1, *condition.shape), torch.ones(1)
+    kept = []
+    for i in range(teachers):
+        adapter = random_adapter(transformer, rank=8, seed=i, size=0.01, targets=family.lora_targets)
+        if released:
+            kept.append(copy_with(large(), adapter, family))
+        else:
+            backbone.add_adapter(f"t{i}", adapter)
+    backbone.new_student(STUDENT, 8)
+    with torch.no_grad(), backbone.merged(STUDENT):
+        backbone.velocity(x, sigma, condition)
+    with backbone.acting_as(STUDENT):
+        backbone.velocity(x, sigma, condition).square().mean().backward()
+    one = sum(a.nbytes + b.nbytes for a, b in adapter.tensors.values()) / 2**20
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, own, one)
+
+
+def memory() -> list[str]:
+    lines = []
+    for teachers in (1, 2, 4, 8):
+        row = []
+        for way in ("ours", "released"):
+            command = [sys.executable, __file__, "--occupy", f"{way}:{teachers}"]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            peak, own, one = map(float, done.stdout.split())
+            row.append(peak)
+        lines.append(f"| {teachers} | {row[0]:.0f} | {row[1]:.0f} | {own:.0f} | {one:.1f} |")
+    return lines
+
+
+def main(
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    rows: Annotated[int, typer.Option(min=1, help="Samples an update.")] = 16,
+    occupied: Annotated[str, typer.Option("--occupy", hidden=True)] = "",
+) -> None:
+    """Time and measure, and write the tables."""
+    torch.set_num_threads(1)
+    if occupied:
+        way, _, teachers = occupied.partition(":")
+        return occupy(int(teachers), way == "released")
+    found = {name: timed(world, rows, repeats) for name, world in worlds().items()}
+    first = next(iter(found.values()))
+    lines = [
+        f"# An update of {rows} samples, {STEPS} rollout steps, the paper's query law\n",
+        f"`python benchmarks/step.py --repeats {repeats} --rows {rows}`: {describe()}, torch {torch.__version__}. {TIMES}\n",
+        "| | " + " | ".join(found) + " |",
+        "|---|" + "---|" * len(found),
+    ]
+    for way in first:
+        cells = [f"{t[way]:.3f} ({t['the released way'] / t[way]:.1f}x)" for t in found.values()]
+        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+    lines += ["", MEMORY + "\n", "| teachers | ours | released | the transformer alone | an adapter |", "|---|---|---|---|---|"]
+    lines += memory()
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    typer.run(main)
