@@ -43,8 +43,12 @@ WORDS = ["a red circle", "two blue square on the left", "a white ring", "a green
 TIMES = """Median processor
 seconds of an update, fp32, one thread, the ways in turn; in brackets, how many times as fast as the released way
 (benchmarks/official.py)."""
-MEMORY = """Peak memory in MiB of a process that holds the transformer, so many LoRA teachers and the student (rank 8 on a
-width of 512), and has made one walk step and one gradient. The released way holds a transformer for each teacher."""
+MEMORY = """Peak memory in MiB of a process that holds the transformer, so many LoRA teachers and the student (rank 8,
+width 512), and has made one walk step and one gradient. The released way holds a transformer for each teacher."""
+HEAD = """# An update of {rows} samples, {steps} rollout steps, the paper's query law
+
+`python benchmarks/step.py --repeats {repeats} --rows {rows}`: {machine}, torch {torch}. {times}
+"""
 WAYS = {
     "the released way": Habits(),
     "+ encoded once": Habits(caches=True),
@@ -186,16 +190,16 @@ def main(
         return occupy(int(teachers), way == "released")
     found = {name: timed(world, rows, repeats) for name, world in worlds().items()}
     first = next(iter(found.values()))
+    facts = {"machine": describe(), "torch": torch.__version__, "times": TIMES}
     lines = [
-        f"# An update of {rows} samples, {STEPS} rollout steps, the paper's query law\n",
-        f"`python benchmarks/step.py --repeats {repeats} --rows {rows}`: {describe()}, torch {torch.__version__}. {TIMES}\n",
+        HEAD.format(rows=rows, steps=STEPS, repeats=repeats, **facts),
         "| | " + " | ".join(found) + " |",
         "|---|" + "---|" * len(found),
     ]
     for way in first:
         cells = [f"{t[way]:.3f} ({t['the released way'] / t[way]:.1f}x)" for t in found.values()]
         lines.append(f"| {way} | " + " | ".join(cells) + " |")
-    lines += ["", MEMORY + "\n", "| teachers | ours | released | the transformer alone | an adapter |", "|---|---|---|---|---|"]
+    lines += ["", MEMORY, "", "| teachers | ours | released | the transformer alone | an adapter |", "|" + "---|" * 5]
     lines += memory()
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text("\n".join(lines) + "\n")
