@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from danceopd.data import edits_from
+from danceopd.machine import describe
 
 IMAGES = 10_000
 DRAWS = 10_000
@@ -37,7 +38,8 @@ def main() -> None:
         os.environ["DANCEOPD_CACHE"] = f"{folder}/cache"
         make(Path(folder), given.rows)
         lines = [line for kind in ("csv", "jsonl", "parquet") if (line := measure(Path(folder), kind))]
-    text = REPORT.format(rows=given.rows, machine=machine(), load=load, table="\n".join(lines))
+    machine = f"{describe()}, Python {platform.python_version()}"
+    text = REPORT.format(rows=given.rows, machine=machine, load=load, table="\n".join(lines))
     given.output.parent.mkdir(exist_ok=True)
     given.output.write_text(text)
     print(text)
@@ -105,16 +107,6 @@ def measure(folder: Path, kind: str) -> str:
     draw = (time.perf_counter() - began) / DRAWS * 1e6
     cells = [f"{path.stat().st_size / 1e6:.0f}", *(f"{s:.2f}" for s in seconds), f"{draw:.0f} µs"]
     return f"| {kind} | {' | '.join(cells)} |"
-
-
-def machine() -> str:
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
 if __name__ == "__main__":

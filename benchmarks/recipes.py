@@ -11,7 +11,6 @@ scene is. The base, the teachers and their linear merges stand in the same table
 from __future__ import annotations
 
 import itertools
-import platform
 import statistics
 import tempfile
 import time
@@ -27,6 +26,7 @@ from rich.console import Console
 from danceopd.base_model import base_folder, empty_transformer, load_base
 from danceopd.blend import blend
 from danceopd.lora import Adapter, read_adapter
+from danceopd.machine import describe
 from danceopd.merge import merge
 from danceopd.recipe import Recipe
 from danceopd.scenes.edits import edits
@@ -128,9 +128,9 @@ def _changed(plain: dict[str, Any], setting: dict[str, Any]) -> dict[str, Any]:
 
 def _write(name: str, recipe: Path, rows: list[tuple], seeds: int, items: int) -> None:
     RESULTS.mkdir(exist_ok=True)
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     lines = [
-        f"`{recipe}`, {seeds} seed(s), {items} validation prompts and as many edits; {machine}.",
+        f"`{recipe}`, {seeds} seed(s), {items} validation prompts and as many edits; {describe()}, "
+        f"torch {torch.__version__}.",
         "",
         "| | seconds | generation | editing, exact |",
         "|---|---|---|---|",

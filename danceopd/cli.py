@@ -13,6 +13,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .commands import bench as commands
+from .commands.flags import number, words
+from .commands.openmoji import app as openmoji
 from .errors import UserError
 
 STAGES = ("autoencoder", "base", "generation", "editing", "local-edit", "global-edit")
@@ -47,27 +50,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def _list(text: str) -> list[str]:
-    """What a flag gives with commas between."""
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _number(text: str, flag: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"{flag} has {text!r}, which is no number; write numbers with commas between") from None
-
-
-def _weights(text: str) -> dict[str, float]:
-    """`generation=0.7,editing=0.9` as a mapping."""
-    pairs = [word.partition("=") for word in _list(text)]
-    for name, sign, _ in pairs:
-        if not sign:
-            raise UserError(f"--blend-weights has {name!r}; write each teacher's name and weight, as generation=0.7")
-    return {name.strip(): _number(weight, "--blend-weights") for name, _, weight in pairs}
 
 
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same machine: the same bytes.")]
@@ -168,41 +150,44 @@ def sample(
         typer.echo(path)
 
 
-@app.command()
-def bench(
-    student: Annotated[Path, typer.Argument(help="What to score: a run's folder, a LoRA, a pipeline, a shipped name.")],
-    suite: Annotated[str, typer.Option(help="Which suite.")] = "scenes",
-    against: Annotated[
-        str, typer.Option(help='Of base, blend and teachers\' names, with commas; or "none". Default: all of them.')
-    ] = "",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: bench, in the student's.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many prompts and so many edits.")] = None,
-    seed: Seed = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
-    probes: Annotated[bool, typer.Option("--probes", help="Also held-out and compound items.")] = False,
-    blend_method: Annotated[str, typer.Option(help="How blend is made: a method, or several with commas.")] = "linear",
-    blend_weights: Annotated[str, typer.Option(help="Its weights, such as generation=0.7,editing=0.9.")] = "",
-) -> None:
-    """Score a student, and what it came from, on the same prompts, edits and seeds; write a report."""
-    from .bench.run import bench as run
-    from .bench.table import print_table, progress_bar
+app.command()(commands.bench)
+app.command()(commands.suites)
+app.command()(commands.report)
+app.add_typer(openmoji, name="openmoji")
 
-    with progress_bar() as progress:
-        result = run(
-            student,
-            suite=suite,
-            against=_list(against),
-            output=output,
-            limit=limit,
-            seed=seed,
-            device=device,
-            probes=probes,
-            progress=progress,
-            blend_weights=_weights(blend_weights),
-            blend_methods=_list(blend_method),
-        )
-    print_table(result.scores)
-    typer.echo(f"report: {result.report}")
+
+@app.command()
+def compare(
+    run_a: Annotated[Path, typer.Argument(help="A finished bench's folder; or a judge.jsonl.")],
+    run_b: Annotated[Path, typer.Argument(help="Another one of its suite, or itself with --models; or a judge.jsonl.")],
+    models: Annotated[str, typer.Option(help="Which models: one for both, or two: a,b. Default: the students.")] = "",
+    output: Output = Path("compare"),
+    anyway: Annotated[bool, typer.Option("--anyway", help="Compare benches that were not asked alike.")] = False,
+    judge: Annotated[str | None, typer.Option(help="Also let a judge vote on each pair of pictures.")] = None,
+    repeats: Annotated[int, typer.Option(help="Ask the judge so many times.")] = 1,
+    limit: Annotated[int | None, typer.Option(help="Vote on at most so many pairs of each category.")] = None,
+    max_cost: Annotated[float | None, typer.Option(help="Stop asking before the votes cost more dollars.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the votes would take, and ask nothing.")] = False,
+    judge_key_file: Annotated[Path | None, typer.Option(help="File with the key; else OPENAI_API_KEY.")] = None,
+    judge_codec: Annotated[str | None, typer.Option(help="How pictures are sent: png or jpeg:75.")] = None,
+    judge_concurrency: Annotated[int | None, typer.Option(help="Questions at once.")] = None,
+    price_in: Annotated[float | None, typer.Option(help="Dollars a million tokens that are read.")] = None,
+    price_out: Annotated[float | None, typer.Option(help="Dollars a million tokens that are written.")] = None,
+) -> None:
+    """Wins, losses and ties of two finished benches, by category; writes compare.json and compare.md.
+
+    Given two judges' files of answers, says how far they agree instead.
+    """
+    from .commands.compare import judges, run, show
+
+    if run_a.is_file() and run_b.is_file():
+        return judges(run_a, run_b)
+    options = {"key_file": judge_key_file, "codec": judge_codec, "concurrency": judge_concurrency}
+    options |= {"price_in": price_in, "price_out": price_out}
+    found = run(run_a, run_b, output, words(models), anyway, judge, repeats, max_cost, limit, dry_run, options)
+    show(found)
+    if not dry_run:
+        typer.echo(f"comparison: {output}")
 
 
 @app.command()
@@ -267,7 +252,7 @@ def blend(
     """Merge LoRAs in weight space, without training, into one LoRA of any rank."""
     from .commands.blend import run, show, summary
 
-    shares = [_number(word, "--weights") for word in _list(weights)] or None
+    shares = [number(word, "--weights") for word in words(weights)] or None
     file, found = run(adapters, output, method, shares, rank, density, scale, seed, base)
     show(found)
     typer.echo(summary(found))

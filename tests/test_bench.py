@@ -40,6 +40,16 @@ class Suite:
     """Two categories of each capability; cheap, and of no particular world."""
 
     name, version, protocol = "dots", "1", "00" * 32
+    rules = {"scorer": "brightness"}
+    scale = {"generation": (0.0, 1.0), "editing": (0.0, 10.0)}
+    share = {"generation": True, "editing": False}
+    subsets: dict[str, tuple[str, ...]] = {}
+
+    def place(self, item: Item) -> str:
+        return f"{item.category}/{item.key}.png"
+
+    def source_place(self, item: Item) -> str | None:
+        return None
 
     def generation_items(self, limit: int | None = None) -> list[Item]:
         words = ["a red circle", "two blue square", "a green star", "three white ring"][:limit]
@@ -85,14 +95,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dots(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cheap suite, under the name `dots`."""
     found = run.suite_named
-    monkeypatch.setattr(run, "suite_named", lambda name: Suite() if name == "dots" else found(name))
+    monkeypatch.setattr(run, "suite_named", lambda name, **options: Suite() if name == "dots" else found(name))
 
 
 @pytest.fixture(scope="module")
 def result(models: Path, tmp_path_factory: pytest.TempPathFactory):
     """One bench of everything, with probes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "suite_named", lambda name: Suite())
+        patch.setattr(run, "suite_named", lambda name, **options: Suite())
         return bench(models / "student", "dots", output=tmp_path_factory.mktemp("bench") / "out", probes=True, batch=3)
 
 
@@ -141,7 +151,11 @@ def test_scores_name_what_was_scored(models: Path, result) -> None:
     digest = hashlib.sha256((models / "student" / WEIGHTS).read_bytes()).hexdigest()
     assert scores["models"][-1]["sha256"] == digest
     assert scores["call"] == {"height": 64, "width": 64, "steps": 3, "max_sequence_length": 48}
-    assert scores["suite"] == {"name": "dots", "version": "1", "protocol": "00" * 32}
+    assert {k: scores["suite"][k] for k in ("name", "version", "protocol")} == {
+        "name": "dots",
+        "version": "1",
+        "protocol": "00" * 32,
+    }
     mine = [r["score"] for r in result.rows if r["model"] == "student" and r["category"] == "cut" and not r["probe"]]
     assert scores["models"][-1]["editing"]["categories"]["cut"]["mean"] == pytest.approx(np.mean(mine), abs=1e-5)
     assert scores["probes"]["odd"]["models"]["student"]["n"] == 1
@@ -318,5 +332,6 @@ def test_progress_counts_to_the_end(models: Path, tmp_path: Path) -> None:
     bench(
         models / "student", "dots", ["base"], tmp_path / "out", limit=2, progress=lambda *step: seen.calls.append(step)
     )
-    counts = [done for done, total, _ in seen.calls if total == 8]
-    assert counts == sorted(counts) and counts[-1] == 8
+    for phase in ("drawing", "scoring"):
+        counts = [done for done, total, what in seen.calls if total == 8 and what.startswith(phase)]
+        assert counts == sorted(counts) and (counts[0], counts[-1]) == (0, 8)

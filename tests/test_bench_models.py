@@ -15,6 +15,7 @@ from tiny import random_adapter, tiny_klein
 
 from danceopd.bench import run
 from danceopd.bench.run import bench
+from danceopd.bench.stage import Stage
 from danceopd.errors import UserError
 from danceopd.lora import write_adapter
 from danceopd.pipelines.families import FAMILIES
@@ -24,7 +25,7 @@ from danceopd.recipe import Recipe
 @pytest.fixture(autouse=True)
 def dots(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cheap suite."""
-    monkeypatch.setattr(run, "suite_named", lambda name: Suite())
+    monkeypatch.setattr(run, "suite_named", lambda name, **options: Suite())
 
 
 def student(root: Path, **fields) -> Path:
@@ -35,7 +36,12 @@ def student(root: Path, **fields) -> Path:
     return root / "student"
 
 
-def test_a_whole_guided_teacher_is_drawn_as_the_stock_pipeline_draws_it(tmp_path: Path, caplog) -> None:
+def test_a_whole_guided_teacher_is_drawn_as_the_stock_pipeline_draws_it(
+    tmp_path: Path, caplog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With guidance in its own capability only; its weights are loaded once, whatever the batch."""
+    loads, own = [], Stage._own
+    monkeypatch.setattr(Stage, "_own", lambda *given: loads.append(given[1].name) or own(*given))
     pipe = tiny_klein(tmp_path / "base")
     (tmp_path / "base" / "danceopd.json").write_text(json.dumps(CALL))
     write_adapter(random_adapter(pipe.transformer, seed=1), tmp_path / "student")
@@ -48,11 +54,12 @@ def test_a_whole_guided_teacher_is_drawn_as_the_stock_pipeline_draws_it(tmp_path
         {"name": "edits", "adapter": str(tmp_path / "tuned"), "capability": "editing", "guidance": 3.0},
     )
     folder = student(tmp_path, teachers=teachers)
-    result = bench(folder, "dots", limit=2, output=tmp_path / "out")
+    result = bench(folder, "dots", limit=2, output=tmp_path / "out", batch=1)
+    assert loads == ["edits"]
     assert "edits is a whole model" in caplog.text  # why the table has no blend
     assert [m["name"] for m in result.scores["models"]] == ["base", "draws", "edits", "student"]
-    stock = {**CALL, "guidance_scale": 3.0}
     for row in (r for r in result.rows if r["model"] == "edits"):
+        stock = {**CALL, "guidance_scale": 3.0 if row["capability"] == "editing" else 1.0}
         more = {"image": Image.open(result.folder / row["source"])} if row["capability"] == "editing" else {}
         generator = torch.Generator().manual_seed(row["seed"])
         picture = np.asarray(pipe(prompt=row["prompt"], generator=generator, **stock, **more).images[0]).astype(int)

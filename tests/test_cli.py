@@ -16,7 +16,10 @@ from conftest import Program
 from PIL import Image
 from safetensors.torch import save_file
 
-COMMANDS = ("merge", "sample", "bench", "teach", "blend", "export", "extract", "plan", "kernels", "inspect", "version")
+COMMANDS = (
+    "merge", "sample", "bench", "suites", "report", "compare", "openmoji", "teach", "blend", "export", "extract", "plan",
+    "kernels", "inspect", "version",
+)  # fmt: skip
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:

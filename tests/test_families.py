@@ -268,7 +268,7 @@ def test_both_pipelines_share_every_module_and_are_found_by_their_class(built, t
 
 
 def test_clean_latents_are_what_the_autoencoder_is_handed_to_draw_them(case, monkeypatch):
-    """`clean` undoes `images` up to the autoencoder itself, and gives the tokens that the stock pipeline gives a source."""
+    """`clean` undoes `images` up to the autoencoder, and gives the tokens that stock pipelines give a source."""
     call = case.ours.call
     pictures = [random_image(i, call["width"], call["height"]) for i in range(3)]
     x = case.ours.clean(pictures)

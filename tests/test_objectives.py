@@ -303,7 +303,7 @@ def test_clip_stops_a_ratio_that_has_left_its_range():
 
 
 def test_which_objectives_need_finished_pictures(files):
-    assert needs_targets(Recipe(**files, objective="supervised")) and needs_targets(Recipe(**files, objective="offpolicy"))
+    assert all(needs_targets(Recipe(**files, objective=name)) for name in ("supervised", "offpolicy"))
     assert not needs_targets(Recipe(**files, objective="offpolicy", offpolicy={"clean": "teacher"}))
     assert not needs_targets(Recipe(**files))
 

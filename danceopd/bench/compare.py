@@ -1,34 +1,68 @@
 """Numbers about models: means with intervals, paired differences, the gap closed, the worst regression.
 
-Input is rows: one plain dict an item and model, with `model`, `capability`, `category`, `key` and `score`
-(generation: 0 or 1; editing: O from 0 to 10). The overall score is the unweighted mean of the category means,
-as in the paper. Intervals are 95 %: Wilson's for shares, bootstrap percentiles for the rest; differences are
-paired by item and resampled within each category. Equal rows give equal numbers: the resampling is seeded.
+Input is rows: one plain dict an item and model, with `model`, `capability`, `category`, `key` and `score` (None where
+there is none: a picture is missing, an answer cannot be read). The overall score is the unweighted mean of the
+category means, as in the paper. Failures are in no mean and in every count; `lower` and `upper` are the mean with each
+failure at the lowest and the highest score. Intervals are 95 %: Wilson's for shares, bootstrap percentiles for the
+rest; differences are paired by item and resampled within each category. Equal rows give equal numbers. Probes and
+held-out items stand apart from the rest.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+Scale = tuple[float, float]
+Scores = Mapping[str, Mapping[str, "float | None"]]
+"""category -> item key -> score, None for a failure."""
+
 RESAMPLES = 2000
 Z = 1.959964
-LEAST_GAP = {"generation": 0.02, "editing": 0.2}
-"""A teacher this little ahead of the base leaves no gap that could be closed."""
+LEAST_GAP = 0.02
+"""A teacher that is ahead of the base by less than this share of the scale leaves no gap that could be closed."""
+TIE = 1e-9
+
+
+def ordinary(row: Mapping[str, Any]) -> bool:
+    """Whether an item counts in the scores: no probe, and not held out."""
+    return not row.get("probe") and not row.get("heldout")
+
+
+def _is_share(capability: str, share: bool | None) -> bool:
+    return capability == "generation" if share is None else share
+
+
+def scale_of(share: bool, scale: Scale | None = None) -> Scale:
+    """The scale that was given, else 0 to 1 for shares and 0 to 10 for the rest."""
+    return scale or ((0.0, 1.0) if share else (0.0, 10.0))
 
 
 def _number(value: float) -> float:
     return round(float(value), 6)
 
 
-def scores_of(rows: Iterable[dict], model: str, capability: str) -> dict[str, dict[str, float]]:
-    """category -> item key -> score, for one model and capability, in the order of the rows."""
-    found: dict[str, dict[str, float]] = {}
+def score_of(row: Mapping[str, Any]) -> float | None:
+    """A row's score; None where it has none, and where it is no number."""
+    value = row["score"]
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def scores_of(
+    rows: Iterable[Mapping[str, Any]],
+    model: str,
+    capability: str,
+    value: Callable[[Mapping[str, Any]], float | None] = score_of,
+    wanted: Callable[[Mapping[str, Any]], bool] = ordinary,
+) -> dict[str, dict[str, float | None]]:
+    """category -> item key -> score (None: failed), for one model and capability, in the order of the rows."""
+    found: dict[str, dict[str, float | None]] = {}
     for row in rows:
-        if row["model"] == model and row["capability"] == capability and not row.get("probe"):
-            found.setdefault(row["category"], {})[row["key"]] = float(row["score"])
+        if row["model"] == model and row["capability"] == capability and wanted(row):
+            found.setdefault(row["category"], {})[row["key"]] = value(row)
     return found
 
 
@@ -39,9 +73,9 @@ def _wilson(values: np.ndarray) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def _resampled(groups: Sequence[np.ndarray]) -> np.ndarray:
+def _resampled(groups: Sequence[np.ndarray], seed: int = 20260622) -> np.ndarray:
     """Bootstrap draws of the macro mean; a group is (items,) or (series, items), resampled along its items."""
-    random = np.random.default_rng(20260622)
+    random = np.random.default_rng(seed)
     total: np.ndarray | float = 0.0
     for group in groups:
         index = random.integers(0, group.shape[-1], (RESAMPLES, group.shape[-1]))
@@ -54,20 +88,46 @@ def _bounds(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def mean(values: Sequence[float], share: bool) -> dict:
-    """{mean, n, low, high} of one category; `share` says that the values are 0 or 1."""
-    array = np.asarray(values, float)
-    low, high = _wilson(array) if share else _bounds(_resampled([array]))
-    return {"mean": _number(array.mean()), "n": len(array), "low": _number(low), "high": _number(high)}
+def _scored(values: Iterable[float | None]) -> np.ndarray:
+    return np.array([v for v in values if v is not None], float)
 
 
-def macro(groups: Sequence[Sequence[float]], share: bool) -> dict:
-    """{mean, n, low, high} of the unweighted mean of category means.
+def _figure(groups: Sequence[Sequence[float | None]], centre: Any, low: Any, high: Any, scale: Scale) -> dict:
+    """A macro mean with its interval, its counts, and the bounds that its failures leave."""
+    n, total = sum(len(_scored(group)) for group in groups), sum(map(len, groups))
+    lower, upper = (
+        np.mean([np.mean([end if v is None else v for v in group]) for group in groups if len(group)]) for end in scale
+    )
+    return {
+        "mean": None if n == 0 else _number(centre),
+        "n": n,
+        "low": None if n == 0 else _number(low),
+        "high": None if n == 0 else _number(high),
+        "failed": total - n,
+        "lower": _number(lower),
+        "upper": _number(upper),
+    }
+
+
+def mean(values: Sequence[float | None], share: bool, scale: Scale | None = None) -> dict:
+    """{mean, n, low, high, failed, lower, upper} of one category; `share` says that the values are 0 or 1.
+
+    None counts in `failed` and not in `n`; with nothing else the mean is None. `scale` is the lowest and highest value.
+    """
+    array = _scored(values)
+    low, high = (0.0, 0.0) if not len(array) else _wilson(array) if share else _bounds(_resampled([array]))
+    return _figure([values], array.mean() if len(array) else None, low, high, scale_of(share, scale))
+
+
+def macro(groups: Sequence[Sequence[float | None]], share: bool, scale: Scale | None = None) -> dict:
+    """{mean, n, low, high, failed, lower, upper} of the unweighted mean of category means.
 
     Shares use the Agresti-Coull variance of each category, since resampling a category that is all right or
-    all wrong would claim certainty.
+    all wrong would claim certainty. A category with nothing but failures is in `lower` and `upper` only.
     """
-    arrays = [np.asarray(group, float) for group in groups]
+    arrays = [array for group in groups if len(array := _scored(group))]
+    if not arrays:
+        return _figure(groups, None, None, None, scale_of(share, scale))
     centre = float(np.mean([a.mean() for a in arrays]))
     if share:
         rates = [((a.sum() + 2) / (len(a) + 4), len(a) + 4) for a in arrays]
@@ -75,99 +135,227 @@ def macro(groups: Sequence[Sequence[float]], share: bool) -> dict:
         low, high = max(0.0, centre - half), min(1.0, centre + half)
     else:
         low, high = _bounds(_resampled(arrays))
-    return {"mean": _number(centre), "n": sum(map(len, arrays)), "low": _number(low), "high": _number(high)}
+    return _figure(groups, centre, low, high, scale_of(share, scale))
 
 
-def summary(rows: Sequence[dict], model: str, capability: str) -> dict | None:
-    """{overall, groups, categories} of one model, or None when it has no item of that capability."""
+def summary(
+    rows: Sequence[dict], model: str, capability: str, share: bool | None = None, scale: Scale | None = None
+) -> dict | None:
+    """{overall, groups, categories} of one model, or None when it has no item of that capability.
+
+    `share`: scores are 0 or 1; nothing said means that generation's are. `scale`: see `scale_of`.
+    """
     found = scores_of(rows, model, capability)
     if not found:
         return None
-    share = capability == "generation"
+    share = _is_share(capability, share)
     values = {category: list(by_key.values()) for category, by_key in found.items()}
-    group_of = {row["category"]: row.get("group") for row in rows if not row.get("probe")}
+    group_of = {row["category"]: row.get("group") for row in rows if ordinary(row)}
     groups = {group: [values[c] for c in values if group_of[c] == group] for group in group_of.values() if group}
     return {
-        "overall": macro(list(values.values()), share),
-        "groups": {group: macro(parts, share) for group, parts in groups.items() if parts},
-        "categories": {category: mean(found, share) for category, found in values.items()},
+        "overall": macro(list(values.values()), share, scale),
+        "groups": {group: macro(parts, share, scale) for group, parts in groups.items() if parts},
+        "categories": {category: mean(found, share, scale) for category, found in values.items()},
     }
 
 
-def _paired(one: dict[str, dict[str, float]], other: dict[str, dict[str, float]]) -> dict[str, np.ndarray]:
-    """category -> (2, items) of the items both models have."""
+def in_subset(row: Mapping[str, Any], parts: Iterable[str]) -> bool:
+    """Whether a row belongs to a subset: in one of its categories (any, where none is named), with all its `tag:…`."""
+    parts = set(parts)
+    tags = {part for part in parts if part.startswith("tag:")}
+    there = {f"tag:{tag}" for tag in row.get("tags") or ()}
+    return tags <= there and (parts == tags or row["category"] in parts)
+
+
+def subsets(
+    rows: Sequence[dict],
+    models: Sequence[str],
+    capability: str,
+    named: Mapping[str, Iterable[str]],
+    share: bool | None = None,
+    scale: Scale | None = None,
+) -> dict[str, dict[str, dict]]:
+    """subset -> model -> its overall figure there; subsets without an item of the capability are left out."""
     found = {}
-    for category, values in one.items():
-        keys = [key for key in values if key in other.get(category, {})]
-        if keys:
-            found[category] = np.array([[values[k] for k in keys], [other[category][k] for k in keys]])
+    for name, parts in named.items():
+        kept = [row for row in rows if in_subset(row, parts)]
+        sums = {model: s["overall"] for model in models if (s := summary(kept, model, capability, share, scale))}
+        if sums:
+            found[name] = sums
     return found
 
 
-def delta(rows: Sequence[dict], model: str, other: str, capability: str) -> dict | None:
-    """`model` minus `other`: {mean, low, high, wins, losses, ties, categories}, paired by item."""
-    pairs = _paired(scores_of(rows, model, capability), scores_of(rows, other, capability))
-    if not pairs:
-        return None
-    differences = {category: pair[0] - pair[1] for category, pair in pairs.items()}
-    every = np.concatenate(list(differences.values()))
-    low, high = _bounds(_resampled(list(differences.values())))
-    categories = {}
-    for category, values in differences.items():
-        a, b = _bounds(_resampled([values]))
-        categories[category] = {"mean": _number(values.mean()), "n": len(values), "low": _number(a), "high": _number(b)}
-    return {
-        "mean": _number(np.mean([d.mean() for d in differences.values()])),
-        "low": _number(low),
-        "high": _number(high),
-        "wins": int((every > 1e-9).sum()),
-        "losses": int((every < -1e-9).sum()),
-        "ties": int((abs(every) <= 1e-9).sum()),
-        "categories": categories,
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided p of the exact sign test: how likely so uneven a split is when neither side is better; 1 for none."""
+    n = wins + losses
+    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def _difference(pairs: Mapping[str, list[tuple[float | None, float | None]]], scale: Scale) -> dict:
+    """One figure over paired scores by category: the macro mean of the differences, wins, losses, ties and p."""
+    width = scale[1] - scale[0]
+    values = {c: [None if a is None or b is None else a - b for a, b in pair] for c, pair in pairs.items()}
+    arrays = [array for found in values.values() if len(array := _scored(found))]
+    low, high = _bounds(_resampled(arrays)) if arrays else (0.0, 0.0)
+    centre = np.mean([a.mean() for a in arrays]) if arrays else None
+    figure = _figure(list(values.values()), centre, low, high, (-width, width))
+    every = np.concatenate(arrays) if arrays else np.zeros(0)
+    wins, losses = int((every > TIE).sum()), int((every < -TIE).sum())
+    return figure | {
+        "wins": wins,
+        "losses": losses,
+        "ties": len(every) - wins - losses,
+        "p": _number(sign_test(wins, losses)),
     }
 
 
-def gap_closed(rows: Sequence[dict], student: str, base: str, teacher: str, capability: str) -> dict | None:
+def difference(one: Scores, other: Scores, scale: Scale) -> dict | None:
+    """`one` minus `other`, paired by item: a figure with wins, losses, ties and the sign test's p; `categories` alike.
+
+    Items that only one side has are left out, None on either side counts in `failed`; None without a common item.
+    A failure can hide any difference that the scale allows, so `lower` and `upper` are wide.
+    """
+    pairs = {
+        category: found
+        for category, values in one.items()
+        if (found := [(v, other[category][k]) for k, v in values.items() if k in other.get(category, {})])
+    }
+    if not pairs:
+        return None
+    categories = {category: _difference({category: pair}, scale) for category, pair in pairs.items()}
+    return _difference(pairs, scale) | {"categories": categories}
+
+
+def delta(
+    rows: Sequence[dict],
+    model: str,
+    other: str,
+    capability: str,
+    share: bool | None = None,
+    scale: Scale | None = None,
+) -> dict | None:
+    """`model` minus `other`, paired by item; see `difference`."""
+    found = scale_of(_is_share(capability, share), scale)
+    return difference(scores_of(rows, model, capability), scores_of(rows, other, capability), found)
+
+
+def gap_closed(
+    rows: Sequence[dict],
+    student: str,
+    base: str,
+    teacher: str,
+    capability: str,
+    share: bool | None = None,
+    scale: Scale | None = None,
+) -> dict | None:
     """{share, low, high} = (student - base) / (teacher - base); share None where the teacher is not ahead."""
     by_model = [scores_of(rows, name, capability) for name in (student, base, teacher)]
     groups = []
     for category, values in by_model[0].items():
-        keys = [k for k in values if all(k in other.get(category, {}) for other in by_model[1:])]
-        if keys:
-            groups.append(np.array([[scores[category][k] for k in keys] for scores in by_model]))
+        series = [[by_key.get(category, {}).get(k) for by_key in by_model] for k in values]
+        whole = [scores for scores in series if None not in scores]
+        if whole:
+            groups.append(np.array(whole, float).T)
     if not groups:
         return None
     s, b, t = np.mean([g.mean(-1) for g in groups], axis=0)
-    if t - b < LEAST_GAP.get(capability, 1e-9):
+    low_end, high_end = scale_of(_is_share(capability, share), scale)
+    if t - b < LEAST_GAP * (high_end - low_end):
         return {"share": None, "low": None, "high": None, "teacher": teacher}
     draws = _resampled(groups)
     gaps = draws[2] - draws[1]
-    held = gaps > 1e-9
-    low, high = _bounds((draws[0] - draws[1])[held] / gaps[held]) if held.any() else (math.nan, math.nan)
-    share = (s - b) / (t - b)
-    return {"share": _number(share), "low": _number(low), "high": _number(high), "teacher": teacher}
+    held = gaps > TIE
+    low, high = _bounds((draws[0] - draws[1])[held] / gaps[held])  # half of the draws lie above a gap that is there
+    return {"share": _number((s - b) / (t - b)), "low": _number(low), "high": _number(high), "teacher": teacher}
 
 
-def worst_regression(rows: Sequence[dict], student: str, teachers: Sequence[str], capability: str) -> dict | None:
+def against_best(
+    rows: Sequence[dict],
+    student: str,
+    teachers: Sequence[str],
+    capability: str,
+    share: bool | None = None,
+    scale: Scale | None = None,
+) -> dict[str, dict]:
+    """category -> the student minus the best teacher there: `teacher`, and the figure of `difference`.
+
+    The best one is chosen by its mean on the same items, which favours teachers: luck counts for them.
+    """
+    theirs = {name: scores_of(rows, name, capability) for name in teachers}
+    means = {n: {c: v.mean() for c, k in t.items() if len(v := _scored(k.values()))} for n, t in theirs.items()}
+    width = scale_of(_is_share(capability, share), scale)
+    found = {}
+    for category, values in scores_of(rows, student, capability).items():
+        able = [name for name in teachers if category in means[name]]
+        if able:
+            best = max(able, key=lambda name: means[name][category])
+            paired = difference({category: values}, theirs[best], width)
+            if paired:
+                found[category] = {"teacher": best} | paired["categories"][category]
+    return found
+
+
+def worst_regression(
+    rows: Sequence[dict],
+    student: str,
+    teachers: Sequence[str],
+    capability: str,
+    share: bool | None = None,
+    scale: Scale | None = None,
+) -> dict | None:
     """The category in which the student stands lowest against the best teacher there: {category, teacher, mean, …}."""
-    mine = summary(rows, student, capability)
-    theirs = {name: found for name in teachers if (found := summary(rows, name, capability))}
-    if mine is None or not theirs:
+    found = against_best(rows, student, teachers, capability, share, scale)
+    known = [category for category in found if found[category]["mean"] is not None]
+    if not known:
         return None
-    worst: dict | None = None
-    for category, value in mine["categories"].items():
-        able = [name for name in theirs if category in theirs[name]["categories"]]
-        if not able:
-            continue
-        best = max(able, key=lambda name: theirs[name]["categories"][category]["mean"])
-        gain = value["mean"] - theirs[best]["categories"][category]["mean"]
-        if worst is None or gain < worst["mean"]:
-            worst = {"category": category, "teacher": best, "mean": _number(gain)}
-    if worst:
-        paired = delta(rows, student, worst["teacher"], capability)
-        if paired and worst["category"] in paired["categories"]:
-            worst |= {k: paired["categories"][worst["category"]][k] for k in ("low", "high", "n")}
-    return worst
+    worst = min(known, key=lambda category: found[category]["mean"])
+    return {"category": worst} | {k: found[worst][k] for k in ("teacher", "mean", "low", "high", "n")}
+
+
+def heldout(
+    rows: Sequence[dict],
+    student: str,
+    others: Sequence[str],
+    capability: str,
+    share: bool | None = None,
+    scale: Scale | None = None,
+) -> dict | None:
+    """Held-out items apart: `models` (seen and held out, in the categories that both have), `deltas`, `categories`.
+
+    `seen` are the ordinary items. `drop` is held out minus seen, two samples of different items; `deltas` are the
+    student minus each other model on the held-out items, paired. None where the student has no held-out item.
+    """
+    share = _is_share(capability, share)
+    scale = scale_of(share, scale)
+    apart = {
+        name: scores_of(rows, name, capability, wanted=lambda row: bool(row.get("heldout")))
+        for name in (student, *others)
+    }
+    if not apart[student]:
+        return None
+    models = {}
+    for name, found in apart.items():
+        seen = {c: v for c, v in scores_of(rows, name, capability).items() if c in found}
+        if found:
+            held = macro([list(found[c].values()) for c in seen or found], share, scale)
+            usual = macro([list(v.values()) for v in seen.values()], share, scale) if seen else None
+            models[name] = {"heldout": held, "seen": usual, "drop": _drop(found, seen)}
+    deltas = {n: d for n in others if (d := difference(apart[student], apart[n], scale))}
+    return {"categories": list(apart[student]), "models": models, "deltas": deltas}
+
+
+def _drop(held: Scores, seen: Scores) -> dict | None:
+    """Held out minus seen, macro over the categories in which both have scores; the two are resampled apart."""
+    parts = [
+        (a, b) for c, v in seen.items() if len(a := _scored(held[c].values())) and len(b := _scored(v.values()))
+    ]
+    if not parts:
+        return None
+    ones, others = zip(*parts)
+    low, high = _bounds(_resampled(ones) - _resampled(others, seed=1))  # one seed would pair strangers
+    centre = np.mean([a.mean() - b.mean() for a, b in parts])
+    return {"mean": _number(centre), "low": _number(low), "high": _number(high)}
 
 
 def comparison(
@@ -177,15 +365,23 @@ def comparison(
     teachers: Sequence[str],
     others: Sequence[str],
     capability: str,
+    share: bool | None = None,
+    scale: Scale | None = None,
 ) -> dict | None:
-    """Everything about the student in one capability: deltas to all others, gap closed, worst regression."""
-    if summary(rows, student, capability) is None:
+    """Everything about the student in one capability: deltas, gaps closed, regressions, held-out items."""
+    if summary(rows, student, capability, share, scale) is None:
         return None
-    standing = {name: found["overall"]["mean"] for name in teachers if (found := summary(rows, name, capability))}
+    sums = {name: summary(rows, name, capability, share, scale) for name in teachers}
+    standing = {n: s["overall"]["mean"] for n, s in sums.items() if s and s["overall"]["mean"] is not None}
     best = max(standing, key=lambda name: standing[name]) if standing else None
+    kind: dict[str, Any] = {"share": share, "scale": scale}
+    gaps = {t: g for t in teachers if base and (g := gap_closed(rows, student, base, t, capability, **kind))}
     return {
         "best_teacher": best,
-        "deltas": {name: found for name in others if (found := delta(rows, student, name, capability))},
-        "gap_closed": gap_closed(rows, student, base, best, capability) if base and best else None,
-        "worst": worst_regression(rows, student, teachers, capability),
+        "deltas": {name: found for name in others if (found := delta(rows, student, name, capability, **kind))},
+        "gap_closed": gaps.get(best) if best else None,
+        "gaps": gaps,
+        "against_best": against_best(rows, student, teachers, capability, **kind),
+        "worst": worst_regression(rows, student, teachers, capability, **kind),
+        "heldout": heldout(rows, student, others, capability, **kind),
     }

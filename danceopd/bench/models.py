@@ -26,7 +26,7 @@ from danceopd.recipe import Recipe
 from danceopd.sentences import nearest
 from danceopd.shipped import SHIPPED, portable, shipped
 
-RESERVED = ("source", "target")
+RESERVED = ("source", "target", "mask")
 """Folders of a bench that are no models."""
 AGAINST = ("base", "teachers", "blend")
 """What a student is compared with when nothing is named."""
@@ -49,14 +49,27 @@ class Model:
     capability: str | None = None  # of a teacher
     guidance: float | None = None  # classifier-free, as its recipe's teacher is asked; None: without
     negative: str | None = None  # its prompt to get away from; None: the family's own
+    pictures: Path | None = None  # a folder of pictures made elsewhere, instead of weights
+
+    def guided(self, capability: str) -> bool:
+        """Whether it is asked with guidance: a teacher in its own capability only."""
+        return self.guidance is not None and self.capability in (None, capability)
+
+    def asked(self, capability: str) -> tuple:
+        """Equal for models that answer alike."""
+        guidance = (self.guidance, self.negative) if self.guided(capability) else None
+        return self.sha256, self.whole, guidance, self.pictures
 
 
 @dataclass(frozen=True)
 class Lineup:
-    """The base everything rides on, and the models in the order of the table, the student last."""
+    """The base everything rides on, and the models in the order of the table, the student last.
 
-    base: Model
-    folder: Path  # of the base
+    Without a model that draws (`pictures_of`) there is no base and no folder.
+    """
+
+    base: Model | None
+    folder: Path | None  # of the base
     models: tuple[Model, ...]
     call: dict[str, float]  # the recipe's, over the base's own
     family: str | None = None  # the recipe's; None: by the base's pipeline
@@ -66,6 +79,11 @@ class Lineup:
     def student(self) -> Model:
         """The model under test."""
         return self.models[-1]
+
+    def drawn_by(self, capability: str) -> dict[str, str]:
+        """Each model's name -> the first model that answers alike, whose pictures are its own too."""
+        first = {m.asked(capability): m.name for m in reversed(self.models)}
+        return {m.name: first[m.asked(capability)] for m in self.models}
 
     def teachers_first_of(self, capability: str) -> list[str]:
         """Names of the teachers, those of a capability first (they win a tie)."""
@@ -198,9 +216,7 @@ class _Builder:
         if teacher.scale != 1.0 and model.adapter is not None:
             strong = scaled(model.adapter, teacher.scale)
             model = replace(model, adapter=strong, sha256=strong.sha256, label=f"{name} x{teacher.scale:g}")
-        return replace(
-            model, guidance=teacher.guidance, negative=teacher.negative, capability=teacher.capability
-        )
+        return replace(model, guidance=teacher.guidance, negative=teacher.negative, capability=teacher.capability)
 
     def blend(self, word: str, method: str = "linear") -> Model:
         weights = _weights_of(word, len(self.teachers), method)
@@ -302,6 +318,30 @@ def line_up(
     return Lineup(
         builder.base(), builder.folder, (*models, mine), dict(recipe.call), recipe.family, recipe.editing_base
     )
+
+
+def pictures_of(folders: Mapping[str, Path], lineup: Lineup | None = None) -> Lineup:
+    """A line-up of folders of pictures made elsewhere, by name; with `lineup`, they join its models as others.
+
+    Alone, `base` is the base, and the student is `student`, else the first that is not `base`. UserError for a name
+    that is no folder's name or is taken, and for a folder that is not there.
+    """
+    taken = (*RESERVED, *(m.name for m in lineup.models)) if lineup else RESERVED
+    found = []
+    for name, folder in folders.items():
+        if name != _slug(name):
+            raise UserError(f"--images names {name!r}; use letters, digits, - and _, such as {_slug(name)}")
+        if name in taken:
+            raise UserError(f"--images names {name!r}, which is taken; give these pictures another name")
+        if not folder.is_dir():
+            raise UserError(f"--images {name}: there is no folder {folder.absolute()}; give the folder of its pictures")
+        role = "base" if name == "base" and lineup is None else "other"
+        found.append(Model(name, name, role, str(folder), "", pictures=folder))
+    if lineup is not None:
+        return replace(lineup, models=(*lineup.models[:-1], *found, lineup.student))
+    mine = next((m for m in found if m.name == "student"), next((m for m in found if m.role != "base"), found[0]))
+    others = sorted((m for m in found if m is not mine), key=lambda m: m.role != "base")
+    return Lineup(None, None, (*others, replace(mine, role="student")), {})
 
 
 def _free(name: str, taken: Any) -> str:

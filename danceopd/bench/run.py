@@ -1,363 +1,382 @@
-"""Run a bench: every model draws the same prompts and edits from the same noise, and a suite scores them.
+"""Run a bench: every model draws the same prompts and edits from the same noise, and a suite scores the pictures.
 
-Prompts and source images are encoded once for all models, LoRAs are merged into one backbone in turn, and each
-picture is written and scored as its batch completes: `samples.jsonl` grows a line an item and model, so an
-interrupted bench continues where it stopped. An item's noise depends on the seed and the item alone, never on
-the batch or the limit. `scores.json` names everything that could have made the numbers different.
+Four steps, each of which continues where it was stopped: who is compared and what is asked (no weight loaded), the
+drawing of what is missing (`draw`, over one process or many), the scoring of what is there (`score`, by the suite or a
+judge), and the summing up (`scores.json`, `report.html`). Pictures that were made elsewhere join at the scoring. The
+folder belongs to one set of items, models and seeds, which `bench.json` names; judges and scores can be asked again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from danceopd.bench.models import Lineup, Model, line_up
+from danceopd.bench.draw import Drawing, Drawn, Journal, Missing, Progress, missing_pictures, seed_of
+from danceopd.bench.models import Lineup, line_up, pictures_of
+from danceopd.bench.pictures import Pictures
 from danceopd.bench.report import report as write_report
-from danceopd.bench.scores import machine, summarise
-from danceopd.bench.suites import Item, Suite
+from danceopd.bench.score import Scoring
+from danceopd.bench.scores import summarise
+from danceopd.bench.suites import Item, judged, suite_items, suite_named
 from danceopd.disk import disk_faults, lock, replace_file
 from danceopd.errors import UserError
+from danceopd.machine import describe
 from danceopd.pipelines.families import family_of
+from danceopd.processes import Processes
 from danceopd.recipe import Recipe
-from danceopd.sentences import nearest
 from danceopd.work import call_of
 
-SUITES = {"scenes": "danceopd.bench.suites.scenes"}
+__all__ = ["Bench", "BenchResult", "bench", "seed_of"]
+
 CEILING = 96
 """Items a capability that the ceiling is measured on."""
-Progress = Callable[[int, int, str], None]
+MARK = "bench.json"
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """A finished bench: its folder, what `scores.json` and `samples.jsonl` hold, and the report's path."""
+    """A finished bench: its folder, what `scores.json` and `samples.jsonl` hold, and the report's path.
+
+    Of several processes the first has it (`first`); the others only drew, and hold nothing.
+    """
 
     folder: Path
-    scores: dict
-    rows: list[dict]
-    report: Path
+    scores: dict = field(default_factory=dict)
+    rows: list[dict] = field(default_factory=list)
+    report: Path = Path()
+    first: bool = True
 
     def overall(self, model: str, capability: str) -> float:
-        """A model's overall score: share correct in generation, O in editing."""
+        """A model's overall score: share correct in generation, the suite's score in editing."""
         found = next(m for m in self.scores["models"] if m["name"] == model)
         return found[capability]["overall"]["mean"]
 
 
-def suite_named(name: str) -> Any:
-    """The suite of that name; UserError names the nearest when there is none."""
-    if name not in SUITES:
-        raise UserError(f"there is no suite {name!r}{nearest(name, SUITES)}")
-    return import_module(SUITES[name]).Suite()
-
-
-def seed_of(seed: int, item: Item) -> int:
-    """The noise seed of one item: it depends on the bench's seed and the item's key alone."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{item.key}".encode()).digest()[:4], "big")
-
-
 def bench(
-    student: str | Path,
+    student: str | Path | None = None,
     suite: str = "scenes",
     against: Sequence[str] | None = None,
     output: str | Path | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    probes: bool = False,
-    batch: int = 64,
-    progress: Progress | None = None,
-    blend_weights: Sequence[float] | Mapping[str, float] = (),
-    recipe: Recipe | None = None,
-    blend_methods: Sequence[str] = ("linear",),
+    **options: Any,
 ) -> BenchResult:
-    """Score a student beside what it came from, and write `scores.json`, `samples.jsonl`, `images/`, `report.html`.
+    """Score a student beside what it came from; `Bench` says what the options are."""
+    return Bench(student, suite, against, output, **options).run()
 
-    `student`: a run folder, a LoRA's folder or file, a fused pipeline's folder, or a shipped name. `against`:
-    see `line_up`; nothing given means base, teachers and blend, and "none" nobody. `limit`: items a capability.
-    `output`: by default `bench` inside the student's folder. `probes` adds held-out and compound items.
-    `blend_weights`: shares of the first teacher to try, or one weight a teacher by name; `blend_methods`: ways to
-    blend (`blend.METHODS`). The best blend stands in the table, the others in the report. The same command again
-    continues an interrupted bench. Raises UserError for anything a user can mend.
+
+def _silent(done: int, total: int, what: str) -> None:
+    pass
+
+
+@dataclass
+class Bench:
+    """What is compared, on what, and how it is scored; `run` does it, `estimate` says what it would take.
+
+    `student`: a run folder, a LoRA's folder or file, a fused pipeline's folder, or a shipped name; None with `images`.
+    `against`: see `line_up`; nothing given means base, teachers and blend, and "none" nobody. `output`: by default
+    `bench` inside the student's folder. `limit`: items a capability. `probes` adds held-out and compound items.
+    `batch`: pictures drawn at once, by default what their size allows. `blend_weights`: shares of the first teacher to
+    try, or one weight a teacher by name; `blend_methods`: ways to blend (`blend.METHODS`). The best blend stands in
+    the table, the others in the report.
+
+    `categories`: only these. `only_score` draws nothing and loads no model. `images`: folders of pictures made
+    elsewhere in the suite's official tree, by name. `judge`: who scores a judged suite (`judges.judge_named`), "none"
+    for pictures and judge-free metrics only; with its `judge_options`, asked `repeats` times, for at most `max_cost`
+    dollars. `data`, `language`, `official_prompts`, `samples` (pictures a prompt): the suite's own. `features`: what
+    sees each edit (`features.networks`). Raises UserError for anything a user can mend.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"the limit is {limit} items; give 1 or more, or leave it out for the whole suite")
-    if batch < 1:
-        raise UserError(f"the batch is {batch}; give 1 or more")
-    if seed < 0:
-        raise UserError(f"the seed is {seed}; give a whole number from 0")
-    started = time.perf_counter()
-    chosen = suite_named(suite)
-    lineup = line_up(student, _words(against), blend_weights, recipe, blend_methods)
-    folder = _output(student, lineup, output)
-    work = _Work(chosen, lineup, folder, limit, seed, probes, _device(device), batch, progress or (lambda *_: None))
-    rows, seconds = work.run()
-    settings = work.settings() | {"seconds": seconds | {"total": round(time.perf_counter() - started, 2)}}
-    scores = summarise(rows, lineup, settings)
-    _write_json(folder / "scores.json", scores)
-    return BenchResult(folder, scores, rows, write_report(folder))
 
+    student: str | Path | None = None
+    suite: str = "scenes"
+    against: Sequence[str] | None = None
+    output: str | Path | None = None
+    limit: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    probes: bool = False
+    batch: int | None = None
+    progress: Progress = _silent
+    blend_weights: Sequence[float] | Mapping[str, float] = ()
+    recipe: Recipe | None = None
+    blend_methods: Sequence[str] = ("linear",)
+    categories: Sequence[str] = ()
+    only_score: bool = False
+    images: Mapping[str, str | Path] = field(default_factory=dict)
+    data: str | Path | None = None
+    judge: str | None = None
+    judge_options: Mapping[str, Any] = field(default_factory=dict)
+    repeats: int = 1
+    max_cost: float | None = None
+    language: str | None = None
+    official_prompts: str | Path | None = None
+    samples: int | None = None
+    features: Sequence[str] = ()
 
-def _words(against: Sequence[str] | None) -> list[str] | None:
-    words = [word for word in against or () if word]
-    return [] if words == ["none"] else words or None
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("limit", self.limit, 1), ("batch", self.batch, 1), ("seed", self.seed, 0), ("samples", self.samples, 1),
+        ):  # fmt: skip
+            if value is not None and value < least:
+                hint = ", or leave it out for the whole suite" if name == "limit" else ""
+                raise UserError(f"the {name} is {value}; give {least} or more{hint}")
+        if self.student is None and not self.images:
+            raise UserError("there is nothing to score; give a student, or --images NAME=FOLDER")
 
+    def run(self) -> BenchResult:
+        """Draw what is missing, score what is there, and write `scores.json`, `samples.jsonl` and `report.html`.
 
-def _device(device: str) -> str:
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("this machine has no CUDA device; use device cpu")
-    return device
-
-
-def _output(student: str | Path, lineup: Lineup, output: str | Path | None) -> Path:
-    if output is not None:
-        return Path(output)
-    path = Path(student)
-    return path / "bench" if path.is_dir() else Path("bench") / path.stem
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with disk_faults(path):
-        replace_file(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-class _Work:
-    """One bench on its way: the items, the loaded models, and the rows written so far."""
-
-    def __init__(
-        self,
-        suite: Any,
-        lineup: Lineup,
-        folder: Path,
-        limit: int | None,
-        seed: int,
-        probes: bool,
-        device: str,
-        batch: int,
-        progress: Progress,
-    ) -> None:
-        self.suite, self.lineup, self.folder, self.seed = suite, lineup, folder, seed
-        self.device, self.batch, self.progress = device, batch, progress
-        self.limit, self.probes = limit, probes
-        self.call = call_of(lineup.folder, lineup.call, family_of(lineup.folder, lineup.family))
-        self.items = suite_items(suite, limit, probes)
-        self.identity = {
-            "suite": suite.name,
-            "version": suite.version,
-            "protocol": suite.protocol,
-            "seed": seed,
-            "limit": limit,
-            "probes": probes,
-            "call": self.call,
-            "models": {m.name: m.sha256 for m in lineup.models},
-        }
-
-    def run(self) -> tuple[list[dict], dict]:
-        """All rows, in the order of models and items, and the seconds it took."""
-        mark = self.folder / "bench.json"
-        if self.folder.is_dir() and not mark.is_file() and any(p.name != ".lock" for p in self.folder.iterdir()):
-            raise UserError(f"output folder {self.folder} holds files that are not a bench; choose another --output")
-        with disk_faults(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            held = lock(self.folder / ".lock")
+        The same call again continues an interrupted bench. In several processes each draws its share.
+        """
+        started = time.perf_counter()
+        processes = Processes(self.device if self._draws else "cpu")
+        journal, held = Journal(self.folder), None
+        seconds: dict[str, Any] = {"models": {}}
         try:
-            rows = self._continued()
-            todo = [m for m in self.lineup.models if any((m.name, i.key) not in rows for i in self.all())]
-            seconds = self._sample(todo, rows) if todo else {"models": {}}
+            missing: Missing = {}
+            with processes.first():
+                if processes.main:
+                    self._check()
+                    if self.session is not None:
+                        self.session.judge.check()
+                    held = self._open()
+                    missing = missing_pictures(self.lineup, self.items, journal.merge()) if self._draws else {}
+            missing = processes.said(missing)
+            if missing:
+                progress = self.progress if processes.main else _silent
+                how = (self.call or {}, self.seed, self.batch, processes, progress)
+                seconds = Drawing(self.lineup, self.items, self.pictures, *how).run(missing, self._measure_ceiling)
+            if not processes.main:
+                return BenchResult(self.folder, first=False)
+            return self._scored(self._scoring(journal.merge()), seconds, started, processes)
         finally:
             if held is not None:
                 held.close()
-        order = [(m.name, i.key) for m in self.lineup.models for i in self.all()]
-        return [rows[key] for key in order], seconds
 
-    def settings(self) -> dict:
-        """What a result says about how it was made."""
-        suite = {"name": self.suite.name, "version": self.suite.version, "protocol": self.suite.protocol}
-        return {
-            "suite": suite,
-            "seed": self.seed,
-            "limit": self.limit,
-            "call": self.call,
-            "ceiling": self.ceiling,
-            "machine": machine(self.device),
+    def estimate(self) -> dict:
+        """What `run` would take, as plain JSON: `items`, `models`, `pictures` to draw and `judge`.
+
+        `judge` has questions, tokens and dollars, None where no judge is asked. Nothing is asked and nothing written.
+        """
+        self._check()
+        drawn = Journal(self.folder).read() if (self.folder / MARK).is_file() else {}
+        lost = missing_pictures(self.lineup, self.items, drawn) if self._draws else {}
+        found: dict[str, Any] = {
+            "items": {c: len(items) for c, items in self.items.items()},
+            "models": [m.label for m in self.lineup.models],
+            "pictures": sum(len(rows) for found in lost.values() for rows in found.values()),
+            "judge": None,
         }
+        session = self.session
+        if session is not None:
+            asked = session.estimate(self._scoring(drawn).questions())
+            found["judge"] = {"name": self.judge, **vars(asked)}
+        return found
 
-    def all(self) -> list[Item]:
-        """Every item, of both capabilities."""
-        return [item for items in self.items.values() for item in items]
+    # -- what is asked, of whom ----------------------------------------------------------------------------
 
-    def _continued(self) -> dict[tuple[str, str], dict]:
-        """Rows of an interrupted bench with the same identity; UserError where the folder holds another."""
-        mark, lines = self.folder / "bench.json", self.folder / "samples.jsonl"
+    @cached_property
+    def chosen(self) -> Any:
+        """The suite."""
+        return suite_named(
+            self.suite,
+            data=self.data and Path(self.data).expanduser(),
+            language=self.language,
+            official_prompts=self.official_prompts and Path(self.official_prompts).expanduser(),
+            samples=self.samples,
+        )
+
+    @cached_property
+    def lineup(self) -> Lineup:
+        """Who is compared."""
+        folders = {name: Path(folder).expanduser() for name, folder in self.images.items()}
+        if self.student is None:
+            return pictures_of(folders)
+        words = [word for word in self.against or () if word]
+        named = [] if words == ["none"] else words or None
+        made = line_up(self.student, named, self.blend_weights, self.recipe, self.blend_methods)
+        return pictures_of(folders, made) if folders else made
+
+    @cached_property
+    def items(self) -> dict[str, list[Item]]:
+        """capability -> items."""
+        return suite_items(self.chosen, self.limit, self.probes, self.categories)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        if self.output is not None:
+            return Path(self.output)
+        if self.student is None:
+            return Path("bench")
+        path = Path(self.student)
+        return path / "bench" if path.is_dir() else Path("bench") / path.stem
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """Where the pictures lie."""
+        return Pictures(self.folder, self.chosen)
+
+    @cached_property
+    def call(self) -> dict[str, Any] | None:
+        """How the pipelines are called; None where nobody draws."""
+        lineup = self.lineup
+        if lineup.folder is None:
+            return None
+        return call_of(lineup.folder, lineup.call, family_of(lineup.folder, lineup.family))
+
+    @cached_property
+    def session(self) -> Any:
+        """The judge's session; None where no judge is asked. UserError where one is missing, or is too many."""
+        if not judged(self.chosen):
+            if self.judge not in (None, "none"):
+                raise UserError(f"suite {self.suite} scores by itself and asks no judge; leave --judge out")
+            return None
+        if self.judge is None:
+            raise UserError(
+                f"suite {self.suite} asks a judge; give --judge openai:MODEL@URL, hf:PATH, cmd:PROGRAM or replay:FILE, "
+                "or --judge none for pictures and judge-free metrics only"
+            )
+        if self.judge == "none":
+            return None
+        from danceopd.bench.judges import Session, judge_named
+
+        judge = judge_named(self.judge, **self.judge_options)
+        return Session(judge, self.folder / "judge.jsonl", self.repeats, self.max_cost)
+
+    @cached_property
+    def networks(self) -> Any:
+        """What sees each edit besides the judge."""
+        if not self.features:
+            return ()
+        from danceopd.bench.features import networks
+
+        return networks(self.features, "cuda" if self.device.startswith("cuda") else "cpu")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the pictures of this folder are."""
+        suite = self.chosen
+        found = {"suite": suite.name, "version": suite.version, "protocol": suite.protocol, "seed": self.seed}
+        found |= {"limit": self.limit, "probes": self.probes, "call": self.call}
+        found |= {"categories": sorted(self.categories)} if self.categories else {}
+        found["models"] = {m.name: m.sha256 or str(m.pictures and m.pictures.absolute()) for m in self.lineup.models}
+        return json.loads(json.dumps(found))
+
+    @property
+    def _draws(self) -> bool:
+        return not self.only_score and self.lineup.folder is not None
+
+    def _scoring(self, drawn: Drawn) -> Scoring:
+        given = (self.chosen, self.lineup, self.items, self.pictures, self.seed, drawn, self.progress, self.networks)
+        return Scoring(*given)
+
+    def _check(self) -> None:
+        """Everything that can be refused before a model is loaded or a folder is made."""
+        _ = self.session, self.items, self.identity, self.networks
+        place = self.folder
+        if place.is_dir() and not (place / MARK).is_file() and any(p.name != ".lock" for p in place.iterdir()):
+            raise UserError(f"output folder {place} holds files that are not a bench; choose another --output")
+        self._same()
+        pictured = any(m.pictures is not None for m in self.lineup.models)
+        if self.only_score and not pictured and not any(self._there()):
+            raise UserError(
+                f"there is no picture to score in {self.folder / 'images'}; draw them first, without --only-score"
+            )
+
+    def _there(self) -> Any:
+        for model in self.lineup.models:
+            for items in self.items.values():
+                yield from (self.pictures.found(model.name, item) for item in items)
+
+    def _same(self) -> None:
+        """UserError where the folder holds another bench."""
+        mark = self.folder / MARK
         if not mark.is_file():
-            _write_json(mark, self.identity)
-            return {}
+            return
         with suppress(ValueError):
-            known = json.loads(mark.read_text(encoding="utf-8"))
-            other = [key for key, value in json.loads(json.dumps(self.identity)).items() if known.get(key) != value]
+            known, mine = json.loads(mark.read_text(encoding="utf-8")), self.identity
+            other = [key for key in {**mine, **known} if known.get(key) != mine.get(key)]
             if not other:
-                rows = list(_whole_lines(lines, self.folder))
-                with disk_faults(lines):
-                    replace_file(lines, "".join(map(_line, rows)).encode())
-                return {(row["model"], row["key"]): row for row in rows}
+                return
             raise UserError(
                 f"output folder {self.folder} holds another bench ({', '.join(other)} differ); choose "
                 "another --output, or delete that folder"
             )
         raise UserError(
-            f"output folder {self.folder} holds a bench whose bench.json is damaged; choose another "
+            f"output folder {self.folder} holds a bench whose {MARK} is damaged; choose another "
             "--output, or delete that folder"
         )
 
-    def _sample(self, models: Sequence[Model], rows: dict) -> dict:
-        """Draw, decode, score and write what is missing; seconds by model."""
-        start = time.perf_counter()
-        from danceopd.bench.stage import Stage
+    # -- doing it ------------------------------------------------------------------------------------------
 
-        stage = Stage(self.lineup, self.device)
-        encoded = {c: self._encode(stage, c, items) for c, items in self.items.items() if items}
-        seconds: dict[str, Any] = {"load": round(time.perf_counter() - start, 2), "models": {}}
-        self._measure_ceiling(stage)
-        total = len(self.lineup.models) * len(self.all())
-        twin = {_asked(m): m.name for m in reversed(self.lineup.models)}
-        with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as out:
-            for model in models:
-                start = time.perf_counter()
-                first = twin[_asked(model)]
-                for capability, (pipeline, condition, noise) in encoded.items():
-                    null = stage.null(model, pipeline)
-                    items = self.items[capability]
-                    missing = [n for n, i in enumerate(items) if (model.name, i.key) not in rows]
-                    for at in range(0, len(missing), self.batch):
-                        index = missing[at : at + self.batch]
-                        part = [items[n] for n in index]
-                        self.progress(len(rows), total, f"{model.label}, {capability}")
-                        if first != model.name:
-                            fresh = [rows[first, i.key] | {"model": model.name} for i in part]
-                        else:
-                            with stage.acting(model, null) as field:
-                                x = noise[index].to(self.device)
-                                for state in pipeline.denoise(condition.rows(index).to(self.device), x, field):
-                                    x = state.x
-                                images = pipeline.images(x)
-                            fresh = self._scored(model, capability, part, images)
-                        rows.update({(row["model"], row["key"]): row for row in fresh})
-                        with disk_faults(self.folder):
-                            out.write("".join(map(_line, fresh)))
-                            out.flush()
-                seconds["models"][model.name] = round(time.perf_counter() - start, 2)
-        self.progress(total, total, "report")
-        return seconds
-
-    def _encode(self, stage: Any, capability: str, items: Sequence[Any]) -> tuple[Any, Any, Any]:
-        """(pipeline, condition, noise) of all items, recorded once for all models; sources and targets written."""
-        prompts, seeds = [i.prompt for i in items], [seed_of(self.seed, i) for i in items]
-        pipeline = stage.drawer(capability, self.call, self.batch)
-        if capability == "generation":
-            return pipeline, pipeline.conditions(prompts), pipeline.noise(seeds)
-        for item in items:
-            self._save("source", item, item.source, "_SRCIMG")
-            if item.target is not None:
-                self._save("target", item, item.target)
-        return pipeline, pipeline.conditions(prompts, [i.source for i in items]), pipeline.noise(seeds)
+    def _open(self) -> Any:
+        """The folder's lock, with everything in place that scoring needs besides the pictures drawn."""
+        with disk_faults(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            held = lock(self.folder / ".lock")
+        try:
+            every = [item for items in self.items.values() for item in items]
+            folders = {m.name: m.pictures for m in self.lineup.models if m.pictures is not None}
+            self.pictures.take(folders, every)
+            self._same()
+            if not (self.folder / MARK).is_file():
+                _write_json(self.folder / MARK, self.identity)
+            self.pictures.keep_beside(every)
+        except BaseException:
+            if held is not None:
+                held.close()
+            raise
+        return held
 
     def _measure_ceiling(self, stage: Any) -> None:
         """What right pictures score after the autoencoder's round trip, kept beside the samples."""
         file = self.folder / "ceiling.json"
-        if hasattr(self.suite, "ceiling") and not file.is_file():
+        if hasattr(self.chosen, "ceiling") and not file.is_file():
             self.progress(0, 1, "ceiling")
-            _write_json(file, self.suite.ceiling(stage.round_trip, min(self.limit or CEILING, CEILING)))
+            _write_json(file, self.chosen.ceiling(stage.round_trip, min(self.limit or CEILING, CEILING)))
 
-    @property
-    def ceiling(self) -> dict | None:
-        """What the suite reads from right pictures behind this autoencoder, where it can tell."""
-        file = self.folder / "ceiling.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    def _scored(self, scoring: Scoring, seconds: dict, started: float, processes: Processes) -> BenchResult:
+        rows = scoring.run(self.session)
+        self.progress(0, 1, "report")
+        ceiling = self.folder / "ceiling.json"
+        settings = {
+            "seed": self.seed,
+            "limit": self.limit,
+            "categories": list(self.categories),
+            "call": self.call,
+            "judge": self.session and self.session.judge.identity,
+            "judging": self.session and self._judging(),
+            "pictures": self._sets(rows),
+            "ceiling": json.loads(ceiling.read_text(encoding="utf-8")) if ceiling.is_file() else None,
+            "machine": describe(str(processes.device)),
+            "seconds": seconds | {"total": round(time.perf_counter() - started, 2)},
+        }
+        scores = summarise(rows, self.lineup, self.chosen, settings)
+        _write_json(self.folder / "scores.json", scores)
+        found = BenchResult(self.folder, scores, rows, write_report(self.folder))
+        self.progress(1, 1, "report")
+        return found
 
-    def _path(self, model: str, item: Any, mark: str = "") -> str:
-        return f"images/{model}/{item.category}/{item.key}{mark}.png"
+    def _judging(self) -> dict:
+        found = {"repeats": self.session.repeats, "usage": self.session.usage, "stopped": self.session.stopped}
+        return found | {"agreement": self.session.agreement()}
 
-    def _save(self, model: str, item: Any, image: Image.Image, mark: str = "") -> str:
-        path = self.folder / self._path(model, item, mark)
-        with disk_faults(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path, compress_level=4)
-        return hashlib.sha256(image.tobytes()).hexdigest()
+    def _sets(self, rows: Sequence[dict]) -> dict[str, dict]:
+        """model -> what its pictures are as a set: near-duplicates, constant ones."""
+        from danceopd.bench.metrics import measure_set
 
-    def _scored(
-        self, model: Model, capability: str, items: Sequence[Item], images: Sequence[Image.Image]
-    ) -> list[dict]:
-        rows = []
-        for item, image, score in zip(items, images, self.suite.score(items, images), strict=True):
-            row = {
-                "model": model.name,
-                "capability": capability,
-                "category": item.category,
-                "key": item.key,
-                "group": item.group,
-                "prompt": item.prompt,
-                "seed": seed_of(self.seed, item),
-                "probe": item.probe,
-                "image": self._path(model.name, item),
-                "pixels_sha256": self._save(model.name, item, image),
-            }
-            if capability == "editing":
-                row["source"] = self._path("source", item, "_SRCIMG")
-                row["target"] = self._path("target", item) if item.target is not None else None
-            rows.append(row | score_row(score))
-        return rows
+        found: dict[str, dict] = {m.name: {} for m in self.lineup.models}
+        for row in rows:
+            if row["image"] is not None:
+                found[row["model"]][row["key"]] = self.folder / row["image"]
+        return {model: measure_set(images) for model, images in found.items()}
 
 
-def suite_items(suite: Suite, limit: int | None, probes: bool) -> dict[str, list[Item]]:
-    """capability -> items of a suite; probes follow the ordinary items and count in no overall score."""
-    found = {"generation": list(suite.generation_items(limit)), "editing": list(suite.editing_items(limit))}
-    for capability, items in suite.probe_items(limit).items() if probes else ():
-        found[capability] += items
-    return found
-
-
-def score_row(score: Any) -> dict:
-    """The part of a row that the suite says: score, correct, reason, and the other plain fields of its score."""
-    parts = {
-        key: round(value, 4) if isinstance(value, float) else value
-        for key, value in vars(score).items()
-        if isinstance(value, int | float | str) and key not in ("value", "correct", "reason")
-    }
-    return {
-        "score": round(float(score.value), 6),
-        "correct": bool(score.correct),
-        "reason": score.reason,
-        "parts": parts,
-    }
-
-
-def _asked(model: Model) -> tuple:
-    """Equal for models that answer alike."""
-    return model.sha256, model.whole, model.guidance, model.negative
-
-
-def _line(row: dict) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _whole_lines(path: Path, folder: Path) -> list[dict]:
-    """Rows of an interrupted `samples.jsonl` whose picture is there; the line that was cut off is dropped."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with suppress(ValueError, KeyError, TypeError):
-            row = json.loads(line)
-            if (folder / row["image"]).is_file():
-                rows.append(row)
-    return rows
+def _write_json(path: Path, value: Any) -> None:
+    with disk_faults(path):
+        replace_file(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())

@@ -1,12 +1,12 @@
 """Everybody on one stage: the loaded base with every LoRA of a line-up, and whole models one at a time.
 
-All LoRAs ride on ONE backbone. A whole model's transformer is loaded when its turn comes and leaves after it. Prompts
-and sources are encoded once for everybody; a guided teacher is asked with its guidance, as its recipe asks it.
+All LoRAs ride on ONE backbone. A whole model's transformer is loaded when its turn comes and leaves after it. A guided
+teacher is asked with its guidance in its own capability, as its recipe asks it; in the other it is asked plainly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -18,11 +18,11 @@ from danceopd.base_model import load_base, stored_dtype
 from danceopd.bench.models import Lineup, Model, sha256_of
 from danceopd.checkpoint import open_checkpoint
 from danceopd.errors import UserError
-from danceopd.fields import GuidedField
+from danceopd.fields import VelocityField
 from danceopd.pipelines import GenerationPipeline, family_of
 from danceopd.pipelines.record import Condition
 from danceopd.teachers import null_prompt
-from danceopd.work import drawers
+from danceopd.work import Encoder, drawers
 
 LARGE = 1_000_000_000
 """Above this many parameters a LoRA runs beside the weights instead of in a merged copy of them."""
@@ -32,6 +32,8 @@ class Stage:
     """The loaded pipeline with every LoRA of a lineup on one backbone; `acting(model)` gives its velocity field."""
 
     def __init__(self, lineup: Lineup, device: str) -> None:
+        assert lineup.folder is not None
+        self.folder = lineup.folder
         dtype = torch.float32 if device == "cpu" else stored_dtype(lineup.folder)
         self.pipe = load_base(lineup.folder, dtype).to(device)
         self.pipe.set_progress_bar_config(disable=True)
@@ -43,11 +45,12 @@ class Stage:
                 self.backbone.add_adapter(model.name, model.adapter)
         self.large = sum(p.numel() for p in self.pipe.transformer.parameters()) > LARGE
 
-    def drawer(self, capability: str, call: Mapping[str, Any], chunk: int) -> GenerationPipeline:
-        """The stock pipeline of a capability, which encodes `chunk` prompts at once."""
-        made = drawers(self.pipe, self.family, dict(call), [capability], self._lineup.editing_base)[capability]
-        made.chunk = chunk
-        return made
+    def encoder(self, capabilities: Iterable[str], call: Mapping[str, Any], chunk: int) -> Encoder:
+        """Conditions of prompts and edits by the stock pipelines, `chunk` at once; kept in runs' shared store."""
+        made = drawers(self.pipe, self.family, dict(call), capabilities, self._lineup.editing_base)
+        for drawer in made.values():
+            drawer.chunk = chunk
+        return Encoder(self.folder, self.family, made, self._lineup.editing_base)
 
     @torch.no_grad()
     def round_trip(self, images: list[Any], batch: int = 64) -> list[Any]:
@@ -60,28 +63,27 @@ class Stage:
             found += processor.postprocess(decoded, output_type="pil")
         return found
 
-    def null(self, model: Model, drawer: GenerationPipeline) -> Condition | None:
-        """The prompt a guided model gets away from, as a condition of one row; None for an unguided one."""
-        return None if model.guidance is None else null_prompt(drawer, model.name, model.negative).to(self.device)
+    def null(self, model: Model, drawer: GenerationPipeline) -> Condition:
+        """The prompt a guided model gets away from, as a condition of one row."""
+        return null_prompt(drawer, model.name, model.negative).to(self.device)
 
     @contextmanager
-    def acting(self, model: Model, null: Condition | None = None) -> Iterator[Callable]:
-        """Inside, the yielded field is the model's velocity, without gradients; `null` as `null` gave it."""
+    def acting(self, model: Model) -> Iterator[VelocityField]:
+        """Inside, the yielded field is the model's velocity, unguided and without gradients.
+
+        A whole model is loaded here, so one is entered once, not for every batch.
+        """
         backbone, how = self.backbone, cast("AbstractContextManager", nullcontext())
         if model.whole is not None:
             backbone = self._own(model, model.whole)
         elif model.adapter is not None:
             how = backbone.acting_as(model.name) if self.large else backbone.merged(model.name)
-        field: Callable = backbone.velocity
-        if model.guidance is not None:
-            assert null is not None
-            field = GuidedField(field, null, model.guidance)
         with torch.no_grad(), how:
-            yield field
+            yield backbone.velocity
 
     def _own(self, model: Model, whole: Path) -> Backbone:
         """A backbone of a whole model's own transformer."""
-        folder = self._lineup.folder
+        folder = self.folder
         for part in ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "vae", "scheduler"):
             ours, theirs = folder / part, whole / part
             if ours.is_dir() and theirs.is_dir() and weights_of(ours) != weights_of(theirs):

@@ -1,4 +1,4 @@
-"""`danceopd kernels`: which attention kernels would run on this machine, and why. Compiles and launches nothing."""
+"""`danceopd kernels`: which attention kernels and cores would run on this machine, and why. Launches nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def describe() -> dict[str, str]:
     """
     import torch
 
-    from ..attention import build, choose
+    from ..attention import build, choose, core, cores
     from ..cache import cache_folder
 
     cuda = torch.cuda.is_available() and torch.version.cuda is not None
@@ -43,6 +43,10 @@ def describe() -> dict[str, str]:
         facts["triton version"] = "not installed"
     facts["kept in"] = str(cache_folder() / "kernels")
     facts["head dims"] = ", ".join(map(str, choose.HEAD_DIMS))
+    facts["attention core"] = "measured once a shape, on first use" if cuda else "SDPA: on a CPU nothing is measured"
+    facts["FlashAttention-4"] = cores.flash4_version() or "not installed (pip install 'danceopd[flash]')"
+    for key, choice in sorted(core.known().items()) if cuda else ():
+        facts[f"core for {key}"] = f"{choice.core} ({choice.why})"
     return facts
 
 

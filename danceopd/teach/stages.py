@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from diffusers import AutoencoderKLFlux2
 from danceopd.base_model import base_fingerprint, base_folder, load_base
 from danceopd.errors import UserError
 from danceopd.lora import write_adapter
+from danceopd.machine import describe
 from danceopd.pipelines.families import family_of
 from danceopd.scenes.edits import GLOBAL, LOCAL, TASKS
 from danceopd.scenes.prompts import TAGS
@@ -105,7 +105,7 @@ def teach(
         _write_pipeline(folder, seed, transformer=transformer)
     else:
         _teach_lora(plan, base, folder, state, total, seed, told)
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    machine = f"{describe()}, torch {torch.__version__}"
     note = {"stage": stage, "seed": seed, "steps": total, "machine": machine}
     (folder / f"{stage}.json").write_text(json.dumps(note, indent=1) + "\n")
     return folder

@@ -89,10 +89,23 @@ def describe(scene: Scene) -> str:
 
 
 class Suite:
-    """The suite. Another ``seed`` draws other tasks of the same kind; results are quoted for the default one."""
+    """The exact world: 512 prompts and 512 edits of 64-pixel scenes, scored as facts.
+
+    Another ``seed`` draws other tasks of the same kind; results are quoted for the default one.
+    """
 
     name = "scenes"
     version = "1"
+    scale = {"generation": (0.0, 1.0), "editing": (0.0, 10.0)}
+    share = {"generation": True, "editing": False}
+    subsets: dict[str, tuple[str, ...]] = {}
+    rules = {
+        "scorer": "exact: the scene is read from the picture and compared fact by fact",
+        "generation": "share of correct pictures",
+        "editing": "O = sqrt(SC * PQ) of each item, from 0 to 10",
+        "overall": "unweighted mean of the category means",
+        "data": "drawn from the test split's seed",
+    }
 
     def __init__(self, tier: str = "cells", split: str = "test", seed: int = 0):
         self.tier, self.split, self.seed = tier, split, seed
@@ -125,6 +138,14 @@ class Suite:
                     scenes = [task.source.key(), task.target.key()]
                     facts.append([name, task.task_type, task.instruction, task.goal, *scenes])
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def place(self, item: Item) -> str:
+        """A folder for each category."""
+        return f"{item.category}/{item.key}.png"
+
+    def source_place(self, item: Item) -> str | None:
+        """No copies of sources beside the pictures."""
+        return None
 
     def score(self, items: Sequence[Item], images: Sequence[Any]) -> list[SceneScore]:
         """One score an item; images are PIL or uint8 (64, 64, 3), in the order of the items."""
@@ -217,6 +238,7 @@ class Suite:
                     source=None if drawn else picture(scenes[0]),
                     target=None if drawn else picture(scenes[-1]),
                     task=task,
+                    heldout=bool(task.heldout),
                 )
             )
         return items

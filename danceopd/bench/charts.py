@@ -1,0 +1,164 @@
+"""The geometry of the report's charts: bars, differences with intervals, and a radar, as plain numbers.
+
+The templates draw them as SVG. A model keeps one colour, one dash and one marker in every chart; the colours stay
+apart for readers with deuteranopia, protanopia and tritanopia, and no chart says anything by colour alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from danceopd.bench import standing
+
+LEFT, WIDTH = 92, 118
+"""Of a bar panel: where the bars begin, how wide the scale is."""
+MIDDLE, HALF = 214, 88
+"""Of a panel of differences: where zero is, how wide each side is."""
+RADIUS, TEXT = 100, 118
+"""Of a radar: its outer ring, where the labels stand."""
+RADAR = ("base", "teacher", "blend", "student")
+"""Roles that a radar shows, from back to front."""
+
+
+def hues(models: Sequence[dict]) -> None:
+    """Gives each model the name of its colour in the style sheet, and a short name for tight places."""
+    count = {"teacher": 0, "other": 0}
+    for model in models:
+        model["who"] = "student" if model["role"] == "student" else model["label"]
+        if model["role"] in count:
+            count[model["role"]] += 1
+            model["hue"] = f"{model['role']}{(count[model['role']] - 1) % 3 + 1}"
+        else:
+            model["hue"] = model["role"] if model["role"] in ("base", "blend", "student") else "other1"
+
+
+def bars(scores: Mapping[str, Any], capability: str) -> list[dict]:
+    """One small chart a category and one for the overall score: {title, bars, ceiling}, in drawing units."""
+    models = [m for m in scores["models"] if m.get(capability)]
+    low, high = standing.scale(scores, capability)
+    ceiling = (scores.get("ceiling") or {}).get(capability)
+
+    def at(value: float) -> float:
+        return round(LEFT + WIDTH * min(1.0, max(0.0, (value - low) / ((high - low) or 1.0))), 1)
+
+    panels = []
+    for category in (None, *categories(models, capability)):
+        drawn = []
+        for model in models:
+            found = model[capability]
+            value = found["overall"] if category is None else found["categories"].get(category)
+            if value and value.get("mean") is not None:
+                drawn.append(
+                    {"label": model["who"], "hue": model["hue"], "mine": model["role"] == "student", "value": value}
+                    | {"end": at(value["mean"]), "from": at(value["low"]), "to": at(value["high"])}
+                )
+        top = ceiling and (ceiling["overall"] if category is None else ceiling["categories"].get(category))
+        panels.append(
+            {"title": category or standing.OVERALL, "bars": drawn}
+            | {"ceiling": None if top is None else {"value": top, "x": at(top)}}
+        )
+    return panels
+
+
+def categories(models: Sequence[dict], capability: str) -> list[str]:
+    """Every category that some model has, in the order of the first."""
+    return list(dict.fromkeys(c for m in models if m.get(capability) for c in m[capability]["categories"]))
+
+
+def differences(scores: Mapping[str, Any], capability: str) -> dict | None:
+    """The student minus its best teacher and minus the base, a row a category: {rows, limit, teacher, base}."""
+    rows = [row for row in standing.standings(scores, capability) if row["teacher"] or row["base"]]
+    if not rows:
+        return None
+    ends = [abs(row[key][end]) for row in rows for key in ("teacher", "base") if row[key] for end in ("low", "high")]
+    limit = _round_up(max(ends, default=0.0)) or 1.0
+
+    def at(value: float) -> float:
+        return round(MIDDLE + HALF * value / limit, 1)
+
+    drawn = []
+    for row in rows:
+        marks = []
+        for key, shift in (("base", -4), ("teacher", 4)):
+            found = row[key]
+            if found:
+                marks.append(
+                    {"kind": key, "value": found, "against": standing.label(scores, found["against"])}
+                    | {"x": at(found["mean"]), "from": at(found["low"]), "to": at(found["high"])}
+                    | {"shift": shift if row["teacher"] and row["base"] else 0}
+                )
+        drawn.append({"category": row["category"], "marks": marks, "loss": row["loss"]})
+    return {"rows": drawn, "limit": limit}
+
+
+def _round_up(value: float) -> float:
+    """The next of 1, 2, 5 times a power of ten."""
+    if value <= 0:
+        return 0.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= value * (1 - 1e-9))
+
+
+def radar(scores: Mapping[str, Any], capability: str) -> dict | None:
+    """Means by category on rays: {rays, rings, shapes}; None with fewer than three categories."""
+    models = [m for m in scores["models"] if m.get(capability) and m["role"] in RADAR]
+    names = categories(models, capability)
+    low, high = standing.scale(scores, capability)
+    if len(names) < 3:
+        return None
+    turns = [2 * math.pi * n / len(names) - math.pi / 2 for n in range(len(names))]
+    shapes = []
+    for model in sorted(models, key=lambda m: RADAR.index(m["role"])):
+        means = [model[capability]["categories"].get(name, {}).get("mean") for name in names]
+        if any(mean is None for mean in means):
+            continue
+        far = [RADIUS * min(1.0, max(0.0, (mean - low) / ((high - low) or 1.0))) for mean in means]
+        points = [(round(r * math.cos(t), 1), round(r * math.sin(t), 1)) for r, t in zip(far, turns)]
+        shapes.append({"label": model["who"], "hue": model["hue"], "role": model["role"], "points": points})
+    if not shapes:
+        return None
+    rays = []
+    for name, turn in zip(names, turns):
+        x, y = math.cos(turn), math.sin(turn)
+        side = "middle" if abs(x) < 0.2 else "start" if x > 0 else "end"
+        place = {"x": round(RADIUS * x, 1), "y": round(RADIUS * y, 1)}
+        rays.append(place | {"name": name, "tx": round(TEXT * x, 1), "ty": round(TEXT * y + 3, 1), "side": side})
+    rings = [{"r": RADIUS * part, "value": low + (high - low) * part} for part in (0.25, 0.5, 0.75, 1.0)]
+    return {"rays": rays, "rings": rings, "shapes": shapes}
+
+
+SIGNS = {"above": "▲", "kept": "=", "part": "▽", "lost": "▼", "harmed": "▼▼"}
+"""A mark for each verdict of bench/interference.py."""
+
+
+def matrix(scores: Mapping[str, Any]) -> dict | None:
+    """The interference matrix to be drawn, a row a teacher and then its own categories.
+
+    {columns, rows: [{name, head, gain, cells}], words}; a cell is None or {teacher, base, verdict, sign, part}, the
+    figures against that teacher and against the base, `part` the first as a share of the scale.
+    """
+    found = scores.get("interference")
+    if not found or not found["teachers"]:
+        return None
+    rows = []
+    for whole in found["teachers"]:
+        place = (whole["capability"], whole["teacher"])
+        teacher = standing.label(scores, whole["teacher"])
+        own = [r for r in found["categories"] if (r["capability"], r["teacher"]) == place]
+        for row in (whole, *own):
+            head = row is whole
+            name = f"{teacher}: {row['capability']}, {len(own)} of its own" if head else row["category"]
+            cells = {}
+            for model in found["models"]:
+                cell = row["cells"].get(model)
+                mean = cell and (cell.get("teacher") or {}).get("mean")
+                if cell and mean is not None:
+                    cells[model] = cell | {
+                        "sign": SIGNS.get(cell["verdict"], ""),
+                        "part": mean / standing.span(scores, row["capability"]),
+                    }
+            rows.append({"name": name, "head": head, "gain": row["gain"], "teacher": row["teacher"], "cells": cells})
+    words = {SIGNS[key]: text for key, text in found["verdicts"].items() if key in SIGNS}
+    return {"columns": found["models"], "rows": rows, "words": words}

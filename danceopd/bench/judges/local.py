@@ -1,0 +1,241 @@
+"""A judge on this machine: a vision-language model in transformers, greedy, several questions at a time.
+
+Whatever `AutoModelForImageTextToText` and the model's own processor and chat template make of the question is what
+the model sees. A processor's video part is left out where it cannot load (Qwen's needs torchvision): no question has
+a video. Weights are part of the judge's identity, byte by byte.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import time
+from collections.abc import Generator, Iterable
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from danceopd.bench.judges.codec import Codec
+from danceopd.bench.judges.cost import text_tokens
+from danceopd.bench.judges.question import Answer, Question, Quote
+from danceopd.bench.judges.reading import read
+from danceopd.bench.suites import picture
+from danceopd.errors import UserError
+
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+
+
+class Local:
+    """The model in a folder, or `owner/name` on the hub. ``longest`` bounds the longer side of pictures in pixels."""
+
+    sees = ()
+    deterministic = True
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        batch: int = 4,
+        longest: int | None = None,
+    ) -> None:
+        if batch < 1:
+            raise UserError(f"the judge's batch is {batch}; give 1 or more")
+        self.model, self.batch = model, batch
+        self.codec = Codec.named("png", longest)  # nothing is encoded; it knows the size
+        self._device, self._dtype = device, dtype
+
+    @property
+    def name(self) -> str:
+        return Path(self.model).name
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        import transformers
+
+        return {
+            "kind": "hf",
+            "model": self.name,
+            "weights": _fingerprint(self.folder),
+            "device": self.device.split(":")[0],
+            "dtype": self.dtype,
+            "batch": self.batch,  # padding moves the last bits of a batch
+            "longest": self.codec.longest,
+            "transformers": transformers.__version__,
+        }
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder of the weights; fetched from the hub where the name is no folder here."""
+        place = Path(self.model).expanduser()
+        if not place.is_dir():
+            if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.model):
+                raise UserError(f"judge hf:{self.model} is no folder here; give a folder, or owner/name on the hub")
+            from huggingface_hub import snapshot_download
+
+            try:
+                place = Path(snapshot_download(self.model, allow_patterns=list(FILES)))
+            except Exception as error:  # the hub's client raises a dozen kinds
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise UserError(
+                    f"judge {self.model} is not a folder here and could not be fetched from the hub ({reason}); check "
+                    "the name and the connection, or download it first and give its folder"
+                ) from None
+        if not (place / "config.json").is_file():
+            raise UserError(f"judge {place} has no config.json; give a folder that save_pretrained wrote")
+        return place
+
+    @cached_property
+    def device(self) -> str:
+        import torch
+
+        return self._device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    @cached_property
+    def dtype(self) -> str:
+        return self._dtype or ("float32" if self.device == "cpu" else "bfloat16")
+
+    def check(self) -> None:
+        """UserError where there is no such model, or its processor does not load."""
+        self._processor  # noqa: B018 - loading is the check
+
+    def quote(self, question: Question) -> Quote:
+        patches = 0
+        for part in question.parts:
+            if not isinstance(part, str):
+                width, height = self.codec.size(picture(part))
+                patches += (width // 28 + 1) * (height // 28 + 1)
+        return Quote(text_tokens(question.text) + patches, min(250, question.max_tokens))
+
+    def ask(self, questions: Iterable[Question]) -> Generator[Answer, None, None]:
+        source = iter(questions)
+        model = None
+        try:
+            while some := list(islice(source, self.batch)):
+                if model is None:
+                    model = self._load()
+                yield from self._answer(model, some)
+        finally:
+            del model
+            gc.collect()
+
+    def _answer(self, model: Any, questions: list[Question]) -> list[Answer]:
+        import torch
+
+        began = time.monotonic()
+        inputs = self._processor.apply_chat_template(
+            [self._conversation(question) for question in questions],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        ).to(model.device)
+        for key, value in inputs.items():
+            if torch.is_tensor(value) and value.is_floating_point():
+                inputs[key] = value.to(model.dtype)
+        with torch.inference_mode():
+            made = model.generate(**inputs, **GREEDY, max_new_tokens=max(q.max_tokens for q in questions))
+        start = inputs["input_ids"].shape[1]
+        pad = self._processor.tokenizer.pad_token_id
+        seconds = (time.monotonic() - began) / len(questions)
+        answers = []
+        for question, ids, mask in zip(questions, made[:, start:], inputs["attention_mask"]):
+            ids = ids[: question.max_tokens]
+            text = self._processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            got = read(text, question.reads)
+            answers.append(
+                Answer(
+                    question.key,
+                    got.status,
+                    got.numbers,
+                    got.choice,
+                    got.reasoning,
+                    text,
+                    attempts=1,
+                    tokens_in=int(mask.sum()),
+                    tokens_out=int((ids != pad).sum()),
+                    seconds=round(seconds, 3),
+                    judge=self.name,
+                    repeat=question.repeat,
+                )
+            )
+        return answers
+
+    def _conversation(self, question: Question) -> list[dict[str, Any]]:
+        content = [
+            {"type": "text", "text": part}
+            if isinstance(part, str)
+            else {"type": "image", "image": self.codec.resized(picture(part))}
+            for part in question.parts
+        ]
+        system = [{"role": "system", "content": [{"type": "text", "text": question.system}]}] if question.system else []
+        return [*system, {"role": "user", "content": content}]
+
+    @cached_property
+    def _processor(self) -> Any:
+        from danceopd.base_model import quietly
+
+        try:
+            with quietly():
+                processor = _load_processor(self.folder)
+        except (ImportError, OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"the processor of judge {self.folder} does not load ({reason}); install what it names, or take "
+                "another vision-language model of transformers"
+            ) from None
+        if getattr(processor, "chat_template", None) is None:
+            raise UserError(f"judge {self.folder} has no chat template; take an instruction-tuned model")
+        processor.tokenizer.padding_side = "left"  # answers of a batch all begin at its end
+        if processor.tokenizer.pad_token_id is None:
+            processor.tokenizer.pad_token = processor.tokenizer.eos_token
+        return processor
+
+    def _load(self) -> Any:
+        import torch
+        from transformers import AutoModelForImageTextToText
+
+        from danceopd.base_model import quietly
+
+        try:
+            with quietly():
+                model = AutoModelForImageTextToText.from_pretrained(self.folder, dtype=getattr(torch, self.dtype))
+        except (ImportError, OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"judge {self.folder} does not load as a vision-language model ({reason}); take one that "
+                "AutoModelForImageTextToText reads"
+            ) from None
+        return model.eval().to(self.device)
+
+
+def _load_processor(folder: Path) -> Any:
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
+
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except ImportError:
+        known = PROCESSOR_MAPPING_NAMES.get(AutoConfig.from_pretrained(folder).model_type)
+        whole: Any = processor_class_from_name(known) if known else None
+        parts = whole.get_attributes() if whole is not None else []
+        if not any("video" in part for part in parts):
+            raise
+    shown = [part for part in parts if "video" not in part]
+    still: Any = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: shown)})
+    return still.from_pretrained(folder)
+
+
+def _fingerprint(folder: Path) -> str:
+    """sha256 over the names and contents of all that a model loads."""
+    import hashlib
+
+    from danceopd.base_model import file_sha256
+
+    files = sorted({file for pattern in FILES for file in folder.glob(pattern)})
+    listed = "\n".join(f"{file.name} {file_sha256(file)}" for file in files)
+    return hashlib.sha256(listed.encode()).hexdigest()

@@ -1,0 +1,225 @@
+"""A judge that is a program: one long-living process, JSON lines in and out.
+
+It is started once and reads one object a line: {"key", "aspect", "system", "parts": [{"text"} or {"picture": path}],
+"reads", "facts", "max_tokens", "repeat"}. It answers each with one line: {"key", "numbers": [...]} or {"key",
+"choice"} or {"key", "text": what a language model said} or {"key", "status": "refused"}, with "reasoning" as it
+likes; other lines are passed over. Pictures are PNG files that are gone after the answer. So GenEval's detector, or
+anything with dependencies of its own, is reached without sharing an environment. A crash or a silence is a failed
+answer, and the program is started anew for the next; after three in a row it is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Iterable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from danceopd.bench.judges.question import Answer, Question, Quote
+from danceopd.bench.judges.reading import Reading, read
+from danceopd.bench.suites import picture
+from danceopd.disk import sha256
+from danceopd.errors import UserError
+
+IN_A_ROW = 3
+
+
+class Program:
+    """``command`` as a shell would split it. ``timeout`` in seconds; the first answer may take ``start`` more."""
+
+    sees = ("facts",)
+    deterministic = False
+
+    def __init__(self, command: str, *, timeout: float = 300.0, start: float = 600.0) -> None:
+        try:
+            self.command = shlex.split(command)
+        except ValueError as error:
+            raise UserError(f"judge cmd:{command} cannot be split into words ({error}); mend its quotes") from None
+        if not self.command:
+            raise UserError("the judge has no program; write cmd:PROGRAM, as cmd:'python score.py'")
+        if not timeout > 0:
+            raise UserError(f"the judge's timeout is {timeout}; give seconds above zero")
+        self.timeout, self.start = timeout, start
+        self.check()
+        files = [Path(word) for word in self.command if Path(word).is_file()]
+        own = [file for file in files if file.suffix or len(self.command) == 1]  # an interpreter is no judge
+        self.identity: dict[str, Any] = {
+            "kind": "cmd",
+            "command": [Path(word).name if Path(word).is_file() else word for word in self.command],
+            "files": {file.name: sha256(file) for file in own},
+        }
+
+    @property
+    def name(self) -> str:
+        return next((Path(word).name for word in self.command[1:] if Path(word).is_file()), Path(self.command[0]).name)
+
+    def check(self) -> None:
+        """UserError where there is no such program."""
+        if shutil.which(self.command[0]) is None:
+            raise UserError(f"there is no program {self.command[0]} to judge with; give its path or install it")
+
+    def quote(self, question: Question) -> Quote:
+        return Quote()
+
+    def ask(self, questions: Iterable[Question]) -> Generator[Answer, None, None]:
+        failures = 0
+        running: _Running | None = None
+        try:
+            for question in questions:
+                if failures >= IN_A_ROW:
+                    why = f"not asked: the program failed {failures} times in a row"
+                    yield Answer(question.key, "failed", text=why, judge=self.name, repeat=question.repeat)
+                    continue
+                first = running is None
+                if running is None:
+                    running = _Running(self.command)
+                answer = self._answer(running, question, self.timeout + (self.start if first else 0.0))
+                if answer.status == "failed":
+                    failures += 1
+                    running.stop()
+                    running = None
+                else:
+                    failures = 0
+                yield answer
+        finally:
+            if running is not None:
+                running.stop()
+
+    def _answer(self, running: _Running, question: Question, seconds: float) -> Answer:
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="danceopd-judge-") as folder:
+            row = running.asked(_request(question, Path(folder)), question.key, seconds)
+        if isinstance(row, str):
+            got, text = Reading("failed"), row
+        else:
+            got, text = _said(row, question), _text(row)
+        return Answer(
+            question.key,
+            got.status,
+            got.numbers,
+            got.choice,
+            got.reasoning,
+            text,
+            attempts=1,
+            seconds=round(time.monotonic() - began, 3),
+            judge=self.name,
+            repeat=question.repeat,
+        )
+
+
+def _request(question: Question, folder: Path) -> dict[str, Any]:
+    parts: list[dict[str, str]] = []
+    for part in question.parts:
+        if isinstance(part, str):
+            parts.append({"text": part})
+        else:
+            file = folder / f"{len(parts)}.png"
+            picture(part).save(file, compress_level=1)
+            parts.append({"picture": str(file)})
+    return {
+        "key": question.key,
+        "aspect": question.aspect,
+        "system": question.system,
+        "parts": parts,
+        "reads": asdict(question.reads),
+        "facts": dict(question.facts),
+        "max_tokens": question.max_tokens,
+        "repeat": question.repeat,
+    }
+
+
+def _said(row: dict[str, Any], question: Question) -> Reading:
+    """A program's line, read as strictly as a language model's answer."""
+    if row.get("status") in ("refused", "failed"):
+        return Reading(row["status"], reasoning=str(row.get("reasoning", "")))
+    return read(_text(row), question.reads)
+
+
+def _text(row: dict[str, Any]) -> str:
+    text = row.get("text")
+    return text if isinstance(text, str) else json.dumps(row, ensure_ascii=False)
+
+
+class _Running:
+    """The process, with threads that read what it says, so that nothing here can wait for ever."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # what it starts itself ends with it
+        )
+        self.rows: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.complaints: deque[str] = deque(maxlen=5)
+        self.readers = [self._thread(self._read_rows), self._thread(self._read_complaints)]
+
+    def asked(self, request: dict[str, Any], key: str, seconds: float) -> dict[str, Any] | str:
+        """The program's line for this key, or why there is none."""
+        deadline = time.monotonic() + seconds
+        self._thread(self._write, f"{json.dumps(request, ensure_ascii=False)}\n".encode())
+        while True:
+            try:
+                row = self.rows.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                return f"the program said nothing for {seconds:g} s"
+            if row is None:
+                with suppress(subprocess.TimeoutExpired):  # it closed its output; it may still live
+                    self.process.wait(timeout=1)
+                self.readers[1].join(timeout=1)
+                said = " ".join(self.complaints)[-300:]
+                return f"the program ended with status {self.process.returncode}{': ' if said else ''}{said}"
+            if row.get("key") == key:
+                return row
+
+    def stop(self) -> None:
+        """Ends it and all that it started."""
+        with suppress(OSError):
+            if self.process.stdin is not None:
+                self.process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=0.2 if self.process.poll() is None else 0)
+        with suppress(ProcessLookupError, PermissionError):
+            if hasattr(os, "killpg"):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            else:
+                self.process.kill()
+        self.process.wait()
+
+    def _thread(self, work: Any, *args: Any) -> threading.Thread:
+        thread = threading.Thread(target=work, args=args, daemon=True)
+        thread.start()
+        return thread
+
+    def _write(self, line: bytes) -> None:
+        with suppress(OSError, ValueError):  # it is gone, which the other end notices
+            stdin: IO[bytes] = self.process.stdin  # type: ignore[assignment]
+            stdin.write(line)
+            stdin.flush()
+
+    def _read_rows(self) -> None:
+        with suppress(OSError, ValueError):
+            for line in self.process.stdout or ():
+                with suppress(ValueError):
+                    row = json.loads(line)
+                    if isinstance(row, dict):
+                        self.rows.put(row)
+        self.rows.put(None)
+
+    def _read_complaints(self) -> None:
+        with suppress(OSError, ValueError):
+            for line in self.process.stderr or ():
+                self.complaints.append(line.decode(errors="replace").strip())

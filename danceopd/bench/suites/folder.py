@@ -1,0 +1,156 @@
+"""The ``folder`` suite: a user's own edits, judged by VIEScore (`viescore.py`) as in the ``gedit`` suite.
+
+A table (.csv, .jsonl) with the columns `source` and `instruction` and, where there are any, `target`, `mask`,
+`category` and `key`; or a folder of pictures with same-named .txt instructions, laid out as for distillation
+(`danceopd/folders.py`: with a `control` folder the pictures beside the texts are the targets), or one such folder a
+category. Targets and masks are for the judge-free metrics; the judge never sees them. Pictures lie at `<key>.png`,
+or `<category>/<name>.png` where every category is a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from danceopd.bench.judges.question import Answer, Question
+from danceopd.bench.suites import Item, viescore
+from danceopd.bench.suites.fetch import located
+from danceopd.bench.suites.records import file_name, header_checked
+from danceopd.bench.suites.rubric import JudgedSuite, pictures_sha256, refuse_twice, sha256_of
+from danceopd.data import SOURCE, Edits, edits_from
+from danceopd.errors import UserError
+from danceopd.folders import CONTROL
+from danceopd.images import IMAGES
+
+TARGETS = ("target", "target_image", "edited_image", "output_image")
+CATEGORY_COLUMNS = ("category", "task_type", "edit_type")
+KEYS = ("key", "id")
+CATEGORY = "edits"
+"""Of rows that name none."""
+
+
+class Suite(JudgedSuite):
+    """The suite. ``data``: the table or the folder."""
+
+    name = "folder"
+    version = "1"
+    needs = "give --data a .csv or .jsonl with source and instruction columns, or a folder of pictures with .txt files"
+    scale = {"editing": (0.0, 10.0)}
+    share = {"editing": False}
+
+    def __init__(self, data: str | Path | None = None, official_prompts: str | Path | None = None):
+        found = located(data, self.needs)
+        if found is None:
+            raise UserError(f"suite folder has nothing to ask; {self.needs}")
+        self.data = found
+        self.words = viescore.Words() if official_prompts is None else viescore.official_words(official_prompts)
+
+    @cached_property
+    def items(self) -> list[Item]:
+        """Every edit, in the order of the rows or the names."""
+        found = list(self._edits())
+        refuse_twice(((item.key, where) for item, where in found), "edit")
+        return [item for item, _ in found]
+
+    @cached_property
+    def rules(self) -> dict[str, Any]:
+        """VIEScore's rules, how the items add up, and what the pairs hold."""
+        words = [[i.category, i.key, i.prompt] for i in self.items]
+        return viescore.rules(self.words) | {
+            "overall": "unweighted mean of the category means",
+            "data": {
+                "name": self.data.name,
+                "items": len(self.items),
+                "texts_sha256": sha256_of(words),
+                "pictures_sha256": pictures_sha256(Path(str(i.source)) for i in self.items),
+            },
+        }
+
+    def place(self, item: Item) -> str:
+        """`<key>.png`, or `<category>/<name>.png` where every category is a folder."""
+        return item.task["place"]
+
+    def questions(self, item: Item, image: Image.Image) -> list[Question]:
+        """SC and PQ."""
+        facts = {"suite": self.name, "place": self.place(item), "instruction": item.prompt, "category": item.category}
+        return viescore.questions(item, image, self.words, facts)
+
+    def verdict(self, item: Item, answers: Mapping[str, Answer]) -> viescore.EditScore:
+        """O, with its parts."""
+        return viescore.verdict(answers)
+
+    def _edits(self) -> Iterator[tuple[Item, str]]:
+        """(item, what a sentence calls its row) of every edit."""
+        if self.data.is_file():
+            if self.data.suffix not in (".csv", ".jsonl"):
+                raise UserError(f"{self.data} is of an unknown kind; {self.needs}")
+            yield from _rows_of(edits_from(self.data))
+            return
+        if any(self.data.glob("*.txt")):
+            yield from _files_of(self.data, None)
+            return
+        inside = [f for f in sorted(self.data.iterdir()) if f.is_dir() and any(f.glob("*.txt"))]
+        if not inside:
+            raise UserError(f"{self.data} holds no .txt instructions; {self.needs}")
+        for folder in inside:
+            yield from _files_of(folder, file_name(folder.name, str(folder)))
+
+
+def _rows_of(edits: Edits) -> Iterator[tuple[Item, str]]:
+    """Of a table; the key is the row's own, else a hash of its source's path and its instruction."""
+    home = Path(edits.table.path).parent
+    for number in range(len(edits)):
+        where, cells = edits.where(number), edits.table[number]
+        instruction, source = edits[number]
+        given = _first(cells, KEYS)
+        if given is None:
+            key = hashlib.sha256(f"{_first(cells, SOURCE)}\n{instruction}".encode()).hexdigest()[:12]
+        else:
+            key = file_name(str(given).strip(), f"{where}: key")
+        beside = {name: _first(cells, columns) for name, columns in (("target", TARGETS), ("mask", ("mask",)))}
+        pictures = {k: None if v is None else header_checked(home / str(v).strip(), where) for k, v in beside.items()}
+        category = file_name(str(_first(cells, CATEGORY_COLUMNS) or CATEGORY).strip(), f"{where}: category")
+        yield _item(key, category, instruction, Path(source), pictures, f"{key}.png"), where
+
+
+def _files_of(folder: Path, category: str | None) -> Iterator[tuple[Item, str]]:
+    """Of a folder of pictures with same-named texts."""
+    edits = edits_from(folder)
+    controlled = (folder / CONTROL).is_dir()
+    for number in range(len(edits)):
+        where = edits.where(number)
+        instruction, source = edits[number]
+        stem = file_name(Path(where).stem, where)
+        beside = [folder / f"{stem}{kind}" for kind in IMAGES] if controlled else []
+        target = next((header_checked(path, where) for path in beside if path.is_file()), None)
+        key = stem if category is None else f"{category}-{stem}"
+        place = f"{stem}.png" if category is None else f"{category}/{stem}.png"
+        pictures = {"target": target, "mask": None}
+        yield _item(key, category or CATEGORY, instruction, Path(source), pictures, place), where
+
+
+def _item(
+    key: str, category: str, instruction: str, source: Path, pictures: Mapping[str, Path | None], place: str
+) -> Item:
+    return Item(
+        key=key,
+        capability="editing",
+        group="edits",
+        category=category,
+        prompt=instruction,
+        probe=None,
+        source=source,
+        target=pictures["target"],
+        task={"place": place},
+        mask=pictures["mask"],
+    )
+
+
+def _first(cells: Mapping[str, Any], columns: tuple[str, ...]) -> Any:
+    """The first of the columns that the row fills."""
+    return next((cells[c] for c in columns if cells.get(c) is not None and str(cells[c]).strip()), None)

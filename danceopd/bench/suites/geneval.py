@@ -1,0 +1,225 @@
+"""The ``geneval`` suite: GenEval (arXiv 2310.11513), 553 prompts of six kinds, each picture right or wrong.
+
+Whether a picture is right is decided by whoever is asked: the official evaluator's `results.jsonl` (a replay judge), a
+detector in a process of its own (a program judge, which gets the official record in the question's facts), or a
+vision-language model, which gets the record in words. Which one it was stands in the result, and their numbers do not
+compare. A category is the share of right pictures over all samples, the overall score the mean of the six. Pictures
+lie as in the official code: `00000/samples/0000.png`, `00000/metadata.jsonl` beside them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from danceopd.bench.judges.question import Answer, Question, Reads
+from danceopd.bench.suites import Item, picture
+from danceopd.bench.suites.fetch import located
+from danceopd.bench.suites.records import Row, read_rows
+from danceopd.bench.suites.rubric import FAILURES, JudgedScore, JudgedSuite, failure, refuse_twice, sha256_of
+from danceopd.errors import UserError
+from danceopd.sentences import nearest
+
+CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+RELATIONS = ("left of", "right of", "above", "below")
+SIZE = 553
+SAMPLES = 4
+"""Pictures a prompt in the published protocol."""
+TABLES = ("evaluation_metadata.jsonl", "prompts/evaluation_metadata.jsonl")
+READS = Reads(choices=("correct", "incorrect"))
+ASPECT = "correct"
+WORDS_VERSION = "1"
+WORDS = """\
+You check one picture that an image model made against a list of facts. All of them have to hold:
+
+<facts>
+
+Count an object only where it is really shown, not where it is hinted at, drawn on another object or reflected. An \
+object's colour is the main colour of the object itself. Left and right are the viewer's. Nothing else about the \
+picture matters, neither its beauty nor what else it shows.
+
+Check the facts one by one, then answer with one JSON object and nothing else:
+{"reasoning": "what was found for each fact, in a few words", "answer": "correct" or "incorrect"}"""
+
+
+class Suite(JudgedSuite):
+    """The suite. ``data``: `evaluation_metadata.jsonl`, a copy of the official code, or a folder in its result layout.
+
+    ``samples``: pictures a prompt; the published protocol has 4.
+    """
+
+    name = "geneval"
+    version = "1"
+    needs = "run `git clone https://github.com/djghosh13/geneval` and give --data geneval"
+    scale = {"generation": (0.0, 1.0)}
+    share = {"generation": True}
+
+    def __init__(self, data: str | Path | None = None, samples: int = SAMPLES):
+        if samples < 1:
+            raise UserError(f"{samples} samples a prompt are too few; give 1 or more")
+        found = located(data, self.needs)
+        if found is None:
+            raise UserError(f"suite geneval needs its prompts, which are nowhere on the hub; {self.needs}")
+        self.data, self.samples = found, samples
+
+    @cached_property
+    def items(self) -> list[Item]:
+        """The first sample of every prompt, then the second of every prompt, and so on."""
+        records = self._records()
+        return [
+            Item(
+                key=f"{number:05}-{sample}",
+                capability="generation",
+                group="generation",
+                category=record["tag"],
+                prompt=record["prompt"],
+                probe=None,
+                source=None,
+                target=None,
+                task={"record": record, "number": number, "sample": sample},
+                tags=(f"sample {sample}",) if self.samples > 1 else (),
+            )
+            for sample in range(self.samples)
+            for number, record in records
+        ]
+
+    @cached_property
+    def rules(self) -> dict[str, Any]:
+        """How it asks and adds up, and which prompts it was."""
+        records = [[i.task["number"], i.task["record"]] for i in self.items if not i.task["sample"]]
+        return {
+            "prompts": {
+                "source": f"danceopd {WORDS_VERSION}; a program or the official evaluator does not read them",
+                "sha256": {ASPECT: hashlib.sha256(WORDS.encode()).hexdigest()},
+                "max_tokens": 1000,
+            },
+            "resize": "none",
+            "message order": {ASPECT: ["text", "picture"]},
+            "samples": self.samples,
+            "item": "1 when every include clause and no exclude clause holds, else 0",
+            "overall": "unweighted mean of the six shares of right pictures, over pictures and not over prompts",
+            "checker": "the judge of this result; detectors and language models do not give comparable numbers",
+            "failures": FAILURES,
+            "data": {
+                "name": "djghosh13/geneval, evaluation_metadata.jsonl",
+                "prompts": len(records),
+                "complete": len(records) == SIZE,
+                "texts_sha256": sha256_of(records),
+            },
+        }
+
+    def place(self, item: Item) -> str:
+        """`00000/samples/0000.png`."""
+        return f"{item.task['number']:05}/samples/{item.task['sample']:04}.png"
+
+    def places(self, item: Item) -> tuple[str, ...]:
+        """The official place, and the name with five digits that the official sampling script writes."""
+        return self.place(item), f"{item.task['number']:05}/samples/{item.task['sample']:05}.png"
+
+    def records(self, item: Item) -> dict[str, str]:
+        """The small files that the official tree keeps beside the pictures: path -> content."""
+        return {f"{item.task['number']:05}/metadata.jsonl": json.dumps(item.task["record"])}
+
+    def questions(self, item: Item, image: Image.Image) -> list[Question]:
+        """One, for a model in words and for a program as the official record."""
+        record = item.task["record"]
+        text = WORDS.replace("<facts>", "\n".join(f"{n}. {fact}" for n, fact in enumerate(clauses(record), 1)))
+        facts = {
+            "suite": self.name,
+            "place": self.place(item),
+            "places": list(self.places(item)),
+            "metadata": record,
+            "prompt": item.prompt,
+            "category": item.category,
+        }
+        return [Question(f"{item.key}/{ASPECT}", ASPECT, (text, picture(image)), READS, facts=facts)]
+
+    def verdict(self, item: Item, answers: Mapping[str, Answer]) -> JudgedScore:
+        """1 or 0."""
+        if failed := failure((ASPECT,), answers):
+            return JudgedScore(None, False, failed[1], failed[0])
+        right = answers[ASPECT].choice == READS.choices[0] if READS.choices else False
+        return JudgedScore(float(right), right, answers[ASPECT].reasoning)
+
+    def _records(self) -> list[tuple[int, dict[str, Any]]]:
+        """(number, record) of every prompt: lines of the one table, or the folders of a result tree."""
+        folders = _folders(self.data) if self.data.is_dir() else []
+        if folders:
+            rows = [(int(f.name), row) for f in folders for row in _one(f / "metadata.jsonl")]
+        else:
+            rows = list(enumerate(read_rows(self.data, (), TABLES)))
+        if not rows:
+            raise UserError(f"{self.data} holds no prompts; {self.needs}")
+        refuse_twice(((f"{number:05}", row.where) for number, row in rows), "number")
+        refuse_twice(((row.text("prompt"), row.where) for _, row in rows), "prompt")
+        return [(number, checked(row)) for number, row in rows]
+
+
+def _folders(data: Path) -> list[Path]:
+    """The numbered folders of a result tree that have their record."""
+    return sorted((f for f in data.iterdir() if f.name.isdigit() and (f / "metadata.jsonl").is_file()), key=_number)
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name)
+
+
+def _one(file: Path) -> Iterable[Row]:
+    """The one record of a result folder."""
+    rows = read_rows(file, ())
+    if len(rows) != 1:
+        raise UserError(f"{file} holds {len(rows)} records; a result folder has one")
+    return rows
+
+
+def checked(row: Row) -> dict[str, Any]:
+    """A record whose clauses can be checked; UserError names the first that cannot."""
+    tag = row.text("tag")
+    row.text("prompt")
+    if tag not in CATEGORIES:
+        raise UserError(f"{row.where} has the tag {tag!r}{nearest(tag, CATEGORIES)}")
+    include = row.cells.get("include")
+    if not isinstance(include, list) or not include:
+        raise UserError(f"{row.where} has no list 'include' of what the picture must show; take the official file")
+    for at, clause in enumerate([*include, *(row.cells.get("exclude") or [])]):
+        known = isinstance(clause, dict) and isinstance(clause.get("class"), str)
+        count = clause.get("count") if known else None
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise UserError(f"{row.where} has a clause without 'class' and 'count': {clause!r}; take the official file")
+        if "color" in clause and clause["color"] not in COLOURS:
+            raise UserError(f"{row.where} has the colour {clause['color']!r}{nearest(clause['color'], COLOURS)}")
+        if "position" in clause and not _related(clause["position"], at):
+            raise UserError(f"{row.where} has the position {clause['position']!r}; give [relation, earlier clause]")
+    return dict(row.cells)
+
+
+def _related(position: Any, at: int) -> bool:
+    return (
+        isinstance(position, list)
+        and len(position) == 2
+        and position[0] in RELATIONS
+        and isinstance(position[1], int)
+        and 0 <= position[1] < at
+    )
+
+
+def clauses(record: Mapping[str, Any]) -> list[str]:
+    """A record's clauses as sentences."""
+    include = record["include"]
+    found = []
+    for clause in include:
+        colour = f"{clause['color']} " if "color" in clause else ""
+        found.append(f"The picture shows at least {clause['count']} {colour}{clause['class']}.")
+        if "position" in clause:
+            relation, target = clause["position"]
+            found.append(f"The {clause['class']} is {relation} the {include[target]['class']}.")
+    for clause in record.get("exclude") or ():
+        found.append(f"The picture does not show {clause['count']} or more {clause['class']}.")
+    return found

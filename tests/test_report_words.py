@@ -1,0 +1,79 @@
+"""What the report says and which pictures it takes, without a browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from report_folders import judged, scenes
+
+from danceopd.bench import standing
+from danceopd.bench.items import PAGE, in_turn, items_of
+from danceopd.bench.report import load, page
+from danceopd.bench.thumbnails import Thumbnails
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scenes(tmp_path_factory.mktemp("scenes"))
+
+
+def test_pictures_go_to_the_worst_first_then_to_every_category(folder: Path) -> None:
+    items = items_of(*load(folder))
+    losses = [item["teacher"]["part"] for item in items]
+    assert losses == sorted(losses) and losses[0] < 0 < losses[-1]
+    order = list(in_turn(items))
+    assert order[:PAGE] == items[:PAGE]
+    assert sorted(map(id, order)) == sorted(map(id, items))
+    rest = [(i["capability"], i["category"]) for i in order[PAGE:]]
+    assert len(set(rest[: len(set(rest))])) == len(set(rest))  # one of each before the second of any
+
+
+def test_600_items_of_a_megapixel_stay_below_25_megabytes(tmp_path: Path) -> None:
+    """Of size only: every path is read as one of four thumbnails that were made of real megapixel pictures."""
+    big = judged(tmp_path, items=640, files=4)
+    real = Thumbnails(big)
+    photos = [f"photos/{n}.jpg" for n in range(4)]
+
+    class Stand(Thumbnails):
+        def fetch(self, paths, side: int) -> int:
+            paths = list(paths)
+            if side not in self.made:
+                real._found.clear()
+                real.fetch(photos, side)
+                self.made[side] = [real(photo) for photo in photos]
+            self._found.update({path: self.made[side][len(path) % 4] for path in paths})
+            return sum(len(self._found[path].uri) for path in paths)
+
+    stand = Stand(big)
+    stand.made = {}
+    html = page(*load(big), stand)
+    assert 12_000_000 < len(html.encode()) < 25_000_000
+    assert html.count('<article class="item') == 640
+    assert {max(t.width, t.height) for found in stand.made.values() for t in found} == {512, 256}
+
+
+def test_words_of_a_summary_follow_the_intervals(folder: Path) -> None:
+    scores, _ = load(folder)
+    for found in scores["comparison"].values():
+        for delta in found["deltas"].values():
+            for figure in delta["categories"].values():
+                figure |= {"mean": -0.005, "low": -0.02, "high": 0.01}
+        for figure in found["against_best"].values():
+            figure |= {"mean": -0.005, "low": -0.02, "high": 0.01}
+    assert standing.verdict(scores)["kind"] == "kept"
+    scores["comparison"]["editing"]["deltas"]["base"]["categories"]["style_change"] |= {
+        "mean": -2,
+        "low": -3,
+        "high": -1,
+    }
+    told = standing.verdict(scores)
+    assert told["kind"] == "lost"
+    assert told["sentence"] == (
+        "The merge lost in 1 of 12 categories: style_change (editing) −2.00 [−3.00 to −1.00] against the base."
+    )
+    slight = {"mean": -0.05, "low": -0.06, "high": -0.04}
+    scores["comparison"]["editing"]["deltas"]["base"]["categories"]["style_change"] |= slight
+    told = standing.verdict(scores)
+    assert told["kind"] == "kept" and "by less than 1 % of the scale in style_change (editing)" in told["sentence"]
+    assert standing.verdict(scores | {"comparison": {}})["kind"] == "unknown"
