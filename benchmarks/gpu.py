@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import gpu_cores
 import torch
 import typer
 from diffusers.models.embeddings import apply_rotary_emb
@@ -46,6 +47,7 @@ class Bench:
     device: str
     minutes: float
     rows: list[list[str]] = field(default_factory=list)
+    cores: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -435,6 +437,7 @@ def write(bench: Bench, output: Path, device: str, ceiling: float) -> None:
         *(f"| {' | '.join(row)} |" for row in bench.rows),
         "",
         "TB/s counts each input read once and each output written once, over the CUDA time.",
+        *(["", f"| {gpu_cores.HEAD} |", "|" + " --- |" * len(gpu_cores.HEAD.split(" | ")), *bench.cores]),
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -446,7 +449,7 @@ def kernels(
     minutes: Annotated[float, typer.Option(help="Start nothing new after so long.")] = 6.5,
     smoke: Annotated[bool, typer.Option("--smoke", help="Tiny, on a CPU: checks this program.")] = False,
 ) -> None:
-    """The segment before attention, norm sites, SwiGLU, and whole no-gradient forwards."""
+    """The segment before attention, norm sites, SwiGLU, whole no-gradient forwards, and the attention cores."""
     if not smoke and not torch.cuda.is_available():
         typer.echo("error: there is no CUDA device here; --smoke checks the benchmark itself", err=True)
         raise typer.Exit(2)
@@ -460,6 +463,7 @@ def kernels(
         part(bench, sizes, smoke)
         write(bench, place, device, ceiling)  # what is measured stays, whatever happens later
     sites(bench, smoke)
+    bench.cores = gpu_cores.measure(bench, sizes, smoke)
     write(bench, place, device, ceiling)
     typer.echo(place)
 

@@ -6,7 +6,7 @@ front matter. Nothing in it leaks a path of this machine: folders are named, not
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,14 @@ def write_card(
     grid: str | Path | None = None,
     fused: bool = False,
     start: str | None = None,
+    watched: Sequence[str] = (),
 ) -> Path:
     """Write `folder/README.md`.
 
     `recipe` is a Recipe or its resolved mapping; `scores` is {row: {column: value}}, e.g.
     {"student": {"generation": 0.93, "editing": 9.1}}, None for a value that was not measured; `hashes` is
     {"student" | "base" | teacher: sha256}; `snippet` replaces the load snippet; `grid` is a picture in the folder;
-    `start` a sentence on where the student started.
+    `start` a sentence on where the student started, `watched` what the watch saw, a sentence each.
     Returns its path. Raises UserError when it cannot be written.
     """
     folder = Path(folder)
@@ -54,6 +55,8 @@ def write_card(
     if scores:
         parts += ["## Scores", _score_table(scores)]
     parts += ["## Merged from", _origin_table(base, teachers, hashes or {}), *([start] if start else [])]
+    if watched:
+        parts += ["## Watched", "\n".join(f"- {sentence}" for sentence in watched)]
     parts += ["## Recipe", _block(yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=100), "yaml")]
     parts.append("Made again by `danceopd merge recipe.yaml`.")
     path = folder / "README.md"

@@ -182,8 +182,8 @@ def compare(
 
     if run_a.is_file() and run_b.is_file():
         return judges(run_a, run_b)
-    options = {"key_file": judge_key_file, "codec": judge_codec, "concurrency": judge_concurrency}
-    options |= {"price_in": price_in, "price_out": price_out}
+    options: dict[str, Path | str | float | None] = {"key_file": judge_key_file, "codec": judge_codec}
+    options |= {"concurrency": judge_concurrency, "price_in": price_in, "price_out": price_out}
     found = run(run_a, run_b, output, words(models), anyway, judge, repeats, max_cost, limit, dry_run, options)
     show(found)
     if not dry_run:

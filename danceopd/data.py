@@ -264,9 +264,7 @@ def prompts_from(
     `targets`: its pictures are wanted, too.
     """
     if is_made(spec):
-        from .scenes.prompts import TAGS, prompts
-
-        drawn = prompts("train", rows, seed, _only(spec, {tag: (tag,) for tag in TAGS}))
+        drawn = made_tasks(spec, "generation", "train", rows, seed)
         return Prompts(MadeTable(str(spec), [{"prompt": p.prompt, "target": partial(_drawn, p.scene)} for p in drawn]))
     found = Prompts(_table(spec, PROMPT + SAID + (TARGET if targets else ()), images=targets))
     if check:
@@ -296,13 +294,22 @@ def is_made(spec: str | Path) -> bool:
     return str(spec).partition(":")[0] == "scenes"
 
 
-def _made_edits(spec: str | Path, rows: int, seed: int) -> list[Row]:
+def made_tasks(spec: str | Path, capability: str, split: str, count: int, seed: int) -> list[Any]:
+    """The `Prompt`s or `Edit`s of the exact world that a source names, of one split of its scenes."""
+    if capability != "editing":
+        from .scenes.prompts import TAGS, prompts
+
+        return prompts(split, count, seed, _only(spec, {tag: (tag,) for tag in TAGS}))
     from .scenes.edits import TASKS, edits, group_of
 
     known = {task: (task,) for task in TASKS}
     for task in TASKS:
         known[group_of(task)] = (*known.get(group_of(task), ()), task)
-    drawn = edits("train", rows, seed, _only(spec, known))
+    return edits(split, count, seed, _only(spec, known))
+
+
+def _made_edits(spec: str | Path, rows: int, seed: int) -> list[Row]:
+    drawn = made_tasks(spec, "editing", "train", rows, seed)
     return [
         {"instruction": e.instruction, "source": _drawn(e.source), "target": partial(_drawn, e.target)} for e in drawn
     ]

@@ -8,6 +8,7 @@ gradient is `backbone.velocity` inside `backbone.acting_as("student")`.) Fields 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +29,13 @@ class AdapterField:
     backbone: Backbone
     name: str | None
 
+    def acting(self) -> AbstractContextManager[None]:
+        """Inside, the backbone is what this field asks."""
+        return self.backbone.acting_as(self.name)
+
     @torch.no_grad()
     def __call__(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        with self.backbone.acting_as(self.name):
+        with self.acting():
             return self.backbone.velocity(x, sigma, condition)
 
 
@@ -49,9 +54,13 @@ class MergedField:
     backbone: Backbone
     name: str
 
+    def acting(self) -> AbstractContextManager[None]:
+        """Inside, the backbone is what this field asks."""
+        return self.backbone.merged(self.name)
+
     @torch.no_grad()
     def __call__(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        with self.backbone.merged(self.name):
+        with self.acting():
             return self.backbone.velocity(x, sigma, condition)
 
 

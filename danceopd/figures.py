@@ -6,12 +6,13 @@ are taken of the whole (`Progress`). Nothing is read back from the device before
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from danceopd.gates import FIGURES, summary
 from danceopd.lesson import Told
 
 BINS, FINE = 4, 10
@@ -24,7 +25,7 @@ class Progress:
 
     `errors` are the mean squared velocity errors in `BINS` bins of the noise level from 0 to 1, by bin; one without a
     query has none. `asked` is the histogram of the queries: the share of each of `FINE` bins. `scale` is what the
-    loss was multiplied by on its way through an fp16 backbone.
+    loss was multiplied by on its way through an fp16 backbone. `gates` is what the gates report, by name (`gates.py`).
     """
 
     step: int
@@ -37,6 +38,7 @@ class Progress:
     errors: dict[int, float] = field(default_factory=dict)
     asked: list[float] = field(default_factory=list)
     scale: float | None = None
+    gates: dict[str, float] = field(default_factory=dict)
 
     def scalars(self) -> dict[str, float]:
         """Flat names for the log."""
@@ -45,18 +47,19 @@ class Progress:
         asked = {f"asked/sigma {i / FINE:g}-{(i + 1) / FINE:g}": value for i, value in enumerate(self.asked)}
         rest = {"sigma": self.sigma, "gradient": self.gradient, "rate": self.rate}
         scale = {} if self.scale is None else {"loss scale": self.scale}
-        return {"loss": self.loss, **named, **levels, **asked, **rest, **scale}
+        return {"loss": self.loss, **named, **levels, **asked, **rest, **scale, **self.gates}
 
 
 class Figures:
-    """Sums over the rows of an update, for `teachers` by name."""
+    """Sums over the rows of an update, for `teachers` by name; what gates say is summed where rows are `gated`."""
 
-    def __init__(self, teachers: Sequence[str], device: torch.device) -> None:
-        self.teachers, self.device = list(teachers), device
+    def __init__(self, teachers: Sequence[str], device: torch.device, gated: bool = False) -> None:
+        self.teachers, self.device, self.gated = list(teachers), device, gated
         self._losses: list[Tensor] = []
         self._routes: list[int] = []
         self._sigmas: list[Tensor] = []
         self._errors: list[Tensor] = []
+        self._gates: list[Mapping[str, Tensor]] = []
 
     def count(self, routes: Sequence[int], told: Sequence[Told]) -> None:
         """Add what a lesson told its rows, whose teachers are `routes`."""
@@ -64,13 +67,15 @@ class Figures:
         self._losses.append(torch.stack([one.loss for one in told]).sum(0))
         self._sigmas += [one.sigma for one in told]
         self._errors += [one.error for one in told]
+        self._gates += [one.gate for one in told]
 
     def into(self, done: Progress, add: Callable[[Tensor], None]) -> None:
         """Write the means into `done`; `add` sums a vector over the processes, in place."""
         teachers = len(self.teachers)
-        sizes = [teachers, teachers, BINS, BINS, FINE, 1]
+        gates = len(FIGURES) if self.gated else 0
+        sizes = [teachers, teachers, BINS, BINS, FINE, 1, gates, gates, 2 if gates else 0]
         total = torch.zeros(sum(sizes), dtype=torch.float64)
-        losses, rows, errors, places, fine, sigmas = total.split(sizes)
+        losses, rows, errors, places, fine, sigmas, said, counts, weights = total.split(sizes)
         if self._routes:
             routes, sigma = torch.tensor(self._routes), torch.cat(self._sigmas).cpu()
             losses.index_add_(0, routes, torch.cat(self._losses).cpu().double())
@@ -80,6 +85,12 @@ class Figures:
             places += torch.bincount(bins, minlength=BINS)
             fine += torch.bincount((sigma * FINE).long().clamp(max=FINE - 1), minlength=FINE)
             sigmas += sigma.double().sum()
+            for i, name in enumerate(FIGURES[:gates]):
+                values = torch.cat([one[name] for one in self._gates if name in one] or [total[:0]]).cpu().double()
+                values = values[~values.isnan()]
+                said[i], counts[i] = values.sum(), len(values)
+                if name == "weight":
+                    weights[0], weights[1] = values.square().sum(), (values <= 0).sum()
         there = total.to(self.device)
         add(there)
         total.copy_(there)
@@ -88,3 +99,4 @@ class Figures:
         done.errors = {i: float(errors[i] / places[i]) for i in range(BINS) if places[i]}
         done.asked = (fine / fine.sum()).tolist()
         done.sigma = float(sigmas / fine.sum())
+        done.gates = summary(said, counts, *weights.tolist()) if gates else {}

@@ -1,11 +1,129 @@
-"""How much an answer counts: a weight above 0 for each row, mean 1. By default every answer is trusted fully."""
+"""How much an answer counts: what the gates say of each row, put together; with no gate on, every row counts 1.
+
+A gate gives weights above 0 to rows, and the evidence gate to tokens, from what frozen fields answer (evidence.py,
+consensus.py). Row weights multiply; the product is divided by its running mean for the row's teacher, so that a gate
+sets priorities within a capability and moves neither the learning rate nor the teachers' shares, and cut at `HIGHEST`.
+`Running` holds these means, and those that rows without siblings are compared with: of the updates before this one
+alone, so that no weight depends on how the rows of an update are split.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
+
+HIGHEST = 4.0
+"""No row counts more."""
+WINDOW, SEEN = 512, 16
+"""Rows that a running mean looks back on, and those it must have seen before anything is compared with it."""
+QUARTERS = 4
+"""Equal parts of the noise level whose scores are compared apart: progress grows as the noise falls."""
+FIGURES = (
+    "weight", "rho", "delta positive", "shift share", "leak", "consensus", "self consensus", "rank", "critical",
+    "guarded",
+)  # fmt: skip
+"""What gates report of a row; their means over the update are logged as `gate/…`."""
 
 
-def full_trust(states: Tensor, answers: Tensor) -> Tensor:
-    """Weight 1 for each row of ``states`` and ``answers`` (B, …): plain DanceOPD."""
-    return torch.ones(len(states), device=answers.device)
+@dataclass(frozen=True)
+class Trust:
+    """What the gates made of B rows: their weights (B,), those of their tokens (None: all equal), the velocity that
+    is learnt (B, …), and figures by name of `FIGURES`, (B,) each, NaN where a figure means nothing for a row."""
+
+    weights: Tensor
+    tokens: Tensor | None
+    target: Tensor
+    figures: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Running:
+    """Means over the rows of the last updates: of scores and their squares by teacher and quarter of the noise level,
+    of weights by teacher. `note` counts a row, `fold` takes the update's rows in, of all processes at once."""
+
+    def __init__(self, teachers: int, device: torch.device) -> None:
+        self.scores = torch.zeros(teachers * QUARTERS, 3, dtype=torch.float64, device=device)  # rows, mean, mean square
+        self.weights = torch.zeros(teachers, 2, dtype=torch.float64, device=device)  # rows, mean
+        self._noted = [torch.zeros_like(self.scores), torch.zeros_like(self.weights)]
+
+    def spread(self, routes: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the scores that each row is compared with, (B,) each; deviation 0: too few seen."""
+        seen, mean, square = self.scores[self._cells(routes, sigma)].unbind(1)
+        deviation = (square - mean.square()).clamp(min=0).sqrt()
+        return mean.float(), torch.where(seen >= SEEN, deviation, torch.zeros_like(deviation)).float()
+
+    def usual(self, routes: Tensor) -> Tensor:
+        """The mean weight of each row's teacher so far, (B,); exactly 1 until enough was seen, or while all were 1."""
+        seen, mean = self.weights[routes].unbind(1)
+        return torch.where(seen >= SEEN, mean, torch.ones_like(mean)).float()
+
+    def note_scores(self, routes: Tensor, sigma: Tensor, scores: Tensor, sound: Tensor) -> None:
+        """Count the scores (B,) of the rows that are `sound`."""
+        self._note(0, self._cells(routes, sigma), scores, sound)
+
+    def note_weights(self, routes: Tensor, weights: Tensor, sound: Tensor) -> None:
+        """Count the weights (B,) of the rows that are `sound`."""
+        self._note(1, routes, weights, sound)
+
+    def fold(self, add: Callable[[Tensor], None]) -> None:
+        """Take in what was noted since; `add` sums a tensor over the processes, in place."""
+        together = torch.cat([part.flatten() for part in self._noted])
+        add(together)
+        parts = together.split([part.numel() for part in self._noted])
+        for kept, part, noted in zip((self.scores, self.weights), parts, self._noted, strict=True):
+            sums = part.view_as(kept)
+            count = sums[:, :1]
+            kept[:, :1] += count
+            # The plain mean until the window is full, then one that forgets; exact where all numbers are equal.
+            pull = (count / kept[:, :1].clamp(min=1, max=WINDOW)).clamp(max=1)
+            kept[:, 1:] += pull * (sums[:, 1:] / count.clamp(min=1) - kept[:, 1:])
+            noted.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """What must be saved for an exact continuation."""
+        return {"gates.scores": self.scores.clone(), "gates.weights": self.weights.clone()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put a saved `state` back."""
+        self.scores.copy_(tensors["gates.scores"])
+        self.weights.copy_(tensors["gates.weights"])
+
+    def _cells(self, routes: Tensor, sigma: Tensor) -> Tensor:
+        return routes * QUARTERS + (sigma * QUARTERS).long().clamp(max=QUARTERS - 1)
+
+    def _note(self, which: int, cells: Tensor, values: Tensor, sound: Tensor) -> None:
+        noted = self._noted[which]
+        values = values.double()
+        sound = sound & torch.isfinite(values)
+        values = torch.where(sound, values, torch.zeros_like(values))
+        columns = [sound.double(), values, values.square()][: noted.shape[1]]
+        # A product and no scattered sum: the same order of additions on every device, so that a run can be repeated.
+        noted += one_hot(cells, len(noted)).double().T @ torch.stack(columns, dim=1)
+
+
+def composed(parts: list[Tensor], usual: Tensor, gated: Tensor) -> tuple[Tensor, Tensor]:
+    """The product of the row weights `parts` (B,), and the weight it makes: over the `usual`, at most `HIGHEST`.
+
+    Rows that are not `gated` (B,) bool weigh exactly 1.
+    """
+    product = torch.stack(parts).prod(0)
+    weights = (product / usual).clamp(max=HIGHEST)
+    return product, torch.where(gated, weights, torch.ones_like(weights))
+
+
+def summary(sums: Tensor, counts: Tensor, squares: float, zeros: float) -> dict[str, float]:
+    """Names for the log from sums over the rows of an update, by `FIGURES`; of weights also squares and zeros.
+
+    `gate/weight` is the mean, `gate/weight std` the deviation, `gate/weight zero` the share that is 0, `gate/ess` the
+    effective sample size over the number of rows, `(Σ w)² / (n Σ w²)`.
+    """
+    found = {f"gate/{name}": float(s / c) for name, s, c in zip(FIGURES, sums, counts, strict=True) if c}
+    rows, total = float(counts[0]), float(sums[0])
+    if rows:
+        found["gate/weight std"] = max(0.0, squares / rows - (total / rows) ** 2) ** 0.5
+        found["gate/weight zero"] = zeros / rows
+        found["gate/ess"] = total**2 / (rows * squares) if squares else 0.0
+    return found

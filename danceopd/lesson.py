@@ -8,27 +8,33 @@ so any slice of the rows draws what the whole would have drawn: a process learns
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from danceopd.fields import GuidedField, VelocityField
+from danceopd.fields import AdapterField, GuidedField, MergedField, VelocityField
 from danceopd.pipelines.record import Condition
 from danceopd.query import place, step_weights
 from danceopd.recipe import Recipe
+from danceopd.reuse import with_source_kept
 from danceopd.rollout import rollout
 from danceopd.routing import stream
 from danceopd.sde import Diffusion
 from danceopd.solvers import SOLVERS, Solver
+
+if TYPE_CHECKING:
+    from danceopd.gating import Gating
+    from danceopd.skills import Watch
 
 
 @dataclass(frozen=True)
 class Fields:
     """Who can be asked: the student as it walks and as it learns, and each teacher, guided as the recipe says."""
 
-    walk: VelocityField
+    walk: AdapterField | MergedField
     student: VelocityField
     teachers: Sequence[VelocityField]
     shares: Sequence[float]
@@ -36,11 +42,13 @@ class Fields:
 
 @dataclass(frozen=True)
 class Told:
-    """What one `learn` taught each row, (B,) each: at which noise level, the loss, the mean squared velocity error."""
+    """What one `learn` taught each row, (B,) each: at which noise level, the loss, the mean squared velocity error,
+    and what the gates said of it, by name (see `gates.FIGURES`; NaN where a row has no such figure)."""
 
     sigma: Tensor
     loss: Tensor
     error: Tensor
+    gate: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -49,7 +57,8 @@ class Lesson:
 
     `routes` are teachers' indices, `blank` the rows asked with the null prompt (already in `condition`), `null`
     the null prompt of each row when the walk is guided, `drawn` (B, K) the queries' draws, `targets` reads the
-    clean latents. `name` tells this lesson's random numbers from another's of the same step.
+    clean latents, `gates` what its gates ask besides. `name` tells this lesson's random numbers from another's of the
+    same step.
     """
 
     recipe: Recipe
@@ -66,6 +75,7 @@ class Lesson:
     drawn: Tensor
     device: torch.device
     targets: Callable[[], Tensor] | None = None
+    gates: Gating | None = None
     told: list[Told] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -92,19 +102,29 @@ class Lesson:
             return Diffusion(knobs.noise, float(self.sigmas[1]), lambda step: self.noise(f"walk {step}"))
         return SOLVERS[knobs.solver]()
 
-    def walk(self, stops: Tensor, levels: Tensor | None = None) -> Tensor:
-        """The student's states (B, K, …) at grid indices `stops` (B, K), or at `levels` on the steps to them."""
-        noise, scale, solver = self.noise(), self.recipe.rollout.guidance, self.solver()
-        if self.null is None:
-            return rollout(
-                self.fields.walk, noise, self.sigmas, stops, self.condition, levels=levels, solver=solver
-            )
-        both = _Both(self.condition, self.null)
+    def walk(self, stops: Tensor, levels: Tensor | None = None, watch: Watch | None = None) -> Tensor:
+        """The student's states (B, K, …) at grid indices `stops` (B, K), or at `levels` on the steps to them.
 
-        def guided(x: Tensor, sigma: Tensor, both: _Both) -> Tensor:
-            return GuidedField(self.fields.walk, both.null, scale)(x, sigma, both.condition)
+        `watch` overhears the velocities that the walk takes.
+        """
+        scale, solver = self.recipe.rollout.guidance, self.solver()
+        walker: Callable[..., Tensor] = self.fields.walk
+        condition: Any = self.condition
+        if self.recipe.rollout.keep_source:
+            condition = with_source_kept(self.fields.walk, condition)
+        if self.null is not None:
+            condition = _Both(condition, self.null)
 
-        return rollout(guided, noise, self.sigmas, stops, both, levels=levels, solver=solver)
+            def guided(x: Tensor, sigma: Tensor, both: _Both) -> Tensor:
+                return GuidedField(self.fields.walk, both.null, scale)(x, sigma, both.condition)
+
+            walker = guided
+        before = None
+        if watch is not None:
+            walker, before = watch.around(walker), watch.before
+        return rollout(
+            walker, self.noise(), self.sigmas, stops, condition, callback=before, levels=levels, solver=solver
+        )
 
     def everywhere(self, last: int) -> Tensor:
         """Stops (B, last + 1): every grid index up to `last`."""
@@ -119,18 +139,39 @@ class Lesson:
             return answers
         return self._asked(self.routes, x, sigma)
 
+    def ask_as(
+        self, rows: list[int], condition: Condition, x: Tensor, sigma: Tensor, fields: Sequence[VelocityField]
+    ) -> Tensor:
+        """Velocities of some `rows` of `x (B, …)`, `sigma (B,)` under a condition of their own, one row for each.
+
+        `fields` answer, by teacher: each row is asked of its own teacher's.
+        """
+        answers = x.new_empty(len(rows), *x.shape[1:])
+        for m in sorted({self.routes[row] for row in rows}):
+            mine = [place for place, row in enumerate(rows) if self.routes[row] == m]
+            at = [rows[place] for place in mine]
+            answers[mine] = fields[m](x[at], sigma[at], condition.rows(mine))
+        return answers
+
     def velocity(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The student's own velocity at `x (B, …)`, with a gradient."""
         return self.fields.student(x, sigma, self.condition)
 
-    def learn(self, surrogate: Tensor, sigma: Tensor, error: Tensor, loss: Tensor | None = None) -> None:
+    def learn(
+        self,
+        surrogate: Tensor,
+        sigma: Tensor,
+        error: Tensor,
+        loss: Tensor | None = None,
+        gate: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Add the gradient of `surrogate (B,)`, over the rows of the whole update.
 
         `error (B,)` is the velocity's at `sigma (B,)`; `loss (B,)` is what to report where the surrogate's value
-        says nothing. Nothing is read back from the device here.
+        says nothing, `gate` what the gates said. Nothing is read back from the device here.
         """
         (surrogate.sum() / self.recipe.batch).backward()
-        self.told.append(Told(sigma, (surrogate if loss is None else loss).detach(), error.detach()))
+        self.told.append(Told(sigma, (surrogate if loss is None else loss).detach(), error.detach(), gate or {}))
 
     def clean(self) -> Tensor:
         """The rows' clean latents (B, …), from their data."""

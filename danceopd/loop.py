@@ -9,6 +9,7 @@ batch `micro_batch` rows at a time are walked and learnt, each slice drawing wha
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from danceopd.backbone import Backbone
+from danceopd.contexts import Contexts, Update
 from danceopd.errors import UserError
 from danceopd.fields import AdapterField, MergedField, VelocityField
 from danceopd.figures import Figures, Progress
@@ -39,12 +41,17 @@ SMALLEST = 1.0
 
 @dataclass(frozen=True)
 class Source:
-    """One teacher at work: its velocity field, what it is asked about, and the null prompt (one row, or one each)."""
+    """One teacher at work: its velocity field, what it is asked about, and the null prompt (one row, or one each).
+
+    For gates: the same rows asked otherwise (`also`, by name), and the teacher at other `strengths`.
+    """
 
     name: str
     field: VelocityField
     questions: Work
     null: Condition | None = None
+    also: Mapping[str, Work] = dataclasses.field(default_factory=dict)
+    strengths: Sequence[VelocityField] = ()
 
 
 class Loop:
@@ -68,6 +75,7 @@ class Loop:
         self.recipe, self.backbone, self.sources, self.device = recipe, backbone, list(sources), device
         self.rank, self.ranks, self.add = rank, ranks, add
         self._refuse()
+        self.contexts = Contexts(recipe, self.sources, device) if recipe.gates.on else None
         self.shares = [recipe.shares()[s.name] for s in self.sources]
         self.parameters = backbone.parameters(STUDENT)
         self.average = [p.detach().clone() for p in self.parameters]
@@ -79,7 +87,8 @@ class Loop:
         self.scaler.scale(torch.ones((), device=device))  # makes its state now: there may be no row to scale
         self.objective = OBJECTIVES[recipe.objective]
         self.forms = recipe.rollout.merged and not recipe.compile and backbone.forms(STUDENT)
-        self.walk: VelocityField = (MergedField if recipe.rollout.merged else AdapterField)(backbone, STUDENT)
+        walks = MergedField if recipe.rollout.merged else AdapterField
+        self.walk: AdapterField | MergedField = walks(backbone, STUDENT)
         self.step, self._bad = 0, 0
 
     def run(self, report: Callable[[Progress], None]) -> None:
@@ -89,41 +98,53 @@ class Loop:
             self.step += 1
             report(progress)
 
+    def ungate(self) -> None:
+        """From here every row counts 1; rows that gates would compare still share a question."""
+        off = self.recipe.gates.model_copy(update={"evidence": None, "consensus": None, "skills": None})
+        self.recipe, self.contexts = self.recipe.model_copy(update={"gates": off}), None
+
     def _update(self) -> Progress:
         done = Progress(self.step + 1)
-        figures = Figures([source.name for source in self.sources], self.device)
+        figures = Figures([source.name for source in self.sources], self.device, gated=self.contexts is not None)
         for lesson in self._lessons():
             self.objective(lesson)
             figures.count(lesson.routes, lesson.told)
         if self.ranks > 1:
             self._synchronise()
         figures.into(done, self.add)
+        if self.contexts is not None:
+            self.contexts.running.fold(self.add)
         self._descend(done)
         return done
 
     def _lessons(self) -> Iterator[Lesson]:
         """This process's part of the update: rows of one layout and schedule together, `micro_batch` at most.
 
-        Rows are drawn in units: one row, or the walks of one question that Flow-OPD compares.
+        Rows are drawn in units: one row, or the walks of one question that Flow-OPD or a gate compares.
         """
         recipe = self.recipe
-        unit = recipe.flowopd.group if recipe.objective == "flowopd" else 1
+        unit = recipe.unit
         units, per = recipe.batch // unit, recipe.routing
         lengths = [len(source.questions) for source in self.sources]
         routes, picks = pick(recipe.seed, self.step, units, self.shares, lengths, per.per, per.groups)
         blank = stream(recipe.seed, self.step, "blank").random(units) < recipe.guidance.unconditional
         query = recipe.query
         levels = draw(recipe.seed, self.step, recipe.batch, query.count, query.law, query.beta)
+        if recipe.gates.group > 1:  # walks that are weighed against each other are asked at one noise level
+            levels = levels[::unit].repeat_interleave(unit, dim=0)
+        update = None if self.contexts is None else self.contexts.update(self.step, routes, picks, blank)
         fields = Fields(self.walk, self._student, [s.field for s in self.sources], self.shares)
         start = 0
         for group in self._layouts(routes, picks, blank):
-            order = [row for members in group.values() for u in members for row in range(u * unit, (u + 1) * unit)]
+            layout = [u for members in group.values() for u in members]
+            order = [row for u in layout for row in range(u * unit, (u + 1) * unit)]
             share = [place for place in range(len(order)) if (start + place) // unit % self.ranks == self.rank]
             size = max(unit, (recipe.micro_batch or recipe.batch) // unit * unit)
             for first_row in range(0, len(share), size):
                 mine = share[first_row : first_row + size]
                 rows = [order[place] // unit for place in mine]
                 first = self.sources[routes[rows[0]]].questions
+                condition = self._condition(rows, routes, picks, blank, update)
                 yield Lesson(
                     recipe=recipe,
                     fields=fields,
@@ -133,12 +154,13 @@ class Loop:
                     mine=mine,
                     routes=[routes[u] for u in rows],
                     blank=[bool(blank[u]) for u in rows],
-                    condition=self._condition(rows, routes, picks, blank),
+                    condition=condition,
                     null=self._null(rows, routes, picks) if recipe.rollout.guidance != 1 else None,
                     sigmas=first.sigmas(picks[rows[0]]).float().cpu(),
                     drawn=levels[[order[place] for place in mine]],
                     device=self.device,
                     targets=lambda rows=rows: self._targets(rows, routes, picks),  # type: ignore[misc]
+                    gates=None if update is None else update.gating(rows, layout, condition),
                 )
             start += len(order)
 
@@ -154,12 +176,18 @@ class Loop:
         return list(groups.values())
 
     def _condition(
-        self, rows: Sequence[int], routes: Sequence[int], picks: Sequence[int], blank: np.ndarray
+        self,
+        rows: Sequence[int],
+        routes: Sequence[int],
+        picks: Sequence[int],
+        blank: np.ndarray,
+        update: Update | None = None,
     ) -> Condition:
-        """The conditions of these units, in order, the blank ones with the null prompt."""
+        """The conditions of these units, in order, the blank ones with the null prompt, some with a degraded source."""
+        asked = (lambda u: self.sources[routes[u]].questions) if update is None else update.work
         parts = []
-        for (m, unasked), run in _runs(rows, lambda u: (routes[u], bool(blank[u]))):
-            part = self.sources[m].questions.rows([picks[u] for u in run]).to(self.device)
+        for (unasked, work), run in _runs(rows, lambda u: (bool(blank[u]), asked(u))):
+            part = work.rows([picks[u] for u in run]).to(self.device)
             parts.append(unprompted(part, self._null(run, routes, picks)) if unasked else part)
         return stack(parts)
 
@@ -261,15 +289,18 @@ class Loop:
         for key, value in self.scaler.state_dict().items():
             out[f"scaler.{key}"] = torch.tensor(value, dtype=torch.float64)
         out["skipped"] = torch.tensor(self._bad)
-        return out
+        return out if self.contexts is None else out | self.contexts.running.state()
 
     @torch.no_grad()
     def restore(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Put a saved ``state`` back."""
         self.step, self._bad = step, int(tensors.get("skipped", torch.tensor(0)))
+        if self.contexts is not None:
+            self.contexts.running.restore(tensors)
         scaler = {k.removeprefix("scaler."): v.item() for k, v in tensors.items() if k.startswith("scaler.")}
         if scaler:
             self.scaler.load_state_dict(scaler | {k: int(scaler[k]) for k in ("growth_interval", "_growth_tracker")})
+        self.optimizer.state.clear()  # a state of before the first update has none
         for i, (weight, average) in enumerate(zip(self.parameters, self.average, strict=True)):
             weight.copy_(tensors[f"weight.{i}"])
             average.copy_(tensors[f"average.{i}"])

@@ -23,12 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from danceopd import heldout
+from danceopd.attention import install
 from danceopd.backbone import Backbone
 from danceopd.base_model import base_fingerprint, base_folder, empty_transformer, load_base
 from danceopd.blocks import compile_blocks
 from danceopd.card import load_snippet, write_card
 from danceopd.errors import UserError
-from danceopd.fields import AdapterField
+from danceopd.fields import AdapterField, BaseField, VelocityField
 from danceopd.figures import Progress
 from danceopd.formats import DTYPES
 from danceopd.interrupts import Interrupts
@@ -41,13 +43,17 @@ from danceopd.processes import Processes
 from danceopd.questions import alike
 from danceopd.random_state import RandomState
 from danceopd.recipe import Recipe
+from danceopd.reuse import refuse_reuse
 from danceopd.run import RunFolder
-from danceopd.samples import SampleGrid
+from danceopd.samples import SampleGrid, looking
 from danceopd.sharded import Sharded, shard
 from danceopd.shipped import SHIPPED
 from danceopd.student import Probe, export, load_student
-from danceopd.teachers import Known, look, null_condition, prepare, remember
+from danceopd.teachers import Known, at_strengths, contrast_null, look, null_condition, prepare, remember
+from danceopd.variants import KEEP, kept
 from danceopd.warm_start import Start, warm_start
+from danceopd.watch import Watch, recall
+from danceopd.watching import ROLLED, Watching
 from danceopd.work import Asked, Encoder, call_of, drawers, open_work, release_encoders
 
 _log = logging.getLogger("danceopd")
@@ -100,6 +106,8 @@ def merge(recipe: Recipe, report: Report | None = None) -> Student:
     try:
         with processes.first():
             folder = base_folder(recipe.base)
+            if recipe.rollout.keep_source:
+                refuse_reuse(family_of(folder, recipe.family))
             known = look(recipe.teachers, folder)
             whole = any(teacher.checkpoint is not None for teacher in known)  # its difference is taken in the folder
             start = None if whole else _start(recipe, known, folder)
@@ -157,6 +165,8 @@ def _run(job: _Job, report: Report) -> Student:
     backbone = Backbone(transformer, family)
     if recipe.gradient_checkpointing:
         backbone.checkpoint_gradients()
+    if recipe.kernels:
+        install(transformer)
     if recipe.compile:
         compile_blocks(transformer)
     if split:
@@ -170,13 +180,29 @@ def _run(job: _Job, report: Report) -> Student:
             teacher, drawer, null = one.teacher, draw[one.teacher.capability], None
             if away or teacher.guidance is not None:
                 null = null_condition(drawer, teacher, fingerprint, recipe.output / "cache").to(device)
-            field = one.field(backbone, null, recipe.rollout.merged and not recipe.compile)
+            plain = recipe.rollout.merged and not recipe.compile
+            field = one.field(backbone, null, plain)
             data, rows = job.asked[teacher.name].data, job.asked[teacher.name].rows
             questions = encoder.questions(
                 teacher.capability, data, rows, recipe.rollout.steps, targets=needs_targets(recipe)
             )
-            sources.append(Source(teacher.name, field, questions, null))
+            other = dict(job.asked[teacher.name].also)
+            if null is None and recipe.gates.null(teacher.capability):
+                null = contrast_null(drawer, teacher)
+                null = null if null is None else null.to(device)
+                other |= {} if null is not None else {KEEP: kept(data, rows)}
+            also = {
+                name: encoder.questions(teacher.capability, *variant, recipe.rollout.steps)
+                for name, variant in other.items()
+            }
+            strengths = [at.field(backbone, null, plain) for at in at_strengths(one, recipe.gates.consensus)]
+            sources.append(Source(teacher.name, field, questions, null, also, strengths))
         grid = SampleGrid(recipe, encoder, backbone, merged=not split)
+        panels = None
+        if recipe.watch.steps(recipe.gates.on) and (split or run is not None):  # like the grid
+            stronger = {s.name: s.strengths for s in sources}
+            frozen = heldout.Fields({s.name: s.field for s in sources}, stronger, BaseField(backbone))
+            panels = heldout.panels(recipe, encoder, job.asked, frozen, device)
     release_encoders(encoder, pipe)
     backbone.new_student(STUDENT, recipe.student.rank, recipe.seed, job.start.adapter)
     add = Sharded(backbone, processes, sources[0].questions.rows([0]), STUDENT).add if split else processes.add
@@ -188,13 +214,27 @@ def _run(job: _Job, report: Report) -> Student:
             if run is not None:
                 run.image(step, picture)
 
-    if not _restore(job, loop):
+    def student() -> VelocityField:
+        return looking(backbone, _averaged(backbone, loop.average), merged=not split)
+
+    restored = _restore(job, loop)
+    if restored is None:
         look_at(0)
+    watch = None
+    if panels is not None:
+        seen = [] if run is None else recall(run.path, loop.step, ROLLED in (restored or {}))
+        watch = Watch(recipe.watch, *panels, None if run is None else run.path, processes.said(seen) if split else seen)
+    facts = {"recipe": job.recipe.identity(), "weights": whose}
+    watching = Watching(recipe, loop, processes, watch, run, student, facts, restored or {})
 
     def after(done: Progress) -> None:
-        seconds = time.monotonic() - job.began
+        seconds, marks = time.monotonic() - job.began, watching.look(done)
         if run is not None:
-            run.log(done.step, **done.scalars(), seconds=seconds, skipped=float(done.skipped))
+            run.log(done.step, **done.scalars(), **marks, seconds=seconds, skipped=float(done.skipped))
+        if watching.settle(done.step):
+            if watching.ended:
+                raise _OutOfTime
+            return
         every, last = recipe.samples.every, done.step == recipe.steps
         if last or (every and done.step % every == 0):
             look_at(done.step)
@@ -203,7 +243,7 @@ def _run(job: _Job, report: Report) -> Student:
         if late or caught or last or done.step % recipe.save_every == 0:
             random = processes.all(RandomState.now())
             if run is not None:
-                run.save(done.step, loop.state(), {"recipe": job.recipe.identity(), "weights": whose}, random)
+                run.save(done.step, loop.state(), watching.facts, random)
         report(done, recipe.steps)
         if caught:
             raise _Stopped(caught, done.step)
@@ -211,24 +251,28 @@ def _run(job: _Job, report: Report) -> Student:
             raise _OutOfTime
 
     with Interrupts() as interrupts, suppress(_OutOfTime):
-        loop.run(after)
-    _export(job, backbone, loop, fingerprint, call)
+        if not watching.ended:
+            loop.run(after)
+    _export(job, backbone, loop, fingerprint, call, [] if watch is None else watch.sentences())
     seconds = time.monotonic() - job.began
     if run is not None:
-        run.finish(loop.step, seconds=round(seconds, 1))
+        run.finish(loop.step, seconds=round(seconds, 1), stopped=watching.ended)
     return Student(recipe.output, loop.step, seconds, processes.main)
 
 
-def _restore(job: _Job, loop: Loop) -> bool:
-    """Continue from the newest whole checkpoint, which the first process reads; False when there is none."""
+def _restore(job: _Job, loop: Loop) -> dict[str, Any] | None:
+    """Continue from the newest whole checkpoint, which the first process reads: its facts, None when there is none."""
     saved = None if job.run is None else job.run.load()
-    step, random = job.processes.said((None, []) if saved is None else (saved.step, saved.random))
+    found = (None, [], {}) if saved is None else (saved.step, saved.random, saved.meta)
+    step, random, facts = job.processes.said(found)
     if step is None:
-        return False
+        return None
+    if ROLLED in facts:
+        loop.ungate()
     loop.restore(step, job.processes.shared(None if saved is None else saved.tensors))
     if job.processes.rank < len(random):
         random[job.processes.rank].restore()
-    return True
+    return facts
 
 
 def _split(recipe: Recipe, processes: Processes) -> bool:
@@ -290,7 +334,9 @@ def _averaged(backbone: Backbone, average: list[Tensor]) -> Adapter:
     return Adapter({m: (a.cpu().clone(), b.cpu().clone()) for m, (a, b) in zip(modules, pairs, strict=True)})
 
 
-def _export(job: _Job, backbone: Backbone, loop: Loop, fingerprint: str, call: dict[str, Any]) -> None:
+def _export(
+    job: _Job, backbone: Backbone, loop: Loop, fingerprint: str, call: dict[str, Any], watched: list[str]
+) -> None:
     """Write the averaged student, proven through the stock pipeline, and its card."""
     recipe, run = job.recipe, job.run
     student = _averaged(backbone, loop.average)
@@ -325,4 +371,5 @@ def _export(job: _Job, backbone: Backbone, loop: Loop, fingerprint: str, call: d
             snippet=snippet,
             grid=grid if grid.exists() else None,
             start=job.start.sentence,
+            watched=watched,
         )

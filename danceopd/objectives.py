@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from danceopd.gates import full_trust
 from danceopd.lesson import Lesson
 from danceopd.recipe import Recipe
 from danceopd.sde import Diffusion
@@ -20,14 +19,22 @@ from danceopd.sde import Diffusion
 Objective = Callable[[Lesson], None]
 
 
-def velocity_error(student: Tensor, answer: Tensor) -> Tensor:
-    """Mean squared difference of each row: ``student`` (with gradient) and ``answer`` (B, …) -> (B,)."""
-    return (student.float() - answer.float()).square().flatten(1).mean(1)
+def velocity_error(student: Tensor, answer: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """Mean squared difference of each row: ``student`` (with gradient) and ``answer`` (B, …) -> (B,).
+
+    ``tokens`` are weights of a row's tokens, of a shape that stands beside (B, …).
+    """
+    square = (student.float() - answer.float()).square()
+    return (square if tokens is None else tokens * square).flatten(1).mean(1)
 
 
 def danceopd(lesson: Lesson) -> None:
-    """Match the routed teacher's velocity at K drawn states of the student's own walk (arXiv 2606.27377)."""
-    states = lesson.walk(lesson.stops, lesson.levels)
+    """Match the routed teacher's velocity at K drawn states of the student's own walk (arXiv 2606.27377).
+
+    Gates, where there are any, weigh its rows and tokens, move some queries and shift some targets (gating.py).
+    """
+    gates = lesson.gates
+    states = lesson.walk(lesson.stops, lesson.levels) if gates is None else gates.walk(lesson)
     for k in range(states.shape[1]):
         _match(lesson, k, states[:, k])
 
@@ -118,8 +125,16 @@ def _match(lesson: Lesson, k: int, x: Tensor, answer: Tensor | None = None) -> N
     """Learn the velocity at the lesson's k-th queries; `answer` None: the teachers'."""
     sigma, weight = lesson.levels[:, k].to(lesson.device), lesson.weights[:, k].to(lesson.device)
     answer = lesson.ask(x, sigma) if answer is None else answer
-    error = full_trust(x, answer) * velocity_error(lesson.velocity(x, sigma), answer)
-    lesson.learn(weight * error / lesson.levels.shape[1], sigma, error)
+    if lesson.gates is None:
+        error = velocity_error(lesson.velocity(x, sigma), answer)
+        lesson.learn(weight * error / lesson.levels.shape[1], sigma, error)
+        return
+    heard = lesson.gates.ask(lesson, x, sigma, answer)  # all that is frozen, before the student's gradient
+    velocity = lesson.velocity(x, sigma)
+    trust = heard.trust(velocity.detach())
+    error = velocity_error(velocity, trust.target, trust.tokens)
+    plain = velocity_error(velocity.detach(), answer)
+    lesson.learn(weight * (trust.weights * error) / lesson.levels.shape[1], sigma, plain, gate=trust.figures)
 
 
 def _noised(lesson: Lesson, k: int, clean: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from danceopd.cost import Tokens, activation_bytes, forward_flops
 from danceopd.data import Edits
 from danceopd.errors import UserError
 from danceopd.formats import DTYPES
+from danceopd.gate_cost import gate_forwards
 from danceopd.lora import Adapter, adapter_shapes
 from danceopd.pipelines.families import class_name, family_of
 from danceopd.pipelines.family import Family
@@ -68,6 +69,9 @@ def plan(recipe: Recipe, tflops: float | None = None) -> dict[str, Any]:
     shares = recipe.shares()
     row = sum(shares[t.name] * flops[t.capability] for t in recipe.teachers)
     work = {part: recipe.batch * count * row for part, count in passes.items()}
+    for part, counts in gate_forwards(recipe, asked, queries["depths"]).items():
+        passes[part] = sum(shares[t.name] * counts[t.name] for t in recipe.teachers)
+        work[part] = recipe.batch * sum(shares[t.name] * counts[t.name] * flops[t.capability] for t in recipe.teachers)
     disk = _disk(recipe, asked, pictures, transformer, modules)
     here = _machine_memory(device)
     times = ("encoding", "training", "checkpointed")
@@ -189,18 +193,19 @@ def _pictures(
 def _queries(recipe: Recipe, sigmas: Mapping[Size, Tensor], pictures: list[dict[str, Any]]) -> dict[str, Any]:
     """How far the updates walk, on the commonest picture size, and the share of queries in each tenth of noise."""
     if recipe.objective in ("offpolicy", "supervised"):
-        return {"walked": 0.0, "levels": []}
+        return {"walked": 0.0, "levels": [], "depths": []}
     schedule, knobs = sigmas[pictures[0]["size"]], recipe.query
     if recipe.objective in ("diffusionopd", "flowopd"):
-        levels = schedule[:-1]
+        levels, depths = schedule[:-1], []
         walked = float(len(levels) - (recipe.objective == "diffusionopd"))
     else:
         drawn = [draw(recipe.seed, s, recipe.batch, knobs.count, knobs.law, knobs.beta)
                  for s in range(min(recipe.steps, COUNTED))]  # fmt: skip
         stops, levels = place(torch.cat(drawn), schedule, knobs.law, knobs.jitter)
-        walked = float(stops.max(1).values.double().mean())
+        depth = stops.max(1).values
+        walked, depths = float(depth.double().mean()), (torch.bincount(depth) / len(depth)).tolist()
     counts = torch.histc(levels.flatten().float(), BINS, 0.0, 1.0)
-    return {"walked": walked, "levels": (counts / counts.sum()).tolist()}
+    return {"walked": walked, "levels": (counts / counts.sum()).tolist(), "depths": depths}
 
 
 def _passes(recipe: Recipe, walked: float) -> dict[str, float]:
@@ -212,11 +217,15 @@ def _passes(recipe: Recipe, walked: float) -> dict[str, float]:
     calls = {t.name: 1.0 + (0 if t.guidance is None else 1 - blank) for t in recipe.teachers}
     teacher = sum(calls.values() if recipe.routing.answer == "mean" else (shares[n] * c for n, c in calls.items()))
     drawn = steps if recipe.objective == "offpolicy" and recipe.offpolicy.clean == "teacher" else 0
+    every, watch = recipe.watch.steps(recipe.gates.on), recipe.watch
+    mean = sum(calls.values()) / len(calls)
+    looks = {"watch": watch.forwards(steps, mean) / (every * recipe.batch)} if every else {}
     return {
         "walk": walked * (1 if recipe.rollout.guidance == 1 else 2),
         "teachers": (drawn + (0 if recipe.objective == "supervised" else asked)) * teacher,
         "student, forward": float(asked),
         "student, backward": float(asked),
+        **looks,
     }
 
 
@@ -259,12 +268,15 @@ def _memory(
     tokens = Tokens(largest["picture"], largest["source"], largest["text"])
     rows = min(recipe.batch, recipe.micro_batch or recipe.batch)
     kept = {c: rows * activation_bytes(transformer, tokens, size, c) for c in (False, True)}
+    consensus = recipe.gates.consensus
     parts = [("backbone", size * sum(p.numel() for p in transformer.parameters()), ["encoding", *both])]
     if recipe.rollout.merged and recipe.objective in ("danceopd", "diffusionopd", "flowopd"):
         parts.append(("merged copy for the walk", copy_, both))
     parts.append(("merged copy for sample grids", copy_, both))
     for name, (facts, _) in teachers.items():
         parts.append((f"teacher {name}", 4 * facts["parameters"], both))
+        if consensus is not None and consensus.by == "strength":
+            parts.append((f"teacher {name}, other strengths", 4 * facts["parameters"] * (consensus.framings - 1), both))
     parts += [
         ("student", student, both),
         ("student, gradient", student, both),
@@ -305,11 +317,15 @@ def _disk(
     config = transformer.config
     width = int(config.get("joint_attention_dim") or config.get("cap_feat_dim") or 0)
     channels = int(config.get("in_channels") or 64)
-    rows = {(recipe.work(t), t.capability): asked[t.name].rows for t in recipe.teachers}
+    rows = {
+        (recipe.work(t), t.capability): len(a.rows) + sum(len(variant[1]) for variant in a.also.values())
+        for t in recipe.teachers
+        for a in (asked[t.name],)
+    }
     cache, size = 0.0, DTYPES[recipe.dtype].itemsize
     for (_, capability), drawn in rows.items():
         for p in (p for p in pictures if p["capability"] == capability):
-            cache += len(drawn) * p["share"] * size * (p["text"] * width + p["source"] * channels)
+            cache += drawn * p["share"] * size * (p["text"] * width + p["source"] * channels)
     student = 4 * _numbers(recipe, modules)
     return {
         "run": (recipe.keep_last + 1) * 4 * student + student, "run_free": _free(recipe.output),

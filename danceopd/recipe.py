@@ -1,9 +1,9 @@
 """What to merge, and how: one frozen pydantic model that YAML files, flags and Python share.
 
-Every default of a merge stands here and nowhere else, and is the paper's; what `danceopd merge` does with nothing
-given is the shipped recipe `checkpoints/demo.yaml`. A `Recipe` that exists is a valid one: unknown keys, impossible
-numbers, missing files and misspelt names are refused when it is made, with a `UserError` that names the key, the
-file and the nearest thing that would have been right.
+Every default of a merge stands here and in its parts (`recipe_parts`, `recipe_gates`) and nowhere else, and is the
+paper's; what `danceopd merge` does with nothing given is the shipped recipe `checkpoints/demo.yaml`. A `Recipe` that
+exists is a valid one: unknown keys, impossible numbers, missing files and misspelt names are refused when it is made,
+with a `UserError` that names the key, the file and the nearest thing that would have been right.
 Shipped checkpoints ("base", "generation", ...) go by their bare names; a folder is written "./generation".
 """
 
@@ -16,39 +16,64 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
     ValidationError,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from .errors import UserError
+from .recipe_gates import Gates
+from .recipe_parts import (
+    BlendMethod,
+    Data,
+    FlowOPD,
+    Guidance,
+    OffPolicy,
+    Optimizer,
+    Part,
+    Query,
+    Rollout,
+    Routing,
+    Samples,
+    Student,
+    Teacher,
+    Unit,
+    Work,
+    existing,
+)
+from .recipe_watch import Watch
 from .sentences import explain, nearest, read_yaml
-from .shipped import SHIPPED, demo, portable, resolve, shipped
+from .shipped import SHIPPED, demo, portable, shipped
 
-__all__ = ["CAPABILITIES", "SHIPPED", "Recipe", "Teacher", "shipped"]
+__all__ = ["CAPABILITIES", "SHIPPED", "BlendMethod", "Gates", "Recipe", "Student", "Teacher", "Work", "shipped"]
 
 CAPABILITIES = ("generation", "editing")
 CALL_KEYS = ("height", "width", "steps", "max_sequence_length", "guidance_scale")
-CONTINUES = """steps output device samples save_every keep_last time_limit
-    micro_batch gradient_checkpointing compile parallel""".split()
+CONTINUES = (
+    "steps",
+    "output",
+    "device",
+    "samples",
+    "save_every",
+    "keep_last",
+    "time_limit",
+    "micro_batch",
+    "gradient_checkpointing",
+    "compile",
+    "kernels",
+    "parallel",
+    "watch",
+)
 """Fields that may differ between a run and its continuation: but for rounding they change nothing a step computes."""
 
-Unit = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-def _adapter(value: Any) -> Any:
-    return value if value == "base" else _existing(value, "adapter")
-
-
 def _editing_base(value: Any) -> Any:
-    return None if value is None else _existing(value, "editing base", hub=True, shipped_names=False)
+    return None if value is None else existing(value, "editing base", hub=True, shipped_names=False)
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:
@@ -60,158 +85,7 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _base(value: Any) -> Any:
-    return _existing(value, "base model", hub=True)
-
-
-def _existing(value: Any, what: str, **how: Any) -> Any:
-    try:
-        return resolve(value, what, **how)
-    except UserError as error:  # as a ValueError, to which pydantic adds the key
-        raise ValueError(str(error)) from None
-
-
-def _work(value: Any) -> Any:
-    if value is None or str(value).partition(":")[0] in ("scenes", "hub"):
-        return value
-    return _existing(value, "data source", shipped_names=False)
-
-
-Work = Annotated[str, BeforeValidator(_work)]
-
-
-BlendMethod = Literal[
-    "linear",
-    "slerp",
-    "task-arithmetic",
-    "ties",
-    "dare-linear",
-    "dare-ties",
-    "magnitude-prune",
-    "breadcrumbs",
-    "sce",
-]
-"""The names of `blend_methods.METHODS`, which a recipe may say before torch is there."""
-
-
-class Part(BaseModel):
-    """What all parts of a recipe share: frozen, no unknown keys, finite numbers, no YAML booleans."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_booleans(cls, data: Any) -> Any:
-        for key, value in data.items() if isinstance(data, Mapping) else ():
-            field = cls.model_fields.get(key)
-            if isinstance(value, bool) and field is not None and field.annotation is not bool:
-                raise PydanticCustomError("boolean", "a boolean", {"key": key, "value": value})
-        return data
-
-
-class Teacher(Part):
-    """A frozen velocity field: "base", a LoRA, or a whole model trained from the base (a folder or a file).
-
-    A whole model is kept as its rank-`rank` difference from the base when that loses at most `residual` of the
-    change (0: never, 1: always), else it is streamed. `guidance` is classifier-free guidance away from the prompt
-    `negative` (None: the family's own). `accept` silences a refusal: a LoRA of another base, a whole pipeline with
-    another scheduler or other components (its text encoder, its autoencoder).
-    """
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
-    adapter: Annotated[str, BeforeValidator(_adapter)] = "base"
-    capability: Literal["generation", "editing"]
-    weight: PositiveFloat = 1.0  # its share of the rows
-    scale: float = 1.0  # strength: of a LoRA, or of a whole model's difference from the base
-    rank: PositiveInt = 128
-    residual: float = Field(0.05, ge=0, le=1)
-    guidance: PositiveFloat | None = None
-    negative: str | None = None
-    accept: tuple[Literal["base", "scheduler", "components"], ...] = ()
-    data: Annotated[str | None, BeforeValidator(_work)] = None  # its own work; None: its capability's
-
-
-class Student(Part):
-    """The adapter that learns. `init` is "base", "blend", a teacher's name, or an adapter's path."""
-
-    rank: PositiveInt = 64
-    init: str = "blend"
-    init_weights: dict[str, float] = {}  # of "blend", by teacher; empty: 1/N each, or 1 where a method adds up
-    init_method: BlendMethod = "linear"  # of "blend"
-
-
-class Optimizer(Part):
-    name: Literal["adamw"] = "adamw"
-    lr: PositiveFloat = 2e-4
-    betas: tuple[Unit, Unit] = (0.9, 0.99)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup: int = Field(10, ge=0)
-    clip: PositiveFloat = 1.0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up, down to 0
-
-
-class Rollout(Part):
-    """How the student walks. `noise` a above 0 is Flow-GRPO's random walk; `guidance` is the walk's own scale."""
-
-    steps: PositiveInt = 16
-    solver: Literal["euler", "ab2"] = "euler"
-    noise: float = Field(0.0, ge=0)
-    guidance: PositiveFloat = 1.0
-    merged: bool = True  # walk on W + BA; False: through the LoRA layers, without a copy of the adapted weights
-
-
-class Query(Part):
-    """At which noise level to ask. `beta` replaces the law's own Beta(a, b)."""
-
-    law: Literal["low-noise", "uniform", "mid", "high-noise", "paper"] = "paper"
-    beta: tuple[PositiveFloat, PositiveFloat] | None = None
-    count: PositiveInt = 1  # states of one walk that are asked about
-    jitter: bool = False  # ask at the drawn level itself, not at the grid point above it
-    weight: Literal["even", "dt2"] = "even"  # dt2: by the squared length of the step that leaves the level
-
-
-class Routing(Part):
-    """One teacher a row, a step, or `groups` steps in turn. `weights` by name win over the teachers' own `weight`.
-
-    With `answer: mean` each row still draws its question by these routes, but the answer is the mean over all
-    teachers by weight (soft routing, an ablation).
-    """
-
-    per: Literal["row", "step", "turn"] = "row"
-    groups: PositiveInt = 1  # steps of a turn
-    weights: dict[str, PositiveFloat] = {}
-    answer: Literal["routed", "mean"] = "routed"
-
-
-class Guidance(Part):
-    """`unconditional` is the share of rows asked with the null prompt, where the answer is the unguided teacher's."""
-
-    unconditional: Unit = 0.0
-
-
-class FlowOPD(Part):
-    """Of objective flowopd: walks of one question that share a baseline, and how far the ratio may leave 1."""
-
-    group: int = Field(8, ge=2)
-    clip: PositiveFloat = 1e-4
-
-
-class OffPolicy(Part):
-    """Of objective offpolicy: clean pictures are the work's own targets, or drawn by the routed teacher."""
-
-    clean: Literal["targets", "teacher"] = "targets"
-
-
-class Data(Part):
-    """Where the work comes from: "scenes", a .txt, .csv, .jsonl or .parquet file, a folder, "hub:owner/name"."""
-
-    generation: Work = "scenes"
-    editing: Work = "scenes"
-    rows: PositiveInt = 1024  # drawn from "scenes", for each capability
-
-
-class Samples(Part):
-    every: int = Field(200, ge=0)  # 0: only at the first and the last step
-    count: PositiveInt = 6
+    return existing(value, "base model", hub=True)
 
 
 def _shipped_teachers() -> tuple[dict[str, str], ...]:
@@ -232,6 +106,7 @@ class Recipe(Part):
     micro_batch: PositiveInt | None = None  # rows of the batch at a time; None: all
     gradient_checkpointing: bool = False
     compile: bool = False  # the transformer's repeated blocks, by torch.compile
+    kernels: bool = False  # fused kernels around attention (docs/kernels.md); on a CPU plain torch
     parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes, each has the whole base, or a share of it
     student: Student = Student()
     optimizer: Optimizer = Optimizer()
@@ -243,8 +118,10 @@ class Recipe(Part):
     flowopd: FlowOPD = FlowOPD()
     offpolicy: OffPolicy = OffPolicy()
     guidance: Guidance = Guidance()
+    gates: Gates = Gates()
     data: Data = Data()
     samples: Samples = Samples()
+    watch: Watch = Watch()
     save_every: PositiveInt = 100
     keep_last: PositiveInt = 2  # checkpoints
     time_limit: PositiveFloat | None = None  # minutes
@@ -306,7 +183,7 @@ class Recipe(Part):
         words = ["base", "blend", *names]
         if self.student.init not in words:
             hint = nearest(self.student.init, words)
-            init = _existing(self.student.init, "student.init", hint=hint, shipped_names=False)
+            init = existing(self.student.init, "student.init", hint=hint, shipped_names=False)
             object.__setattr__(self, "student", self.student.model_copy(update={"init": init}))
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output {self.output} is a file; name a folder")
@@ -333,10 +210,38 @@ class Recipe(Part):
             raise ValueError(f"objective {objective} has no student walk; of rollout, keep steps only")
         if objective == "supervised" and self.routing.answer == "mean":
             raise ValueError("objective supervised asks no teacher; leave out routing.answer")
-        if (self.micro_batch or self.batch) < (unit := self.flowopd.group if objective == "flowopd" else 1):
-            raise ValueError(f"micro_batch {self.micro_batch} splits the walks of one question, flowopd.group {unit}")
+        if walk.keep_source and self.parallel == "fsdp":
+            raise ValueError("rollout.keep_source needs the whole base in each process; leave it out, or parallel fsdp")
+        self._gated()
+        self.watch.agree(self.gates.on)
+        if (self.micro_batch or self.batch) < self.unit:
+            group = "flowopd.group" if objective == "flowopd" else "gates.group"
+            raise ValueError(f"micro_batch {self.micro_batch} splits the walks of one question, {group} {self.unit}")
         if self.routing.per == "turn" and len(set(self.shares().values())) > 1:
             raise ValueError("routing.per turn gives each teacher equal turns; leave out the weights")
+
+    def _gated(self) -> None:
+        """Refuses gates where they would be ignored, or cannot do what they are asked."""
+        gates = self.gates
+        if not gates.on:
+            return
+        if self.objective != "danceopd":
+            raise ValueError(f"gates weigh what objective danceopd learns, and the objective is {self.objective}")
+        if self.routing.answer == "mean":
+            raise ValueError("gates ask the routed teacher, and routing.answer is mean; leave one of the two out")
+        if self.batch % gates.group:
+            raise ValueError(f"batch {self.batch} is no multiple of gates.group, {gates.group}")
+        capabilities = {teacher.capability for teacher in self.teachers}
+        if gates.evidence is not None and gates.evidence.contrast == "source" and "editing" not in capabilities:
+            raise ValueError("gates.evidence.contrast is source, and no teacher edits; choose prompt or null")
+        if gates.skills is not None and gates.skills.critical and self.rollout.steps < 2:
+            raise ValueError("gates.skills.critical compares steps and needs walks of two steps or more, rollout.steps")
+        base = next((t.name for t in self.teachers if t.adapter == "base"), None)
+        if gates.consensus is not None and gates.consensus.by == "strength" and base is not None:
+            raise ValueError(
+                f"gates.consensus.by is strength, and teacher {base!r} is the bare base, which has none; "
+                "choose words"
+            )
 
     # -- reading --------------------------------------------------------------------------------------
 
@@ -388,6 +293,11 @@ class Recipe(Part):
         return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=110)
 
     # -- asking ---------------------------------------------------------------------------------------
+
+    @property
+    def unit(self) -> int:
+        """Rows of an update that are walks of one question, and are learnt together."""
+        return self.flowopd.group if self.objective == "flowopd" else self.gates.group
 
     def shares(self) -> dict[str, float]:
         """How often each teacher is asked, by name; sums to 1."""

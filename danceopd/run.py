@@ -2,6 +2,7 @@
 
     recipe.yaml  metrics.jsonl  logs/  samples/step-000050.png
     checkpoints/step-000050/{state.safetensors,meta.json,manifest.json}
+    checkpoints/good-000050/…  watch.jsonl  watch.json      of a watched run (danceopd.watch)
 
 A checkpoint appears by one rename after everything in it reached the disk, and its manifest names the sha256 of
 every file, so the newest one is complete or is passed over. Continuing drops what was logged after it: nothing
@@ -96,13 +97,14 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether a run of at least as many steps has been exported here: there is nothing left to do."""
+        """Whether a run of at least as many steps, or one that the watch ended, has been exported here."""
         try:
             done = json.loads((self.path / "finished.json").read_text())
         except (OSError, ValueError):
             return False
+        ended = done.get("stopped") is True and self.recipe.watch.rollback == "stop"
         return (
-            int(done.get("step", -1)) >= self.recipe.steps
+            (ended or int(done.get("step", -1)) >= self.recipe.steps)
             and (self.path / "pytorch_lora_weights.safetensors").is_file()
         )
 
@@ -135,12 +137,14 @@ class RunFolder:
         tensors: Mapping[str, Tensor],
         meta: Mapping[str, Any],
         random: Sequence[RandomState] | None = None,
+        good: bool = False,
     ) -> Path:
         """Writes `checkpoints/step-000050` and the like, whole or not at all, and forgets all but the last `keep_last`.
 
-        `random` is the state of every process's random generators, by rank; None: there is this one.
+        `random` is the state of every process's random generators, by rank; None: there is this one. A `good` one
+        stands apart, as `checkpoints/good-000050`: nothing replaces it but the next such.
         """
-        final = self._checkpoints / f"step-{step:06d}"
+        final = self._checkpoints / f"{'good' if good else 'step'}-{step:06d}"
         part, before = (final.with_name(f".{final.name}.{os.getpid()}{end}") for end in ("", ".old"))
         states = [RandomState.now()] if random is None else random
         drawn = {f"{_rng(rank)}{key}": value for rank, one in enumerate(states) for key, value in one.tensors.items()}
@@ -164,13 +168,13 @@ class RunFolder:
             except BaseException:
                 shutil.rmtree(part, ignore_errors=True)
                 raise
-        for old in (before, *self._steps()[: -self.recipe.keep_last]):
+        for old in (before, *(self._steps("good")[:-1] if good else self._steps()[: -self.recipe.keep_last])):
             shutil.rmtree(old, ignore_errors=True)
         return final
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint; a damaged one is passed over with a warning."""
-        for folder in reversed(self._steps()):
+    def latest(self, kind: str = "step") -> Path | None:
+        """The newest complete checkpoint of a kind; a damaged one is passed over with a warning."""
+        for folder in reversed(self._steps(kind)):
             try:
                 fault = _fault(folder)
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -183,20 +187,36 @@ class RunFolder:
     def load(self) -> Saved | None:
         """What `latest()` holds; what was logged after it is dropped."""
         folder = self.latest()
-        if folder is None:
-            self._truncate(-1)
-            return None
+        saved = None if folder is None else self._read(folder)
+        self._truncate(-1 if saved is None else saved.step)
+        return saved
+
+    def good(self) -> Saved | None:
+        """The last good checkpoint (see `save`)."""
+        folder = self.latest("good")
+        return None if folder is None else self._read(folder)
+
+    def forget(self, step: int) -> None:
+        """Drops what was saved and logged after a step."""
+        for folder in self._steps():
+            if int(folder.name.removeprefix("step-")) > step:
+                shutil.rmtree(folder, ignore_errors=True)
+        self._truncate(step)
+        if self._writer is not None:  # the next one drops what TensorBoard has of later steps
+            self._writer.close()
+            self._writer = None
+
+    def _read(self, folder: Path) -> Saved:
         facts = json.loads((folder / META).read_text())
         tensors = load_file(folder / STATE)
         states = []
         for rank, plain in enumerate([facts["random"], *facts.get("others", [])]):
             mine = [key for key in tensors if key.startswith(_rng(rank))]
             states.append(RandomState({key.removeprefix(_rng(rank)): tensors.pop(key) for key in mine}, plain))
-        self._truncate(facts["step"])
         return Saved(facts["step"], tensors, facts["meta"], states)
 
-    def _steps(self) -> list[Path]:
-        return sorted(p for p in self._checkpoints.glob("step-*") if p.is_dir())
+    def _steps(self, kind: str = "step") -> list[Path]:
+        return sorted(p for p in self._checkpoints.glob(f"{kind}-*") if p.is_dir())
 
     # -- logs -----------------------------------------------------------------------------------------
 

@@ -47,11 +47,7 @@ class SampleGrid:
 
     def draw(self, student: Adapter) -> Image.Image:
         """The grid as ``student`` draws it: a picture for each prompt, source and result for each edit."""
-        if LOOK in self.backbone.adapters:
-            self.backbone.assign(LOOK, student)
-        else:
-            self.backbone.add_adapter(LOOK, student)
-        field: VelocityField = (MergedField if self.merged else AdapterField)(self.backbone, LOOK)
+        field = looking(self.backbone, student, self.merged)
         rows: list[list[Image.Image | None]] = []
         labels: list[str] = []
         for drawer, condition, noise, words, sources in self.parts:
@@ -64,3 +60,12 @@ class SampleGrid:
             rows += [list(sources), list(made)]
             labels += ["editing, source", "edited: " + "; ".join(words)]
         return grid(rows, labels)
+
+
+def looking(backbone: Backbone, student: Adapter, merged: bool) -> VelocityField:
+    """`student` as a field, in the one place that the backbone keeps for looking at it."""
+    if LOOK in backbone.adapters:
+        backbone.assign(LOOK, student)
+    else:
+        backbone.add_adapter(LOOK, student)
+    return (MergedField if merged else AdapterField)(backbone, LOOK)

@@ -28,6 +28,7 @@ from danceopd.checkpoint import (
     open_checkpoint,
     scheduler_difference,
 )
+from danceopd.consensus import strengths
 from danceopd.disk import disk_faults, replace_file
 from danceopd.errors import UserError
 from danceopd.extract import difference, progress
@@ -37,6 +38,7 @@ from danceopd.pipelines.editing import EditingPipeline
 from danceopd.pipelines.generation import GenerationPipeline, check_prompts
 from danceopd.pipelines.record import Condition, record
 from danceopd.recipe import Teacher
+from danceopd.recipe_gates import Consensus
 from danceopd.store import key_of
 from danceopd.streamed import StreamedField
 
@@ -90,6 +92,17 @@ class Known:
         if null is None:
             raise ValueError(f"teacher {teacher.name!r} is guided and has no null condition")
         return GuidedField(field, null, teacher.guidance)
+
+
+def at_strengths(known: Known, consensus: Consensus | None) -> list[Known]:
+    """The teacher at the other strengths that a consensus by strength asks, each under a name of its own."""
+    if consensus is None or consensus.by != "strength":
+        return []
+    teacher, made = known.teacher, []
+    for factor in strengths(consensus.framings, consensus.jitter):
+        name = f"{teacher.name}-at-{round(1000 * factor)}"
+        made.append(replace(known, teacher=teacher.model_copy(update={"name": name, "scale": teacher.scale * factor})))
+    return made
 
 
 def look(teachers: Iterable[Teacher], base: Path) -> list[Known]:
@@ -196,10 +209,27 @@ def null_prompt(drawer: GenerationPipeline, name: str, negative: str | None = No
         negative = str(family.guided(2.0).get("negative_prompt", ""))
     elif negative.strip():
         check_prompts(drawer.pipe, family, [negative], drawer.call)
-    return _null(drawer, negative)
+    found = _null(drawer, negative)
+    if found is None:
+        raise UserError(
+            f"the null prompt of {family.name} is read together with the source image, so editing teachers of this "
+            "family cannot be guided; leave guidance out"
+        )
+    return found
 
 
-def _null(drawer: GenerationPipeline, negative: str) -> Condition:
+@torch.no_grad()
+def contrast_null(drawer: GenerationPipeline, teacher: Teacher) -> Condition | None:
+    """What gates ask instead of a prompt: the teacher's negative prompt, the family's own, or an empty one; one row.
+
+    None where a family reads it together with the source image, so that one row is not enough.
+    """
+    guided = drawer.family.guided
+    negative = "" if guided is None else str(guided(2.0).get("negative_prompt", ""))
+    return _null(drawer, negative if teacher.negative is None else teacher.negative)
+
+
+def _null(drawer: GenerationPipeline, negative: str) -> Condition | None:
     pipe, family, call = drawer.pipe, drawer.family, drawer.call
     if not isinstance(drawer, EditingPipeline):
         return record(pipe, family, prompt=[negative], **call)[0]
@@ -210,12 +240,8 @@ def _null(drawer: GenerationPipeline, negative: str) -> Condition:
         words = family.encode(pipe, [negative], [image], **call)[0]
         rows.append(record(pipe, family, **{**call, "image": image, **words})[0])
     one, other = ([row.kwargs[key] for key in family.prompt_kwargs] for row in rows)
-    if not all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(one, other)):
-        raise UserError(
-            f"the null prompt of {family.name} is read together with the source image, so editing teachers of this "
-            "family cannot be guided; leave guidance out"
-        )
-    return rows[0]
+    same = all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(one, other))
+    return rows[0] if same else None
 
 
 def remember(run: Path, base_sha256: str, known: Iterable[Known]) -> dict[str, Any]:

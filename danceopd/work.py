@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from danceopd.recipe import Recipe
 from danceopd.routing import pick
 from danceopd.sample import call_defaults
 from danceopd.store import Store, key_of, missing
+from danceopd.variants import Variant, variants
 
 Size = tuple[int, int]  # height, width in pixels
 PROOFS = 4
@@ -77,10 +78,12 @@ def drawers(
 
 @dataclass(frozen=True)
 class Asked:
-    """The data of one teacher, opened and checked, and the rows of it that the run will draw."""
+    """The data of one teacher, opened and checked, and the rows of it that the run will draw; for gates, what they
+    are also asked as (variants.py)."""
 
     data: Prompts
     rows: list[int]
+    also: Mapping[str, Variant] = field(default_factory=dict)
 
 
 def open_work(recipe: Recipe) -> dict[str, Asked]:
@@ -102,13 +105,14 @@ def open_work(recipe: Recipe) -> dict[str, Asked]:
         found.check(rows)
         if targets:
             found.check_targets(rows)
-    return {t.name: Asked(d, sorted(rows)) for t, d, rows in zip(recipe.teachers, data, drawn)}
+    also = variants(recipe, data, drawn)
+    return {t.name: Asked(d, sorted(rows), a) for t, d, rows, a in zip(recipe.teachers, data, drawn, also)}
 
 
 def rows_drawn(recipe: Recipe, lengths: Sequence[int]) -> list[set[int]]:
     """The rows of each teacher's data that the recipe's updates ask about, and the first few, for proofs."""
     shares, per = [recipe.shares()[t.name] for t in recipe.teachers], recipe.routing
-    units = recipe.batch // (recipe.flowopd.group if recipe.objective == "flowopd" else 1)
+    units = recipe.batch // recipe.unit
     drawn = [set(range(min(PROOFS, length))) for length in lengths]
     for step in range(recipe.steps):
         routes, picks = pick(recipe.seed, step, units, shares, lengths, per.per, per.groups)

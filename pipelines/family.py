@@ -63,6 +63,18 @@ def one_by_one(pipe: Any, prompts: list[str], images: Sequence[Image] | None, **
     return [{"prompt": prompt} for prompt in prompts]
 
 
+def own_grid(condition: Condition) -> tuple[int, int] | None:
+    """(rows, columns) of latents that are a picture (C, h, w); None for tokens whose places are not known."""
+    return (condition.shape[1], condition.shape[2]) if len(condition.shape) == 3 else None
+
+
+def numbered_grid(ids: Tensor, n: int) -> tuple[int, int] | None:
+    """(rows, columns) of a picture's `n` tokens by positions `ids` (tokens, …): their first number is 0, the next two
+    are row and column; None unless the tokens fill that grid."""
+    rows, columns = (int(v) + 1 for v in ids[ids[:, 0] == 0][:, 1:3].amax(0))
+    return (rows, columns) if rows * columns == n else None
+
+
 @dataclass(frozen=True)
 class Family:
     """What danceopd must know about one model family. `pipe` is always the stock diffusers pipeline.
@@ -95,6 +107,10 @@ class Family:
     extra: Callable[[Any, dict[str, Any]], dict[str, Any]] = no_extra  # (pipe, call) -> more kwargs of the stock call
     size_of: Callable[[Any, Image, dict[str, Any]], tuple[int, int]] = own_shape  # see own_shape
     smallest_source: int = 64  # pixels a side
+    grid: Callable[[Condition], tuple[int, int] | None] = own_grid  # rows and columns of a picture's latents
+    # (transformer, condition) -> the same with its source's keys and values, computed once, in place of the source;
+    # None: source tokens see the noisy ones, or the time, or there are none
+    keep_source: Callable[[Any, Condition], Condition] | None = None
     call: tuple[str, ...] = ("max_sequence_length",)  # settings of the stock call a recipe may give besides the size
 
     @property

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .family import Family
+from .family import Family, numbered_grid
 from .record import Condition
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ FLUX1 = Family(
     blank=_blank,
     extra=_extra,
     size_of=_size_of,
+    grid=lambda condition: numbered_grid(condition.shared["img_ids"], condition.shape[0]),
     split=_split,
     velocity=_velocity,
     decode=_decode,

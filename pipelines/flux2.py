@@ -2,6 +2,8 @@
 
 klein (4B and 9B, base and distilled) reads prompts with Qwen3 and is guided by two calls, the distilled ones not at
 all; dev reads them with Mistral and takes guidance as a number (`guidance_scale`, 4 unless the recipe says otherwise).
+klein KV (9B, distilled) is klein with source tokens that come first, attend to themselves alone and are modulated at
+time 0: their keys and values are the same at every step, and may be kept.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .family import Family
+from danceopd.errors import UserError
+
+from .family import Family, numbered_grid
 from .record import Condition
 
 if TYPE_CHECKING:
@@ -91,6 +95,7 @@ FLUX2_KLEIN = Family(
     prompt_kwargs=("encoder_hidden_states", "txt_ids"),
     text_components=("text_encoder",),
     smallest_source=64,
+    grid=lambda condition: numbered_grid(condition.kwargs["img_ids"][0], condition.shape[0]),  # type: ignore[index]
     prompt_lengths=_klein_lengths,
     encode=_encode,
     blank=_blank,
@@ -111,4 +116,106 @@ FLUX2_DEV = replace(
     call=("max_sequence_length", "guidance_scale"),
     prompt_lengths=_dev_lengths,
     split=partial(_split, "flux2-dev"),
+)
+
+
+# klein KV
+
+KEPT = "kept"  # keys and values of the source in a condition: kept.k.0, kept.v.0, kept.k.1, … in the blocks' order
+
+
+def _kv_split(call: dict[str, Any]) -> tuple[Tensor, Condition]:
+    m = call.get("num_ref_tokens", 0)
+    tokens, dropped = call["hidden_states"], ("kv_cache", "kv_cache_mode", "num_ref_tokens")
+    rest = {key: value for key, value in call.items() if key not in dropped}
+    x, condition = _split("flux2-klein-kv", {**rest, "hidden_states": tokens[:, m:], "img_ids": rest["img_ids"][:, m:]})
+    kwargs = {**condition.kwargs, "img_ids": rest["img_ids"]}
+    return x, replace(condition, kwargs=kwargs, context=tokens[:, :m].clone() if m else None)
+
+
+def _kv_velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    kept = {key: value for key, value in condition.kwargs.items() if key.startswith(KEPT)}
+    if condition.context is None and not kept:
+        return _velocity(transformer, x, sigma, condition)
+    _causal(transformer)
+    call: dict[str, Any] = {key: value for key, value in condition.kwargs.items() if key not in kept}
+    time = (sigma * 1000).to(call["encoder_hidden_states"].dtype) / 1000
+    dtype = transformer.x_embedder.weight.dtype
+    if condition.context is None:
+        cache = _cache(transformer, kept)
+        call |= {"hidden_states": x.to(dtype), "kv_cache": cache, "kv_cache_mode": "cached"}
+    else:
+        tokens = torch.cat([condition.context.to(x.dtype), x], dim=1).to(dtype)
+        call |= {"hidden_states": tokens, "kv_cache_mode": "extract", "num_ref_tokens": condition.context.shape[1]}
+    return transformer(timestep=time, return_dict=False, **call)[0].float()
+
+
+def _causal(transformer: Any) -> None:
+    """UserError unless the attention modules know of sources, as the stock class makes them when it is built."""
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        processor = block.attn.processor
+        if not type(getattr(processor, "stock", processor)).__name__.startswith("Flux2KV"):
+            raise UserError(
+                f"{type(processor).__name__} lets source tokens see the picture, which FLUX.2-klein KV was not trained "
+                "for; load the base as a Flux2KleinKVPipeline"
+            )
+
+
+def _cache(transformer: Any, kept: dict[str, Tensor | None]) -> Any:
+    from diffusers.models.transformers.transformer_flux2 import Flux2KVCache
+
+    cache = Flux2KVCache(len(transformer.transformer_blocks), len(transformer.single_transformer_blocks))
+    for i, layer in enumerate((*cache.double_block_caches, *cache.single_block_caches)):
+        layer.store(kept[f"{KEPT}.k.{i}"], kept[f"{KEPT}.v.{i}"])
+    cache.num_ref_tokens = cache.get_double(0).k_ref.shape[1]
+    return cache
+
+
+@torch.no_grad()
+def _kv_keep(transformer: Any, condition: Condition) -> Condition:
+    """The source's keys and values of every block in place of its tokens, from one forward of the source alone.
+
+    Beside it go one word and one token of noise, which the source does not see.
+    """
+    if condition.context is None:
+        return condition
+    _causal(transformer)
+    source, call = condition.context, condition.kwargs
+    m, dtype = source.shape[1], transformer.x_embedder.weight.dtype
+    words, ids, places = (call[key] for key in ("encoder_hidden_states", "img_ids", "txt_ids"))
+    assert words is not None and ids is not None and places is not None
+    cache = transformer(
+        hidden_states=torch.cat([source, source[:, :1]], dim=1).to(dtype),
+        encoder_hidden_states=words[:, :1],
+        timestep=torch.zeros(len(source), dtype=words.dtype, device=words.device),
+        img_ids=ids[:, : m + 1],
+        txt_ids=places[:, :1],
+        guidance=call["guidance"],
+        return_dict=False,
+        kv_cache_mode="extract",
+        num_ref_tokens=m,
+    )[1]
+    kept: dict[str, Tensor | None] = {}
+    for i, layer in enumerate((*cache.double_block_caches, *cache.single_block_caches)):
+        kept[f"{KEPT}.k.{i}"], kept[f"{KEPT}.v.{i}"] = layer.get()
+    return replace(condition, context=None, kwargs={**call, "img_ids": ids[:, m:], **kept})
+
+
+def _kv_grid(condition: Condition) -> tuple[int, int] | None:
+    ids = condition.kwargs["img_ids"]
+    assert ids is not None
+    return numbered_grid(ids[0, ids.shape[1] - condition.shape[0] :], condition.shape[0])
+
+
+FLUX2_KLEIN_KV = replace(
+    FLUX2_KLEIN,
+    name="flux2-klein-kv",
+    generation="Flux2KleinKVPipeline",
+    editing="Flux2KleinKVPipeline",
+    unguided={},
+    guided=None,
+    split=_kv_split,
+    velocity=_kv_velocity,
+    keep_source=_kv_keep,
+    grid=_kv_grid,
 )

@@ -107,6 +107,7 @@ QWEN_IMAGE = Family(
     text_components=("text_encoder",),
     prompt_lengths=_lengths,
     size_of=_size_of,
+    grid=lambda condition: tuple(condition.fixed["img_shapes"][0][1:]),
     blank=_blank,
     split=_split,
     velocity=_velocity,

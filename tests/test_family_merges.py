@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -58,6 +59,36 @@ def recipe_of(tiny, pipe, folder):
         rollout={"steps": 2},
         samples={"every": 0, "count": 1},
     )
+
+
+def said_otherwise(folder):
+    """The same work with other wordings and longer ones, for what gates ask."""
+    for name, words in {"generation": WORDS, "editing": EDITS}.items():
+        lines = []
+        for i, one in enumerate(words):
+            row = {"prompt": one, "paraphrases": [f"please {one}", f"now {one}"], "expanded": f"{one} with care"}
+            lines.append(json.dumps(row | ({"image": str(folder / f"{i}.png")} if name == "editing" else {})))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("tiny", TINYS, ids=lambda tiny: tiny.family)
+def test_all_gates_together_on_every_family(tiny, tmp_path, monkeypatch):
+    """Every condition that a gate asks stacks, every contrast differs, and the figures are numbers."""
+    monkeypatch.setattr("danceopd.evidence.FLOOR", 0.0)  # random weights hardly hear a prompt
+    recipe = recipe_of(tiny, tiny.build(), tmp_path).resolved()
+    said_otherwise(tmp_path)
+    recipe["data"]["generation"] = str(tmp_path / "generation.jsonl")
+    if tiny.editing is not None:
+        recipe["data"]["editing"] = str(tmp_path / "editing.jsonl")
+    gates = {"evidence": True, "consensus": {"edited": 0.01, "kept": 0.01}, "skills": True, "group": 2}
+    gated = danceopd.Recipe(**{**recipe, "gates": gates, "batch": 4, "steps": 3, "watch": {"every": 0}})
+    danceopd.merge(gated, report=lambda done, steps: None)
+    lines = [json.loads(line) for line in (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()]
+    seen = {key: line[key] for line in lines for key in line if key.startswith("gate/")}
+    assert {"gate/weight", "gate/rho", "gate/leak", "gate/consensus", "gate/shift share", "gate/ess"} <= set(seen)
+    assert ("gate/rank" in seen) == (tiny.editing is not None)
+    assert all(isinstance(value, float) and math.isfinite(value) for value in seen.values()), seen
+    assert seen["gate/leak"] > 0 and seen["gate/rho"] != 0
 
 
 @pytest.mark.parametrize("tiny", TINYS, ids=lambda tiny: tiny.family)

@@ -10,7 +10,7 @@ from tiny import CALL, random_adapter, random_image, tiny_klein
 from tiny_transformers import FAMILIES, build, forward
 
 from danceopd.attention import install, installed, uninstall, using
-from danceopd.attention.processors import all_true
+from danceopd.attention.masks import all_true
 from danceopd.backbone import Backbone
 from danceopd.fields import BaseField
 from danceopd.pipelines import EditingPipeline, GenerationPipeline, family_of

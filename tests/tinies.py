@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tiny_flux1
 import tiny_flux2_dev
+import tiny_klein_kv
 import tiny_qwen
 import tiny_sd3
 import tiny_zimage
@@ -13,6 +14,7 @@ from tiny_parts import Tiny
 KLEIN = Tiny("flux2-klein", tiny_klein, lambda pipe: pipe, {**CALL, "steps": 4})
 TINYS: list[Tiny] = [
     KLEIN,
+    tiny_klein_kv.TINY,
     tiny_flux2_dev.TINY,
     tiny_flux1.TINY,
     tiny_qwen.TINY,

@@ -134,6 +134,23 @@ def fused(op: str, backend: str, tensors: list[Tensor | None], wide: list[Tensor
     return not reason
 
 
+def outside_attention(tensors: list[Tensor]) -> str:
+    """Why `ragged_attention` cannot take these `(B, S, H, D)` tensors on their device, "" if it can."""
+    first = tensors[0]
+    backend = active(first.device.type)
+    if backend == "torch":
+        return "the kernels are off (danceopd kernels says why)"
+    if backend == "op":
+        return ""
+    if first.shape[-1] not in HEAD_DIMS:
+        return f"heads of {first.shape[-1]} columns (the kernel takes {', '.join(map(str, HEAD_DIMS))})"
+    if backend == "cuda" and first.dtype == torch.float32:
+        return "takes bf16 and fp16 only"
+    if any(t.stride(2) != t.shape[3] for t in tensors if t.shape[2] > 1):
+        return "heads are not next to each other"
+    return _outside(backend, tensors, [])
+
+
 def _outside(backend: str, tensors: list[Tensor], wide: list[Tensor]) -> str:
     first = tensors[0]
     if first.dtype not in DTYPES:

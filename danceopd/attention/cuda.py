@@ -6,6 +6,7 @@ envelope of `choose.py`; outputs are dense, except gradients, which go where the
 
 from __future__ import annotations
 
+import math
 from ctypes import Structure, c_float, c_int, c_longlong, c_void_p
 
 import torch
@@ -68,6 +69,16 @@ class Swiglu(Structure):
         *((f"{name}_at", Strides) for name in "gate up passed grad out dgate dup".split()),
         ("width", c_int),
         ("passed_width", c_int),
+    ]
+
+
+class Attend(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in "q k v source_k source_v out cumulative tokens".split()),
+        *((f"{name}_at", Strides) for name in "q k v source_k source_v out".split()),
+        *((name, c_int) for name in "heads length source unused".split()),
+        ("scale", c_float),
+        ("unused2", c_int),
     ]
 
 
@@ -295,3 +306,33 @@ def swiglu(out: Tensor, gate: Tensor, up: Tensor, passed: Tensor | None) -> None
 def swiglu_backward(d_gate: Tensor, d_up: Tensor, grad: Tensor, gate: Tensor, up: Tensor) -> None:
     """See `reference.swiglu_backward`."""
     _run_swiglu("swiglu_backward", gate=gate, up=up, grad=_rows(grad), dgate=d_gate, dup=d_up)
+
+
+# Attention
+
+
+def ragged_attention(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cumulative: Tensor | None,
+    tokens: Tensor | None,
+    source_k: Tensor | None,
+    source_v: Tensor | None,
+    longest: int,
+    scale: float,
+) -> None:
+    """See `reference.ragged_attention`; `out` is dense."""
+    batch, length, heads, head_dim = q.shape
+    samples = batch if cumulative is None else len(cumulative) - 1
+    named = {"q": q, "k": k, "v": v, "source_k": source_k, "source_v": source_v, "out": out}
+    argument = Attend(heads=heads, length=length, source=0 if source_k is None else source_k.shape[1])
+    for name, tensor in named.items():
+        setattr(argument, name, _pointer(tensor))
+        setattr(argument, f"{name}_at", _at(tensor))
+    argument.cumulative, argument.tokens = _pointer(cumulative), _pointer(tokens)
+    argument.scale = scale * math.log2(math.e)
+    grid = (-(-longest // 64), samples * heads)  # TILE of ragged_attention.cu
+    defines = {"DTYPE": DTYPES[q.dtype], "HEAD_DIM": head_dim}
+    driver.launch(q, "ragged_attention", "ragged_attention", defines, grid, 128, argument)

@@ -7,16 +7,21 @@ what lies between is replaced: per-head norm, rotary embedding, joining, copies.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from diffusers.models.transformers.transformer_flux2 import (
     Flux2AttnProcessor,
+    Flux2KVAttnProcessor,
+    Flux2KVParallelSelfAttnProcessor,
     Flux2ParallelSelfAttnProcessor,
     Flux2SwiGLU,
 )
@@ -24,7 +29,10 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
 from torch import Tensor, nn
 
+from .core import attend
+from .cores import Call, Source, joined
 from .front import joint_qkv, parallel_qkv, swiglu_behind
+from .masks import all_true, over
 from .parts import Stream, table
 
 NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
@@ -54,9 +62,16 @@ class Fused:
     def _parallel_config(self, config: Any) -> None:
         self.stock._parallel_config = config
 
-    def core(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention itself: `(B, S, H, D)` each -> `(B, S, H·D)`."""
-        out = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self._attention_backend)
+    def core(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, source: Source | None = None) -> Tensor:
+        """Attention itself: `(B, S, H, D)` each -> `(B, S, H·D)`. A backend the user set in diffusers goes first."""
+        backend = self._attention_backend
+        if backend is None and _AttentionBackendRegistry.get_active_backend()[0] == AttentionBackendName.NATIVE:
+            out = attend(q, k, v, mask, source)
+        else:
+            k, v = joined(Call(q, k, v, source=source))
+            if mask is not None and mask.ndim == 2:
+                mask = None if all_true(mask) else over(mask, k.shape[1])[:, None, None, :]
+            out = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend)
         return out.flatten(2, 3).to(q.dtype)
 
     def joined(
@@ -102,12 +117,25 @@ class FusedFlux(Fused):
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Any:
-        context = encoder_hidden_states
-        if self._parallel_config is not None or (context is None) != (attn.added_kv_proj_dim is None):
-            return self.stock(attn, hidden_states, context, attention_mask, image_rotary_emb)
+        given = attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+        return self.attended(*given) if self.covers(attn, encoder_hidden_states) else self.stock(*given)
+
+    def covers(self, attn: Any, context: Tensor | None) -> bool:
+        return self._parallel_config is None and (context is None) == (attn.added_kv_proj_dim is None)
+
+    def attended(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        context: Tensor | None,
+        attention_mask: Tensor | None,
+        rope: Any,
+        cached: tuple[Tensor, Tensor] | None = None,
+    ) -> Any:
+        """The whole module, with cached keys and values behind those of the text or without."""
         text = 0 if context is None else context.shape[1]
-        q, k, v = self.joined(attn, hidden_states, context, *_halves(image_rotary_emb, text))
-        out = self.core(q, k, v, attention_mask)
+        q, k, v = self.joined(attn, hidden_states, context, *_halves(rope, text))
+        out = self.core(q, k, v, attention_mask, None if cached is None else Source(*cached, text))
         if context is None:
             return out if getattr(attn, "pre_only", False) else _output(attn, out)
         return _output(attn, out[:, text:].contiguous()), attn.to_add_out(out[:, :text].contiguous())
@@ -117,6 +145,28 @@ def _output(attn: Any, out: Tensor) -> Tensor:
     for layer in attn.to_out:
         out = layer(out)
     return out
+
+
+class FusedFluxKV(FusedFlux):
+    """FLUX.2-klein KV's two streams: source keys and values come from a cache. Filling the cache is stock code."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        kv_cache: Any = None,
+        kv_cache_mode: str | None = None,
+        num_ref_tokens: int = 0,
+    ) -> Any:
+        given = attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+        filling = kv_cache_mode == "extract" and num_ref_tokens > 0
+        if filling or not self.covers(attn, encoder_hidden_states):
+            return self.stock(*given, kv_cache, kv_cache_mode, num_ref_tokens)
+        cached = kv_cache_mode == "cached" and kv_cache is not None
+        return self.attended(*given, kv_cache.get() if cached else None)
 
 
 class FusedFlux2Parallel(Fused):
@@ -129,25 +179,55 @@ class FusedFlux2Parallel(Fused):
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Tensor:
-        if self._parallel_config is not None or attn.to_qkv_mlp_proj.out_features != _columns(attn):
-            return self.stock(attn, hidden_states, attention_mask, image_rotary_emb)
+        given = attn, hidden_states, attention_mask, image_rotary_emb
+        return self.attended(*given) if self.covers(attn) else self.stock(*given)
+
+    def covers(self, attn: Any) -> bool:
+        columns = 3 * attn.inner_dim + 2 * attn.mlp_hidden_dim
+        return self._parallel_config is None and attn.to_qkv_mlp_proj.out_features == columns
+
+    def attended(
+        self, attn: Any, hidden_states: Tensor, attention_mask: Tensor | None, rope: Any, source: Source | None = None
+    ) -> Tensor:
+        """The whole module, with a cached source among its keys or without."""
         packed = attn.to_qkv_mlp_proj(hidden_states)
         q, k, v, rest, gated = parallel_qkv(
             packed,
             attn.norm_q.weight,
             attn.norm_k.weight,
-            *(image_rotary_emb or (None, None)),
+            *(rope or (None, None)),
             head_dim=attn.head_dim,
             width=attn.inner_dim,
             eps=self.eps,
             round_first=self.round_first,
         )
-        out = self.core(q, k, v, attention_mask)
+        out = self.core(q, k, v, attention_mask, source)
         return attn.to_out(torch.cat([out, rest], dim=-1) if gated else swiglu_behind(rest, passed=out))
 
 
-def _columns(attn: Any) -> int:
-    return 3 * attn.inner_dim + 2 * attn.mlp_hidden_dim
+class FusedFlux2ParallelKV(FusedFlux2Parallel):
+    """FLUX.2-klein KV's single blocks."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        kv_cache: Any = None,
+        kv_cache_mode: str | None = None,
+        num_txt_tokens: int = 0,
+        num_ref_tokens: int = 0,
+    ) -> Tensor:
+        given = attn, hidden_states, attention_mask, image_rotary_emb
+        filling = kv_cache_mode == "extract" and num_ref_tokens > 0
+        if filling or not self.covers(attn):
+            return self.stock(*given, kv_cache, kv_cache_mode, num_txt_tokens, num_ref_tokens)
+        source = None
+        if kv_cache_mode == "cached" and kv_cache is not None:
+            k, v = kv_cache.get()
+            source = Source(k, v, num_txt_tokens)
+        return self.attended(*given, source)
 
 
 class FusedSD3(Fused):
@@ -166,8 +246,7 @@ class FusedSD3(Fused):
     ) -> Any:
         image = hidden_states.shape[1]
         q, k, v = self.joined(attn, hidden_states, encoder_hidden_states, (None, None))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2, 3)
+        out = attend(q, k, v).flatten(2, 3)
         if encoder_hidden_states is None:
             return _output(attn, out)
         context = out[:, image:]
@@ -192,11 +271,9 @@ class FusedQwen(Fused):
         ropes = image_rotary_emb or (None, None)
         image_rope, text_rope = ((None, None) if rope is None else (table(rope), None) for rope in ropes)
         q, k, v = self.joined(attn, hidden_states, context, image_rope, text_rope)
-        mask = None
-        if text_mask is not None and not all_true(text_mask):
-            image_mask = text_mask.new_ones(hidden_states.shape[:2], dtype=torch.bool)
-            mask = torch.cat([text_mask.bool(), image_mask], dim=1)[:, None, None, :]
-        out, text = self.core(q, k, v, mask), context.shape[1]
+        if text_mask is not None and text_mask.dtype != torch.bool:
+            text_mask = text_mask.bool()
+        out, text = self.core(q, k, v, text_mask), context.shape[1]
         return _output(attn, out[:, text:].contiguous()), attn.to_add_out(out[:, :text].contiguous())
 
 
@@ -215,33 +292,15 @@ class FusedZImage(Fused):
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
         rope = (None, None) if freqs_cis is None else (table(freqs_cis), None)
         q, k, v = self.joined(attn, hidden_states, None, rope)
-        mask = attention_mask
-        if mask is not None and mask.ndim == 2:
-            mask = None if all_true(mask) else mask[:, None, None, :]
-        return _output(attn, self.core(q, k, v, mask))
-
-
-_full: dict[int, tuple[weakref.ref[Tensor], int, bool]] = {}
-
-
-def all_true(mask: Tensor) -> bool:
-    """Whether a mask hides nothing. The device is asked once for each mask, and not inside a capture or a trace."""
-    if torch.compiler.is_compiling():
-        return False
-    known = _full.get(id(mask))
-    if known is None or known[0]() is not mask or known[1] != mask._version:
-        if mask.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False
-        key = id(mask)
-        known = (weakref.ref(mask, lambda _: _full.pop(key, None)), mask._version, bool(mask.all()))
-        _full[key] = known
-    return known[2]
+        return _output(attn, self.core(q, k, v, attention_mask))
 
 
 PROCESSORS: dict[type, type[Fused]] = {
     FluxAttnProcessor: FusedFlux,
     Flux2AttnProcessor: FusedFlux,
     Flux2ParallelSelfAttnProcessor: FusedFlux2Parallel,
+    Flux2KVAttnProcessor: FusedFluxKV,
+    Flux2KVParallelSelfAttnProcessor: FusedFlux2ParallelKV,
     JointAttnProcessor2_0: FusedSD3,
     QwenDoubleStreamAttnProcessor2_0: FusedQwen,
     ZSingleStreamAttnProcessor: FusedZImage,
@@ -253,7 +312,7 @@ def fused_for(attn: nn.Module) -> Fused | None:
     kind = PROCESSORS.get(type(getattr(attn, "processor", None)))
     if kind is None:
         return None
-    if kind is FusedFlux2Parallel and type(attn.mlp_act_fn) is not Flux2SwiGLU:
+    if issubclass(kind, FusedFlux2Parallel) and type(attn.mlp_act_fn) is not Flux2SwiGLU:
         return None
     norms = [norm for norm in (getattr(attn, name, None) for name in NORMS) if norm is not None]
     kinds: set[tuple[type, Any]] = {(type(norm), getattr(norm, "eps", None)) for norm in norms}

@@ -219,3 +219,37 @@ def swiglu_backward(d_gate: Tensor, d_up: Tensor, grad: Tensor, gate: Tensor, up
     sigma = torch.sigmoid(x)
     d_gate.copy_(g * wide(up) * sigma * (1 + x * (1 - sigma)))
     d_up.copy_(g * x * sigma)
+
+
+# Attention
+
+
+def ragged_attention(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cumulative: Tensor | None,
+    tokens: Tensor | None,
+    source_k: Tensor | None,
+    source_v: Tensor | None,
+    longest: int,
+    scale: float,
+) -> None:
+    """`softmax(q kᵀ scale) v` of each sample over its own tokens and its source's, written into `out`; not causal.
+
+    All are `(B, S, H, D)` but the source, `(samples, R, H, D)`. Without `cumulative` a sample is a batch row; with
+    `cumulative` and `tokens` it is the tokens of its batch row that the list names, and others are not written; with
+    `cumulative` alone it is a stretch of one packed row.
+    """
+    bounds = None if cumulative is None else cumulative.tolist()
+    for sample in range(len(q) if bounds is None else len(bounds) - 1):
+        row, own = sample, torch.arange(q.shape[1], device=q.device)
+        if bounds is not None:
+            stretch = slice(bounds[sample], bounds[sample + 1])
+            row, own = (0, own[stretch]) if tokens is None else (sample, tokens[stretch].long())
+        key, value = k[row, own], v[row, own]
+        if source_k is not None and source_v is not None:
+            key, value = torch.cat([key, source_k[sample]]), torch.cat([value, source_v[sample]])
+        scores = torch.einsum("shd,thd->hst", wide(q[row, own]), wide(key)) * scale
+        out[row, own] = torch.einsum("hst,thd->shd", scores.softmax(-1), wide(value)).to(out.dtype)

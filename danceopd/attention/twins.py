@@ -12,10 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attend_twin import ragged_attention
 from .parts import Part
 from .row_twins import _at, norm_site, norm_site_backward, swiglu, swiglu_backward
 
-__all__ = ["norm_site", "norm_site_backward", "qkv_prep", "qkv_prep_backward", "swiglu", "swiglu_backward"]
+__all__ = [
+    "norm_site",
+    "norm_site_backward",
+    "qkv_prep",
+    "qkv_prep_backward",
+    "ragged_attention",
+    "swiglu",
+    "swiglu_backward",
+]
 
 
 @triton.jit

@@ -42,6 +42,7 @@ def describe() -> dict[str, str]:
     except PackageNotFoundError:
         facts["triton version"] = "not installed"
     facts["kept in"] = str(cache_folder() / "kernels")
+    facts["switched on by"] = "kernels: true in a recipe, or danceopd.attention.install(pipe.transformer)"
     facts["head dims"] = ", ".join(map(str, choose.HEAD_DIMS))
     facts["attention core"] = "measured once a shape, on first use" if cuda else "SDPA: on a CPU nothing is measured"
     facts["FlashAttention-4"] = cores.flash4_version() or "not installed (pip install 'danceopd[flash]')"

@@ -90,13 +90,15 @@ class Drawings:
         """Where a drawing's body shows, below no line and no shade: (side, side) float32 in [0, 1]."""
         tree = self._trees[name]
         fills = {_hex(e.get("fill")) for e in tree.iter()} | {_hex(e.get("stroke")) for e in tree.iter()}
-        swap = {fill: OTHER_FILL for fill in fills if fill} | {self.kinds[name].body: MASK_FILL}
-        pixels = self._drawn(name, swap, "all", side)
+        lines = {fill: OTHER_FILL for fill in fills if fill}
+        pixels = self._drawn(name, lines | {self.kinds[name].body: MASK_FILL}, "all", side, lines)
         return pixels[..., 0] * pixels[..., 3]
 
-    def _drawn(self, name: str, swap: dict[str, str], layers: str, side: int) -> np.ndarray:
+    def _drawn(
+        self, name: str, swap: dict[str, str], layers: str, side: int, lines: dict[str, str] | None = None
+    ) -> np.ndarray:
         x, y, half = self.boxes[name]
-        tree = _swapped(self._trees[name], swap, layers)
+        tree = _swapped(self._trees[name], swap, layers, lines or {})
         return _raster(tree, x - half, y - half, 2 * half, side)
 
 
@@ -108,19 +110,22 @@ def _hex(value: str | None) -> str | None:
     return "#" + ("".join(2 * d for d in digits) if len(digits) == 3 else digits)
 
 
-def _swapped(root: ElementTree.Element, swap: dict[str, str], layers: str) -> ElementTree.Element:
-    """A copy with the layers wanted and the colour layers' paints exchanged."""
+def _swapped(
+    root: ElementTree.Element, swap: dict[str, str], layers: str, lines: dict[str, str]
+) -> ElementTree.Element:
+    """A copy with the layers wanted, and paints exchanged: ``swap`` in colour layers, ``lines`` in line work."""
     copy = ElementTree.fromstring(ElementTree.tostring(root))
     for layer in list(copy):
         line = layer.get("id", "").startswith("line")
         if layers != "all" and line != (layers == "line"):
             copy.remove(layer)
-        elif not line:
+        else:
             for element in layer.iter():
                 for paint in ("fill", "stroke"):
                     old = _hex(element.get(paint))
-                    if old in swap:
-                        element.set(paint, swap[old])
+                    new = (lines if line else swap).get(old or "")
+                    if new is not None:
+                        element.set(paint, new)
     return copy
 
 

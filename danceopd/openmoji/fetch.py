@@ -97,7 +97,7 @@ def download(folder: Path) -> Path:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"npm could not fetch {PACKAGE} {VERSION} ({error}); try again, {by_hand}") from None
     file = folder / f"{PACKAGE}-{VERSION}.tgz"
-    if done.returncode or not file.is_file():
+    if not file.is_file():
         said = (done.stderr.strip().splitlines() or ["it said nothing"])[0]
         raise UserError(f"npm could not fetch {PACKAGE} {VERSION} ({said}); mend that, {by_hand}")
     check(file)

@@ -51,7 +51,7 @@ def read_edit(reader: Reader, edit: Edit, image: Any) -> Reading:
     about = touched(edit)
     keeps = edit.task_type == "color_alter"
     still = [thing for thing in edit.source.things if thing is not about or keeps]
-    reading = reader.read(image, still, () if about is None or keeps else (about,), edit.source.style)
+    reading = reader.read(image, still, () if about is None or keeps else (about,), edit.target.style)
     if reading.scene.style in LINES:  # which hide the background
         return replace(reading, scene=replace(reading.scene, background=edit.source.background))
     return reading
@@ -67,7 +67,7 @@ def editable(edit: Edit, drawings: Drawings, side: int) -> np.ndarray:
     if edit.task_type == "style_change":
         return np.ones((side, side), bool)
     if edit.task_type == "background_change":
-        return widest(~cover(source.things, drawings, side), side // READ)
+        return widest(~cover(source.things, drawings, side), 2 * side // READ)
     if edit.task_type == "subject-add":
         free = _side(edit, side) & ~cover(source.things, drawings, side)
         return free | cover(target.things[-1:], drawings, side, ROOM)

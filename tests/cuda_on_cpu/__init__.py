@@ -20,6 +20,7 @@ ENTRIES = {
     "qkv_prep": ("Prep", ("qkv_prep_forward", "qkv_prep_backward")),
     "norm_site": ("Site", ("norm_site_forward", "norm_site_backward")),
     "swiglu": ("Swiglu", ("swiglu_forward", "swiglu_backward")),
+    "ragged_attention": ("Attend", ("ragged_attention",)),
 }
 LAUNCH = """
 extern "C" int launch_{entry}(int x, int y, int threads, const void* argument) {{

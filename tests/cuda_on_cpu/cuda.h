@@ -16,7 +16,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
-struct uint4 { unsigned x, y, z, w; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct float4 { float x, y, z, w; };
 struct Index { unsigned x, y, z; };
 static Index threadIdx, blockIdx, blockDim;
@@ -61,6 +61,16 @@ static float __shfl_xor_sync(unsigned, float x, int offset) {
     slot[threadIdx.x] = x;
     meet(warp, 32);
     return slot[threadIdx.x ^ offset];
+}
+
+// What every lane of the warp brings.
+template <typename T> static void exchange(const T& mine, T (&all)[32]) {
+    static T places[2][1024];
+    Gate& warp = warps[threadIdx.x / 32];
+    T* place = places[warp.generation & 1];
+    place[threadIdx.x] = mine;
+    meet(warp, 32);
+    memcpy(all, place + threadIdx.x / 32 * 32, sizeof all);
 }
 
 static void enter() {

@@ -13,11 +13,14 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import attend_cases
 from kernel_cases import CASES, FP32, compare
 from tiny_transformers import FAMILIES, build, forward
 
-from danceopd.attention import choose, installed, using
+from danceopd.attention import choose, core, installed, using
+from danceopd.attention.cores import Call, Source, candidates
 from danceopd.attention.front import joint_qkv
+from danceopd.attention.masks import over, rows_of
 from danceopd.attention.parts import Stream
 
 pytestmark = [
@@ -164,3 +167,83 @@ def test_memory_of_the_training_forward():
             peaks[backend] = torch.cuda.max_memory_allocated() - before
             del out
     assert peaks["cuda"] <= 0.5 * peaks["torch"], peaks
+
+
+# The attention core
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", attend_cases.CASES)
+def test_ragged_attention_is_no_further_from_float64_than_sdpa(case, backend):
+    needs(backend)
+    if backend == "cuda" and attend_cases.CASES[case].dtype == FP32:
+        pytest.skip("the CUDA kernel takes bf16 and fp16")
+    found = attend_cases.compare(case, backend, "cuda")
+    assert found["error"] <= 1.1 * found["eager"] + 1e-6 and found["hidden"] == 0
+
+
+def attention_shape(tokens: int, text: int, heads: int, dim: int, source: int = 0):
+    """q, k, v of two rows, a mask that hides half of the second row's text, and a source."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    make = lambda n: torch.randn(2, n, heads, dim, generator=generator, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    mask = torch.arange(text, device="cuda") < torch.tensor([[text], [text // 2]], device="cuda")
+    return [make(tokens) for _ in "qkv"], mask, Source(make(source), make(source), text) if source else None
+
+
+@pytest.mark.parametrize("shape", [(1280, 256, 24, 128), (4352, 256, 24, 128), (1101, 77, 38, 64)])
+@pytest.mark.parametrize("name", ["cudnn", "flash4", "varlen", "ours"])
+def test_every_core_agrees_with_sdpa(name, shape):
+    """On ragged rows at full size: wherever a token is, within what bf16 allows."""
+    needs("cuda")
+    (q, k, v), mask, _ = attention_shape(*shape)
+    call = Call(q, k, v, mask, rows_of(mask, shape[0]))
+    reason = core.absent(name, call)
+    if reason:
+        pytest.skip(reason)
+    with torch.no_grad():
+        exact = core.CORES["sdpa"](call._replace(q=q.float(), k=k.float(), v=v.float()))
+        eager, found = (core.CORES[one](call) for one in ("sdpa", name))
+    there = over(mask, shape[0])
+    error, allowed = ((out.float() - exact)[there].norm() for out in (found, eager))
+    assert error <= 1.2 * allowed + 1e-3 * exact[there].norm()
+
+
+@pytest.mark.parametrize("source", [1024, 4096])
+def test_a_cached_source_at_full_size(source):
+    needs("cuda")
+    (q, k, v), _, kept = attention_shape(4608, 512, 24, 128, source)
+    call = Call(q, k, v, source=kept)
+    with torch.no_grad():
+        eager, found = core.CORES["sdpa"](call), core.CORES["ours"](call)
+    assert (found.float() - eager.float()).norm() <= 8e-3 * eager.float().norm()
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_core_is_measured_once_and_kept(masked, gradient, tmp_path, monkeypatch):
+    monkeypatch.setenv("DANCEOPD_CACHE", str(tmp_path))
+    monkeypatch.setattr(core, "_chosen", {})
+    (q, k, v), mask, _ = attention_shape(1280, 256, 24, 128)
+    q.requires_grad_(gradient)
+    mask = mask if masked else None
+    out = core.attend(q, k, v, mask)
+    ((key, choice),) = core.known().items()
+    assert choice.core in candidates(Call(q, k, v, mask, None if mask is None else rows_of(mask, 1280)))
+    assert key.startswith("ragged" if masked else "dense") and out.isfinite().all() and out.requires_grad == gradient
+    monkeypatch.setattr(core, "measure", lambda *a: pytest.fail("measured twice"))
+    monkeypatch.setattr(core, "_chosen", {})
+    assert torch.equal(core.attend(q, k, v, mask), out)
+
+
+def test_ragged_attention_captured_and_replayed():
+    needs("cuda")
+    (q, k, v), mask, _ = attention_shape(1280, 256, 24, 128)
+    with torch.no_grad(), using("cuda"), core.forced("ours"):
+        core.attend(q, k, v, mask)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = core.attend(q, k, v, mask)
+        q.copy_(torch.randn_like(q))
+        graph.replay()
+        assert torch.equal(captured, core.attend(q, k, v, mask))

@@ -1,0 +1,113 @@
+"""The watch at work in a run: when it looks, which state it keeps as good, and what an alarm brings back.
+
+With `watch.rollback` the state of every check without an alarm is kept as a checkpoint of its own. The first alarm
+brings the last of them back exactly (weights, average, optimizer, random states), drops what was saved and logged
+after it, and the run goes on with every row counting 1 (plain), or ends there and exports that state (stop). It happens
+once: a run that alarms without gates is not saved by going back again, and only says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from danceopd.fields import VelocityField
+from danceopd.figures import Progress
+from danceopd.loop import Loop
+from danceopd.processes import Processes
+from danceopd.random_state import RandomState
+from danceopd.recipe import Recipe
+from danceopd.run import RunFolder
+from danceopd.watch import Watch
+
+ROLLED, SHARES = "rolled back", "shares"
+"""Keys of a checkpoint's facts: an alarm brought its state back; the updates' figures since the last check."""
+_log = logging.getLogger("danceopd")
+
+
+class Watching:
+    """Ties a watch to a run. `watch` and `run` are None in processes that have none; `student` is what is looked at.
+
+    `facts` is what every checkpoint says of its run, `restored` what the one said that the run goes on from.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        loop: Loop,
+        processes: Processes,
+        watch: Watch | None,
+        run: RunFolder | None,
+        student: Callable[[], VelocityField],
+        facts: Mapping[str, Any],
+        restored: Mapping[str, Any],
+    ) -> None:
+        self.knobs, self.steps, self.every = recipe.watch, recipe.steps, recipe.watch.steps(recipe.gates.on)
+        self.loop, self.processes, self.watch, self.run = loop, processes, watch, run
+        self.student, self._facts, self.rolled = student, dict(facts), ROLLED in restored
+        if watch is not None:
+            watch.shares = list(restored.get(SHARES, []))
+        if watch is not None and not watch.begun:
+            marks = watch.check(loop.step, student())
+            if run is not None:
+                run.log(loop.step, **marks)
+        if self.every and self._rolls:  # whatever it looks like, there is no better state yet
+            self._keep()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint says of its run now."""
+        shares = [] if self.watch is None else self.watch.shares
+        return {**self._facts, **({ROLLED: True} if self.rolled else {}), **({SHARES: list(shares)} if shares else {})}
+
+    @property
+    def ended(self) -> bool:
+        """Whether an alarm ended the run."""
+        return self.rolled and self.knobs.rollback == "stop"
+
+    def look(self, done: Progress) -> dict[str, float | str]:
+        """Look if it is time to; the figures for the log, where there are any."""
+        if self.watch is None:
+            return {}
+        self.watch.hear(done.scalars())
+        return self.watch.check(done.step, self.student()) if self._due(done.step) else {}
+
+    def settle(self, step: int) -> bool:
+        """After a look: keep a good state, or bring the last one back, of which it says True."""
+        if not self._due(step) or not self._rolls:
+            return False
+        if not self.processes.said(self.watch is not None and bool(self.watch.ringing)):
+            self._keep()
+            return False
+        saved = None if self.run is None else self.run.good()
+        back, random = self.processes.said((None, []) if saved is None else (saved.step, saved.random))
+        if back is None:
+            if self.run is not None:
+                _log.warning("watch, step %d: there is no good state to bring back", step)
+            return False
+        if self.watch is not None:
+            self.watch.roll(step, back)
+        self.loop.ungate()
+        self.loop.restore(back, self.processes.shared(None if saved is None else saved.tensors))
+        if self.processes.rank < len(random):
+            random[self.processes.rank].restore()
+        self.rolled = True
+        states = self.processes.all(RandomState.now())
+        if self.run is not None:
+            self.run.save(back, self.loop.state(), self.facts, states)
+            self.run.forget(back)
+            self.run.log(back, **{"watch/rolled back from": float(step)})
+        return True
+
+    @property
+    def _rolls(self) -> bool:
+        return self.knobs.rollback is not None and not self.rolled
+
+    def _due(self, step: int) -> bool:
+        return self.every > 0 and (step == self.steps or step % self.every == 0)
+
+    def _keep(self) -> None:
+        states = self.processes.all(RandomState.now())
+        if self.run is not None:
+            self.run.save(self.loop.step, self.loop.state(), self.facts, states, good=True)

@@ -1,0 +1,294 @@
+"""The choice of the attention core: what a CPU does, what is measured, kept and said, and rows taken together."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from kernel_cases import draw
+from tiny_transformers import build, forward
+from torch.nn.functional import scaled_dot_product_attention
+
+from danceopd.attention import choose, core, cores, installed, masks
+from danceopd.attention.core import attend
+from danceopd.attention.cores import Call, Source
+from danceopd.commands.kernels import describe
+
+HOLED = torch.tensor([[True, True, True], [True, False, False]])  # over the first three of seven tokens
+
+
+def qkv(rows=2, tokens=7, dtype=torch.float32, seed=0):
+    return [draw(seed + i, rows, tokens, 2, 8).to(dtype) for i in range(3)]
+
+
+def stock(q, k, v, mask=None):
+    out = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask)
+    return out.transpose(1, 2)
+
+
+def padding(mask, tokens):
+    return masks.over(mask, tokens)[:, None, None, :]
+
+
+def call(mask=None, source=None, **how):
+    q, k, v = qkv(**how)
+    return Call(q, k, v, mask, None if mask is None else masks.rows_of(mask, q.shape[1]), source)
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    monkeypatch.setenv("DANCEOPD_CACHE", str(tmp_path))
+    monkeypatch.setattr(core, "_chosen", {})
+    monkeypatch.setattr(choose, "_said", set())
+
+
+@pytest.fixture
+def race(monkeypatch, fresh):
+    """Cores that take a set time: `race(name=(milliseconds, core))`; returns which were timed."""
+    timed = []
+
+    def start(**given):
+        everyone = {"sdpa": (1.0, cores.sdpa), **given}
+        monkeypatch.setattr(core, "CORES", {name: one for name, (_, one) in everyone.items()})
+        monkeypatch.setattr(core, "candidates", lambda call: tuple(everyone))
+        monkeypatch.setattr(core, "absent", lambda name, call: "")
+
+        def seconds(run):
+            timed.append(run.args[0])
+            return everyone[run.args[0]][0] / 1e3
+
+        monkeypatch.setattr(core, "_seconds", seconds)
+        return timed
+
+    return start
+
+
+# What a CPU does
+
+
+@pytest.mark.parametrize("mask", [None, HOLED, torch.ones(2, 7, dtype=torch.bool)])
+def test_a_cpu_runs_sdpa_and_asks_nothing(mask, monkeypatch):
+    for name in ("key_of", "rows_of", "_load", "measure"):
+        monkeypatch.setattr(core, name, lambda *a: pytest.fail("a CPU has nothing to choose"))
+    q, k, v = qkv()
+    given = None if mask is None else padding(mask, 7)
+    assert torch.equal(attend(q, k, v, mask), stock(q, k, v, given))
+
+
+def test_a_mask_that_hides_nothing_never_reaches_the_core(monkeypatch):
+    seen = []
+    monkeypatch.setattr(core, "sdpa", lambda call: seen.append(call.mask) or call.q)
+    attend(*qkv(), torch.ones(2, 3, dtype=torch.bool))
+    attend(*qkv(), HOLED)
+    assert seen[0] is None and seen[1] is HOLED
+
+
+@pytest.mark.parametrize("mask", [None, HOLED])
+def test_a_source_stands_in_its_place(mask):
+    q, k, v = qkv()
+    more = [draw(9 + i, 2, 4, 2, 8).float() for i in range(2)]
+    full_k, full_v = (torch.cat([x[:, :3], s, x[:, 3:]], 1) for x, s in zip((k, v), more))
+    given = None
+    if mask is not None:
+        given = torch.cat([mask, torch.ones(2, 8, dtype=torch.bool)], 1)[:, None, None, :]
+    assert torch.equal(attend(q, k, v, mask, Source(*more, 3)), stock(q, full_k, full_v, given))
+
+
+def test_one_graph_under_compile():
+    function = torch.compile(lambda q, k, v, m: attend(q, k, v, m), fullgraph=True, backend="aot_eager")
+    q, k, v = qkv()
+    assert torch.equal(function(q, k, v, HOLED), stock(q, k, v, padding(HOLED, 7)))
+
+
+def test_a_backend_set_in_diffusers_goes_first(monkeypatch):
+    """By module and by context manager."""
+    model, inputs = build("flux2")
+    monkeypatch.setattr("danceopd.attention.processors.attend", lambda *a: pytest.fail("the user chose another"))
+    from diffusers.models.attention_dispatch import attention_backend
+
+    with torch.no_grad(), installed(model):
+        with attention_backend("_native_math"):
+            chosen = forward(model, inputs)
+        model.set_attention_backend("_native_math")
+        assert torch.equal(forward(model, inputs), chosen)
+
+
+# Rows
+
+
+@pytest.mark.parametrize("mask", [HOLED, torch.tensor([[False, True], [True, True]])])
+def test_rows_are_the_visible_tokens(mask):
+    rows = masks.rows_of(mask, 7)
+    whole = masks.over(mask, 7)
+    assert rows.cumulative.tolist() == [0, *whole.sum(1).cumsum(0).tolist()]
+    assert rows.longest == int(whole.sum(1).max())
+    places = [(row, token) for row in range(2) for token in range(7) if whole[row, token]]
+    assert rows.tokens.tolist() == [token for _, token in places]
+    assert rows.places.tolist() == [7 * row + token for row, token in places]
+    assert masks.rows_of(mask, 7) is rows
+    mask[0, 0] = ~mask[0, 0]  # in place: asked again
+    assert masks.rows_of(mask, 7) is not rows
+    assert masks.rows_of(torch.zeros(1, 3, dtype=torch.bool), 3) is None
+
+
+def one_by_one(q, k, v, lengths):
+    """What a varlen core computes, in plain torch."""
+    parts = [(x.split(lengths.diff().tolist())) for x in (q, k, v)]
+    return torch.cat([stock(*(x[None] for x in row))[0] for row in zip(*parts)])
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """FlashAttention-4's two functions, in plain torch, noting what they are given."""
+    seen = []
+
+    def dense(q, k, v):
+        seen.append("dense")
+        return stock(q, k, v), None
+
+    def ragged(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        assert cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k)
+        assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
+        seen.append("ragged")
+        return one_by_one(q, k, v, cu_seqlens_q)
+
+    module = ModuleType("flash_attn.cute")
+    module.flash_attn_func, module.flash_attn_varlen_func = dense, ragged
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
+    return seen
+
+
+def test_flash_attention_sees_no_padding(flash):
+    """The visible rows and their gradients are SDPA's under the mask; what is hidden is zero."""
+    leaves = [x.double().requires_grad_() for x in qkv()]
+    exact = stock(*leaves, padding(HOLED, 7))
+    found = cores.flash4(Call(*leaves, HOLED, masks.rows_of(HOLED, 7)))
+    there = masks.over(HOLED, 7)
+    assert flash == ["ragged"] and not found[~there].any()
+    assert torch.allclose(found[there], exact[there], rtol=1e-12, atol=1e-12)
+    grad = draw(8, *exact.shape) * there[:, :, None, None]
+    for a, b in zip(*(torch.autograd.grad(out, leaves, grad) for out in (found, exact))):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_flash_attention_of_dense_rows(flash):
+    q, k, v = qkv()
+    source = Source(*(draw(9 + i, 2, 4, 2, 8).float() for i in range(2)), 3)
+    found = cores.flash4(Call(q, k, v, source=source))
+    assert flash == ["dense"] and torch.equal(found, attend(q, k, v, None, source))
+
+
+# Measuring and keeping
+
+
+def slightly_off(call):
+    return cores.sdpa(call) * 1.5
+
+
+def refusing(call):
+    raise RuntimeError("No available kernel.\nand more")
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_fastest_core_that_agrees_is_taken(race, gradient):
+    race(a=(0.5, cores.sdpa), wrong=(0.1, slightly_off), broken=(0.1, refusing), slow=(3.0, cores.sdpa))
+    one = call()
+    one.q.requires_grad_(gradient)
+    choice = core.measure(one)
+    assert choice.core == "a" and choice.why.startswith("a 0.500 ms, sdpa 1.000 ms, slow 3.000 ms")
+    assert "wrong: its answer is 5.0e-01 away from SDPA's" in choice.why
+    assert "broken: No available kernel." in choice.why and "more" not in choice.why
+    assert one.q.grad is None
+
+
+def test_a_hidden_row_says_nothing_of_an_answer(race):
+    def zeros_there(call):
+        return cores.sdpa(call) * masks.over(HOLED, 7)[:, :, None, None]
+
+    race(packed=(0.5, zeros_there))
+    assert core.measure(call(HOLED)).core == "packed"
+
+
+def test_a_little_faster_is_not_enough(race):
+    race(a=(0.99, cores.sdpa))
+    assert core.measure(call()).core == "sdpa"
+
+
+def test_nothing_is_timed_where_nothing_else_can_run(fresh):
+    choice = core.measure(call(), lambda run: pytest.fail("timed"))
+    assert choice.core == "sdpa" and "cudnn: takes bf16 and fp16 only" in choice.why
+
+
+def test_measured_once_and_kept(race, tmp_path, monkeypatch):
+    timed = race(a=(0.5, cores.sdpa))
+    assert core._core(call()) == "a" and sorted(timed) == ["a", "sdpa"]
+    assert core._core(call(tokens=60)) == "a" and len(timed) == 2  # the same bucket
+    assert core._core(call(tokens=65)) == "a" and len(timed) == 4  # another
+    monkeypatch.setattr(core, "_chosen", {})  # another process
+    monkeypatch.setattr(core, "measure", lambda *a: pytest.fail("measured twice"))
+    assert core._core(call()) == "a"
+    (file,) = tmp_path.rglob("cores-*.json")
+    assert set(json.loads(file.read_text())) == {
+        "dense 2x64x2x8 float32 no gradient",
+        "dense 2x128x2x8 float32 no gradient",
+    }
+    assert core.known()["dense 2x64x2x8 float32 no gradient"].core == "a"
+
+
+def test_what_tells_two_answers_apart(fresh):
+    mask, source = HOLED.clone(), Source(*(draw(i, 2, 4, 2, 8) for i in range(2)), 0)
+    other = Call(*qkv(), HOLED[:, None, None, :])
+    with_gradient = call()
+    with_gradient.k.requires_grad_()
+    calls = [call(), call(mask), other, call(source=source), call(dtype=torch.float16), call(rows=3), with_gradient]
+    keys = [core.key_of(one) for one in calls]
+    assert len(set(keys)) == len(keys)
+    assert keys[1].startswith("ragged ") and keys[2].startswith("masked ") and "+ source 64" in keys[3]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"dense 2x64x2x8 float32 no gradient": 3}'])
+def test_a_damaged_file_is_measured_again(race, content):
+    timed = race(a=(0.5, cores.sdpa))
+    core.kept_in().parent.mkdir(parents=True)
+    core.kept_in().write_text(content)
+    assert core._core(call()) == "a" and timed
+
+
+def test_no_place_for_a_cache(race, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("DANCEOPD_CACHE", str(tmp_path / "file"))
+    race(a=(0.5, cores.sdpa))
+    assert core._core(call()) == "a"
+
+
+def test_a_core_that_fails_later_gives_way(race, monkeypatch, caplog):
+    race(varlen=(0.5, cores.sdpa))
+    assert core._core(call(HOLED)) == "varlen"
+    asked = []
+    monkeypatch.setitem(core.CORES, "varlen", lambda call: asked.append(call) or refusing(call))
+    monkeypatch.setattr(core, "runs_plain", lambda call: False)  # as on a CUDA device
+    q, k, v = qkv()
+    with caplog.at_level(logging.WARNING, "danceopd"):
+        for _ in range(2):
+            assert torch.equal(attend(q, k, v, HOLED), stock(q, k, v, padding(HOLED, 7)))
+    assert len(asked) == 1 and len(caplog.records) == 1
+    assert "varlen failed" in caplog.text and "No available kernel." in caplog.text
+
+
+def test_the_command_says_what_was_chosen(race, monkeypatch):
+    assert describe()["attention core"].startswith("SDPA" if not torch.cuda.is_available() else "measured")
+    race(a=(0.5, cores.sdpa))
+    core._core(call())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "a device")
+    monkeypatch.setattr(choose, "_missing", lambda name: None)
+    monkeypatch.setattr(core, "_load", lambda: {})
+    facts = describe()
+    assert facts["core for dense 2x64x2x8 float32 no gradient"] == "a (a 0.500 ms, sdpa 1.000 ms)"
