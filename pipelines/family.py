@@ -2,7 +2,8 @@
 
 A family says which pipeline classes it has, which modules a LoRA adapts, how guidance is switched off and on, how
 a recorded transformer call becomes a `Condition`, how a velocity is read out of the transformer, and how latents
-become pictures and pictures latents. Everything else in the package is family-free; the stock pipeline is every family's oracle.
+become pictures and pictures latents. Everything else in the package is family-free; the stock pipeline is every
+family's oracle.
 """
 
 from __future__ import annotations

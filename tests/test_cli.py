@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 COMMANDS = (
-    "merge", "sample", "bench", "suites", "report", "compare", "openmoji", "teach", "blend", "export", "extract", "plan",
-    "kernels", "inspect", "version",
+    "merge", "sample", "bench", "suites", "report", "compare", "openmoji", "teach", "blend", "export", "extract",
+    "plan", "kernels", "inspect", "version",
 )  # fmt: skip
 
 
