@@ -85,7 +85,7 @@ class Gating:
             also(self.critical, torch.cat([torch.arange(last), torch.tensor([last + 1])]))
         if finish:
             also(self.ranked, torch.tensor([steps]))
-        watch = skills.Watch(lesson.sigmas, len(stops), lesson.device) if choose else None
+        watch = skills.Criticality(lesson.sigmas, len(stops), lesson.device) if choose else None
         seen = lesson.walk(torch.cat(every, dim=1), torch.cat(to, dim=1), watch)
         if finish:
             self.ends = seen[:, -1]

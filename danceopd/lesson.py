@@ -27,7 +27,7 @@ from danceopd.solvers import SOLVERS, Solver
 
 if TYPE_CHECKING:
     from danceopd.gating import Gating
-    from danceopd.skills import Watch
+    from danceopd.skills import Criticality
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Lesson:
             return Diffusion(knobs.noise, float(self.sigmas[1]), lambda step: self.noise(f"walk {step}"))
         return SOLVERS[knobs.solver]()
 
-    def walk(self, stops: Tensor, levels: Tensor | None = None, watch: Watch | None = None) -> Tensor:
+    def walk(self, stops: Tensor, levels: Tensor | None = None, watch: Criticality | None = None) -> Tensor:
         """The student's states (B, K, …) at grid indices `stops` (B, K), or at `levels` on the steps to them.
 
         `watch` overhears the velocities that the walk takes.

@@ -1,6 +1,6 @@
 """Where a walk decides, and what a teacher that knows more would say there (OPID, arXiv 2606.26790, for flows).
 
-A walk's clean estimate moves by `t_{k+1} (v_k - v_{k+1})` from one step to the next; `Watch` turns that into the
+A walk's clean estimate moves by `t_{k+1} (v_k - v_{k+1})` from one step to the next; `Criticality` turns that into the
 criticality of every step, for nothing, from the velocities that the walk takes anyway. Some questions are asked at a
 step of the most critical (`chosen`), the others where the law says. The teacher is asked once more with a context that
 the student has not (`shifted`): one at a critical step, another else, never both. The shift is the difference of two
@@ -45,7 +45,7 @@ def candidates(steps: int, until: float) -> int:
     return max(2, math.ceil(until * steps)) - 1 if steps > 1 else 0
 
 
-class Watch:
+class Criticality:
     """Criticality `κ_k = t_{k+1}² |v_k - v_{k+1}|² / (t_k - t_{k+1})` of each step of B walks, as they are walked.
 
     `|.|²` is the mean over a row's numbers. `kappa` (B, N-1), for the N steps of `sigmas`; a row that stops early has

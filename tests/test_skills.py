@@ -17,7 +17,7 @@ from danceopd.recipe_gates import DEGRADATIONS, Skills
 from danceopd.rollout import rollout
 from danceopd.scenes.edits import edits
 from danceopd.scenes.prompts import prompts
-from danceopd.skills import Watch, candidates, chosen, draws, shift, shift_share
+from danceopd.skills import Criticality, candidates, chosen, draws, shift, shift_share
 from danceopd.solvers import AdamsBashforth
 from danceopd.variants import KEEP_WORDS, kept, other_words, variants
 
@@ -27,7 +27,7 @@ SIGMAS = shifted(8, 3.0)
 def walked(field, rows: int, sigmas=SIGMAS, stop=None, solver=None):
     """Noise, the states of each walk at every grid point, and the watch that overheard it."""
     noise = torch.randn(rows, 5, generator=torch.Generator().manual_seed(3))
-    watch = Watch(sigmas, rows, torch.device("cpu"))
+    watch = Criticality(sigmas, rows, torch.device("cpu"))
     stop = torch.full((rows,), len(sigmas) - 1) if stop is None else stop
     stops = torch.stack([torch.minimum(torch.tensor(k), stop) for k in range(len(sigmas))], dim=1)
     states = rollout(watch.around(field), noise, sigmas, stops, Rows(rows), callback=watch.before, solver=solver)

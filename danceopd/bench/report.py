@@ -28,7 +28,7 @@ FAILURES = 500
 """Failures that the page lists."""
 OPTIONAL = (
     *("judge", "judging", "subsets", "metrics", "pictures", "ceiling", "probes", "blend_grid", "base", "seed", "call"),
-    *("limit", "categories", "machine", "seconds", "versions", "command"),
+    *("limit", "categories", "machine", "seconds", "versions", "command", "watch"),
 )
 """Keys of `scores.json` that an older bench, or another maker, may have left out."""
 

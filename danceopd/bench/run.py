@@ -352,6 +352,7 @@ class Bench:
             "judge": self.session and self.session.judge.identity,
             "judging": self.session and self._judging(),
             "pictures": self._sets(rows),
+            "watch": self._watched(),
             "ceiling": json.loads(ceiling.read_text(encoding="utf-8")) if ceiling.is_file() else None,
             "machine": describe(str(processes.device)),
             "seconds": seconds | {"total": round(time.perf_counter() - started, 2)},
@@ -361,6 +362,14 @@ class Bench:
         found = BenchResult(self.folder, scores, rows, write_report(self.folder))
         self.progress(1, 1, "report")
         return found
+
+    def _watched(self) -> dict | None:
+        """What the watch saw while the student was trained, where its run was watched."""
+        file = Path(self.student or "") / "watch.json"
+        with suppress(OSError, ValueError):
+            found = json.loads(file.read_text(encoding="utf-8"))
+            return {key: found[key] for key in ("judge", "alarms", "rolled_back")} | {"checks": len(found["checks"])}
+        return None
 
     def _judging(self) -> dict:
         found = {"repeats": self.session.repeats, "usage": self.session.usage, "stopped": self.session.stopped}
