@@ -307,10 +307,11 @@ def test_what_is_moved_within_the_limits_is_still_there(reader, drawings):
 def test_a_drawing_may_look_to_the_other_side_and_be_of_another_size(reader, drawings):
     scene = Scene((Thing("chair", "green", 30, 30, 8),), "white", "plain")
     turned = Image.fromarray(np.asarray(render(scene, drawings))[:, ::-1].copy())
-    assert reader.read(turned).scene.things[0].shape == "chair"
+    seen = reader.read(turned)
+    assert seen.scene.things[0].shape == "chair" and seen.likeness[0] > 0.95
     large = Scene((Thing("car", "blue", 32, 32, 25),), "white", "plain")
-    seen = reader.read(render(large, drawings)).scene.things
-    assert [(t.shape, t.colour) for t in seen] == [("car", "blue")] and seen[0].size == pytest.approx(25, abs=1)
+    things = reader.read(render(large, drawings)).scene.things
+    assert [(t.shape, t.colour) for t in things] == [("car", "blue")] and things[0].size == pytest.approx(25, abs=1)
 
 
 def test_any_shade_of_a_colour_is_that_colour():
@@ -319,12 +320,17 @@ def test_any_shade_of_a_colour_is_that_colour():
 
 
 def test_what_is_like_no_drawing_is_no_drawing(reader, drawings):
-    picture = compose(Scene((Thing("car", "red", 16, 16, 11),), "white", "plain"), drawings)
-    picture = np.array(picture)
-    picture[300:460, 280:480] = np.random.default_rng(0).random((40, 50, 3)).repeat(4, 0).repeat(4, 1)
-    reading = reader.read(Image.fromarray((picture * 255).astype(np.uint8)))
-    assert [t.shape for t in reading.scene.things] == ["car", "something"]
-    assert reading.unexplained > 0.05
+    rng = np.random.default_rng(0)
+    for patches in (1, 40):
+        picture = np.array(compose(Scene((Thing("car", "red", 16, 16, 11),), "white", "plain"), drawings))
+        if patches == 1:
+            picture[300:460, 280:480] = rng.random((40, 50, 3)).repeat(4, 0).repeat(4, 1)
+        else:  # like a book by its outlines, and worse than nothing when a book is drawn there
+            for x, y in rng.integers(300, 440, (patches, 2)):
+                picture[y : y + 20, x : x + 20] = rng.random(3)
+        reading = reader.read(Image.fromarray((picture * 255).astype(np.uint8)))
+        assert [t.shape for t in reading.scene.things] == ["car", "something"]
+        assert reading.unexplained > 0.03
 
 
 def test_an_unknown_ground_is_called_other(reader, drawings):

@@ -126,7 +126,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) ragged_attention(con
             for (int n = 0; n < 2 * STEPS; ++n) out[n][2 * half] *= shrink, out[n][2 * half + 1] *= shrink;
         }
 
-        // these values are here; the keys are used
+        copies_done();
+        __syncthreads();                                        // these values are here; the keys are used
         if (j + 1 < own_tiles)
             fetch(keys, p.k, k_at, p.k_at.token, tokens, from + TILE, own);
         else if (j + 1 < tiles)
