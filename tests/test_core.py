@@ -108,8 +108,11 @@ def test_a_backend_set_in_diffusers_goes_first(monkeypatch):
     """By module and by context manager."""
     model, inputs = build("flux2")
     monkeypatch.setattr("danceopd.attention.processors.attend", lambda *a: pytest.fail("the user chose another"))
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
     from diffusers.models.attention_dispatch import attention_backend
 
+    # A model's own backend becomes everybody's in diffusers 0.42: put it back.
+    monkeypatch.setattr(Registry, "_active_backend", Registry._active_backend)
     with torch.no_grad(), installed(model):
         with attention_backend("_native_math"):
             chosen = forward(model, inputs)

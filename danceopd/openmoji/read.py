@@ -16,10 +16,11 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
+from danceopd.openmoji.colours import colour_word
 from danceopd.openmoji.drawings import Drawings
 from danceopd.openmoji.edges import mirrored, orientations, windows
-from danceopd.openmoji.kinds import ALIKE, BACKGROUNDS, COLOURLESS, COLOURS, LINES, PLAIN, STYLES, rgb
-from danceopd.openmoji.render import blocks, compose, cover, ground, put, shrunk, widest
+from danceopd.openmoji.kinds import BACKGROUNDS, COLOURLESS, COLOURS, LINES, PLAIN, STYLES
+from danceopd.openmoji.render import as_array, blocks, compose, cover, ground, put, shrunk, widest
 from danceopd.openmoji.tasks import SIZES
 from danceopd.scenes.grammar import IMAGE, Scene, Thing
 
@@ -35,9 +36,11 @@ SCALES = (0.82, 0.9, 1.0, 1.1, 1.22)
 ALIKE_ENOUGH = 0.5
 """Cosine of two outlines' descriptors from which a drawing counts as one of its class (it must be the likest, too)."""
 OTHER = "other"
-"""A ground that is none of the known ones."""
+"""A ground that is none of the known ones; the style of a picture that shows no known drawing."""
 UNKNOWN = "something"
 """The class of a thing that is like no drawing."""
+UNCLEAR = "unclear"
+"""Its colour."""
 FOREGROUND = 0.1
 """Difference from the ground, of colours in [0, 1], from which a pixel belongs to a thing."""
 DRIFT = 0.25
@@ -87,36 +90,6 @@ class _Sight:
     cosines: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def as_array(image: Image.Image | np.ndarray, side: int = SIDE) -> np.ndarray:
-    """A picture as (side, side, 3) float32 in [0, 1], squeezed to a square."""
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image, np.uint8))
-    how = Image.Resampling.BOX if min(picture.size) >= side else Image.Resampling.BICUBIC
-    return np.asarray(picture.convert("RGB").resize((side, side), how), np.float32) / 255
-
-
-def _lab(colours: np.ndarray) -> np.ndarray:
-    """CIELAB (D65) of sRGB colours (..., 3) in [0, 1]."""
-    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
-    matrix = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]]
-    white = linear @ np.array(matrix).T / np.array([0.95047, 1.0, 1.08883])
-    root = np.where(white > 216 / 24389, np.cbrt(white), (24389 / 27 * white + 16) / 116)
-    x, y, z = np.moveaxis(root, -1, 0)
-    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
-
-
-@lru_cache(maxsize=1)
-def _inks() -> tuple[tuple[str, ...], np.ndarray]:
-    """Colour words and the CIELAB of what they name, a row each."""
-    rows = [(word, rgb(fill)) for word in COLOURS for fill in (COLOURS[word][0], *ALIKE[word])]
-    return tuple(word for word, _ in rows), _lab(np.array([fill for _, fill in rows]) / 255)
-
-
-def colour_word(colour: np.ndarray) -> str:
-    """The colour word nearest in CIELAB to a colour (3,) in [0, 1]."""
-    words, labs = _inks()
-    return words[int(((labs - _lab(colour)) ** 2).sum(-1).argmin())]
-
-
 def _kind(style: str) -> str:
     """Styles whose outlines look alike share their templates."""
     return "line drawing" if style in LINES else style if style in ("no outlines", "pixel art") else PLAIN
@@ -159,7 +132,7 @@ class Reader:
     ) -> Reading:
         """Reads a picture of any size. ``still``: things to look for in their places first; ``about``: places where
         something may have come or gone; ``style``: what to take between styles that explain it alike."""
-        picture = as_array(image)
+        picture = as_array(image, SIDE)
         options, empty, away = self._ground(picture)
         apart = away > FOREGROUND
         cells = shrunk(apart.astype(np.float32), UNIT) > 0.12
@@ -187,6 +160,7 @@ class Reader:
         stray = np.abs(error).max(-1) > STRAY
         known = tuple(found for found, _, _ in things if found.shape != UNKNOWN)
         stray &= ~cover(known, self.drawings, SIDE // 2, 1.0)
+        style = style if known else OTHER
         things = sorted(things, key=lambda part: (part[1].y, part[1].x))
         return Reading(
             Scene(tuple(seen for _, seen, _ in things), background, style),
@@ -306,21 +280,20 @@ class Reader:
             likeness = float(cosines[at, number])
             x, y, size = float(sight.x[at]), float(sight.y[at]), float(sight.size[at])
             if likeness < ALIKE_ENOUGH:
-                there = Thing(UNKNOWN, "white", x, y, size)
+                there = Thing(UNKNOWN, UNCLEAR, x, y, size)
                 out.append((there, _snapped(there, sight.known, known), likeness))
                 continue
             found = Thing(self.names[number], "white", x, y, size)
             found = self._placed(picture, empty, style, found, _snapped(found, sight.known, known))
             out.append((found, _snapped(found, sight.known, known), likeness))
-        return [self._hidden(part, style, known) for part in out]
-
-    def _hidden(self, part, style, known):
-        """A colour that a style hides counts as the one that was there."""
-        found, reported, likeness = part
-        if style in COLOURLESS:
-            same = [t.colour for t in known if (t.x, t.y) == (reported.x, reported.y)]
-            reported = replace(reported, colour=same[0] if same else "white")
-        return found, reported, likeness
+        if style not in COLOURLESS:
+            return out
+        # A colour that a style hides counts as the one that was there.
+        were = {(t.x, t.y): t.colour for t in known}
+        return [
+            (f, r if r.shape == UNKNOWN else replace(r, colour=were.get((r.x, r.y), "white")), likeness)
+            for f, r, likeness in out
+        ]
 
     def _placed(self, picture, empty, style, found: Thing, reported: Thing) -> Thing:
         """The place and colour of a thing that come nearest to the picture when it is drawn there."""
@@ -355,7 +328,7 @@ class Reader:
                 if doubt < least:
                     best, least = thing, doubt
         if least > WORSE * error(replace(best, shape=UNKNOWN)):
-            return replace(best, shape=UNKNOWN)
+            return replace(best, shape=UNKNOWN, colour=UNCLEAR)
         return coloured(best)
 
     def _colour(self, picture: np.ndarray, style: str, thing: Thing) -> str:

@@ -172,6 +172,13 @@ def render(scene: Scene, drawings: Drawings, side: int = SIDE) -> Image.Image:
     return Image.fromarray((compose(scene, drawings, side) * 255 + 0.5).astype(np.uint8))
 
 
+def as_array(image: Image.Image | np.ndarray, side: int) -> np.ndarray:
+    """Any picture as (side, side, 3) float32 in [0, 1], squeezed to a square."""
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image, np.uint8))
+    how = Image.Resampling.BOX if min(picture.size) >= side else Image.Resampling.BICUBIC
+    return np.asarray(picture.convert("RGB").resize((side, side), how), np.float32) / 255
+
+
 def cover(things: tuple[Thing, ...], drawings: Drawings, side: int, margin: float = 0.0) -> np.ndarray:
     """Where things and their rims are, ``margin`` units around them too: (side, side) bool."""
     mask = np.zeros((side, side, 3), np.float32)

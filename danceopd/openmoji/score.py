@@ -4,6 +4,12 @@ A picture is read into a scene (`read`), what was asked and what had to stay are
 O = sqrt(SC * PQ) with SC = min(success, over-editing) and PQ = min(naturalness, artifacts), 0 to 10 each, as in
 `danceopd.scenes`. Tolerance is the reader's, and three more: preservation forgives a shift of the whole picture by one
 pixel of 128, naturalness reaches 10 at `NATURAL` dB, and a picture is preserved fully at `PRESERVED` dB.
+
+Measured on the suite's drawings: the target of every item 10 and a copy of every source 0; mean O of 18 targets
+after JPEG of quality 30 10.0, noise of 0.1 10.0, half the size 10.0, a blur of 2 pixels of 512 9.6 and of 5 7.0, a shift
+of 4 pixels 9.2 and of 10 5.7, a zoom of 1.6 % 8.5; halfway between source and target 4.7. Another artist's drawing of a
+thing is taken for it in two cases of five (84 drawings of another emoji set, 43 classes), so a model that draws in its
+own way is read too low: compare models with each other, not with 10.
 """
 
 from __future__ import annotations
@@ -16,8 +22,8 @@ import numpy as np
 
 from danceopd.openmoji.drawings import Drawings
 from danceopd.openmoji.kinds import LINES
-from danceopd.openmoji.read import SIDE, UNKNOWN, Reader, Reading, as_array
-from danceopd.openmoji.render import compose, cover, shrunk, widest
+from danceopd.openmoji.read import SIDE, UNKNOWN, Reader, Reading
+from danceopd.openmoji.render import as_array, compose, cover, shrunk, widest
 from danceopd.scenes.edits import Edit
 from danceopd.scenes.facts import Check, checks
 from danceopd.scenes.grammar import IMAGE, Scene, Thing
@@ -103,7 +109,7 @@ def score_prompt(prompt: Prompt, reading: Reading) -> PromptScore:
 def score_edit(edit: Edit, reading: Reading, drawings: Drawings, source_image: Any = None) -> EditScore:
     """Score the reading of an edited picture (`read_edit`); ``source_image`` is what the editor was given, the drawn
     source when None."""
-    source = compose(edit.source, drawings, SIDE) if source_image is None else as_array(source_image)
+    source = compose(edit.source, drawings, SIDE) if source_image is None else as_array(source_image, SIDE)
     asked, kept = checks(edit, reading.scene)
     if edit.task_type == "subject-remove":
         asked.append(_cleared(edit, reading, drawings))
