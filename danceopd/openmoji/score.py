@@ -5,9 +5,9 @@ O = sqrt(SC * PQ) with SC = min(success, over-editing) and PQ = min(naturalness,
 `danceopd.scenes`. Tolerance is the reader's, and three more: preservation forgives a shift of the whole picture by one
 pixel of 128, naturalness reaches 10 at `NATURAL` dB, and a picture is preserved fully at `PRESERVED` dB.
 
-Measured on the suite's drawings: the target of every item 10 and a copy of every source 0; mean O of 18 targets
-after JPEG of quality 30 10.0, noise of 0.1 10.0, half the size 10.0, a blur of 2 pixels of 512 9.6 and of 5 7.0, a
-shift of 4 pixels 9.2 and of 10 5.7, a zoom of 1.6 % 8.5; halfway between source and target 4.7. Another artist's drawing of a
+Measured on the suite's drawings: the target of every item 10 and a copy of every source 0; mean O of 18 targets after
+JPEG of quality 30 10.0, noise of 0.1 10.0, half the size 10.0, a blur of 2 pixels of 512 9.6 and of 5 7.0, a shift of
+4 pixels 9.2 and of 10 5.7, a zoom of 1.6 % 8.5; halfway between source and target 4.7. Another artist's drawing of a
 thing is taken for it in two cases of five (84 drawings of another emoji set, 43 classes), so a model that draws in its
 own way is read too low: compare models with each other, not with 10.
 """
