@@ -265,10 +265,13 @@ def test_failures_have_their_tab_with_the_raw_text(opened_edits: Opened, edits: 
 
 def test_hostile_words_stay_words(opened_edits: Opened, edits: Path) -> None:
     """Names, instructions and answers are data; the fixture looks whether any of it ran."""
+    from playwright.sync_api import expect
+
     opened_edits.tab("pictures")
     opened_edits.control("search").fill("window.evil=1")
     opened_edits.control("order").select_option("number,1")
-    assert opened_edits.page.locator(".item:not([hidden]) h3").first.inner_text() == HOSTILE
+    title = opened_edits.page.locator(".item:not([hidden]) h3").first
+    expect(title).to_have_text(HOSTILE, use_inner_text=True)  # filtering takes the browser a moment
     assert opened_edits.page.locator("img[onerror]").count() == 0
     opened_edits.page.locator(".item:not([hidden]) .zoom").first.click()
     assert HOSTILE in opened_edits.page.locator("#compare").inner_text()
