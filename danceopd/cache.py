@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from danceopd.disk import part_of
+
 KEPT = 1 << 24
 """Bytes from which a file's index is worth keeping."""
 
@@ -51,7 +53,7 @@ def kept_file(path: Path, kind: str, write: Callable[[Path], None]) -> Path:
     if kept.is_file():
         return kept
     folder.mkdir(parents=True, exist_ok=True)
-    part = kept.with_name(f".{kept.name}.{os.getpid()}")
+    part = part_of(kept)
     try:
         write(part)
         os.replace(part, kept)

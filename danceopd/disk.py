@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 
 from .errors import UserError
 
+_PART = re.compile(r"\..+\.\d+")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -70,9 +72,24 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def part_of(path: Path) -> Path:
+    """The temporary name beside `path` that this process writes to before the rename."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def sweep(folder: Path) -> None:
+    """Deletes the files below a folder that killed writers left under their temporary names.
+
+    Only for a folder that is locked: the parts of a writer that still lives would go too.
+    """
+    for left in folder.rglob(".*"):
+        if _PART.fullmatch(left.name) and left.is_file():
+            left.unlink(missing_ok=True)
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Writes a small file whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = part_of(path)
     try:
         with open(part, "wb") as file:
             file.write(content)

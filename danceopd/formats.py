@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from danceopd.base_model import base_fingerprint, empty_transformer
 from danceopd.blend import scaled, shrink
 from danceopd.dialects import linear_sizes, split_key
-from danceopd.disk import disk_faults, sync
+from danceopd.disk import disk_faults, part_of, sync
 from danceopd.errors import UserError
 from danceopd.lora import WEIGHTS, Adapter, read_adapter
 from danceopd.lora_file import MARK, few
@@ -124,7 +124,7 @@ def write_as(
         raise ValueError(f"the adapter holds NaN or infinite numbers in {dtype}")
     meant = _meant(layers, names if original else None, sizes)
     facts = dict(record or {}) | {"format": format, "modules": len(meant), "sha256": meant.sha256}
-    trial = file.with_name(f".{file.name}.{os.getpid()}")
+    trial = part_of(file)
     try:
         with disk_faults(file):
             trial.mkdir(parents=True)

@@ -24,7 +24,7 @@ from danceopd.base_model import (
     quietly,
     stored_dtype,
 )
-from danceopd.disk import disk_faults
+from danceopd.disk import disk_faults, part_of
 from danceopd.errors import UserError
 from danceopd.lora import WEIGHTS, Adapter, Header, inspect_adapter, read_adapter, write_adapter
 from danceopd.lora_file import few
@@ -259,7 +259,7 @@ def fuse(
     pipe.fuse_lora(adapter_names=[NAME])
     pipe.unload_lora_weights()
     _check_fused(pipe.transformer, adapter, before)
-    trial = output.with_name(f".{output.name}.{os.getpid()}")
+    trial = part_of(output)
     try:
         with disk_faults(output), quietly():
             output.parent.mkdir(parents=True, exist_ok=True)

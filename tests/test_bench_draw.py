@@ -172,10 +172,14 @@ def test_a_killed_bench_goes_on_and_draws_nothing_twice(models: Path, whole: Ben
     running.wait()
     drawn = Journal(out).read()
     assert 5 <= len(drawn) < 24 and not (out / "scores.json").exists()
+    torn, theirs = out / "images/base/color_attr/.00.png.11704", out / "images/.theirs"
+    for file in (torn, theirs):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"")
     lines = (out / "drawn.0.jsonl").read_text().splitlines()
     times = {path: (out / path).stat().st_mtime_ns for path in (json.loads(line)["image"] for line in lines)}
     again = bench(models / "student", "scenes", ["base"], out, limit=6, batch=2)
     assert {path: (out / path).stat().st_mtime_ns for path in times} == times
     assert again.rows == whole.rows
     same(out, whole)
-    assert not [p for p in out.rglob(".*") if p.name != ".lock"]
+    assert {p for p in out.rglob(".*")} == {out / ".lock", theirs}

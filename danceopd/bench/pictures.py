@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from danceopd.bench.suites import Item, picture, places
-from danceopd.disk import disk_faults, replace_file
+from danceopd.disk import disk_faults, part_of, replace_file
 from danceopd.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -62,7 +62,7 @@ class Pictures:
     def save(self, path: str, image: Image.Image) -> str:
         """Write a picture; the hash of its pixels."""
         place = self.folder / path
-        part = place.with_name(f".{place.name}.{os.getpid()}")
+        part = part_of(place)
         with disk_faults(place):
             place.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -139,7 +139,7 @@ def _same_file(made: Path, copy: Path) -> bool:
 
 
 def _copy(made: Path, copy: Path) -> None:
-    part = copy.with_name(f".{copy.name}.{os.getpid()}")
+    part = part_of(copy)
     with disk_faults(copy):
         copy.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -24,7 +24,7 @@ from danceopd.bench.report import report as write_report
 from danceopd.bench.score import Scoring
 from danceopd.bench.scores import summarise
 from danceopd.bench.suites import Item, judged, suite_items, suite_named
-from danceopd.disk import disk_faults, lock, replace_file
+from danceopd.disk import disk_faults, lock, replace_file, sweep
 from danceopd.errors import UserError
 from danceopd.machine import describe
 from danceopd.pipelines.families import family_of
@@ -319,6 +319,7 @@ class Bench:
         with disk_faults(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             held = lock(self.folder / ".lock")
+            sweep(self.folder)
         try:
             every = [item for items in self.items.values() for item in items]
             folders = {m.name: m.pictures for m in self.lineup.models if m.pictures is not None}

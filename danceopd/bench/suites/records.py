@@ -21,6 +21,7 @@ from typing import Any
 from PIL import Image
 
 from danceopd.cache import cache_folder
+from danceopd.disk import part_of
 from danceopd.errors import UserError
 from danceopd.tables import JsonTable
 
@@ -176,7 +177,7 @@ def _png(value: Any, row: Row, column: str) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = part_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(content)
