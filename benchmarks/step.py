@@ -79,13 +79,13 @@ class World:
             for i, name in enumerate(self.conditions)
         }
 
-    def released(self, batch: int, habits: Habits) -> Official:
+    def released(self, batch: int, habits: Habits, rank: int = RANK) -> Official:
         bare = self.pipe.transformer
         routes = [
             Route(copy_with(bare, self.adapters[name], self.family), condition, self.encode[name])
             for name, condition in self.conditions.items()
         ]
-        return Official(copy_with(bare, Adapter({}), self.family), routes, self.sigmas, RANK, batch, habits)
+        return Official(copy_with(bare, Adapter({}), self.family), routes, self.sigmas, rank, batch, habits)
 
     def ours(self, batch: int) -> Loop:
         backbone = copy_with(self.pipe.transformer, Adapter({}), self.family)

@@ -111,6 +111,22 @@ def test_a_server_that_misbehaves_gets_right_scores_and_counted_failures(tmp_pat
     assert session.stopped is None
 
 
+def test_a_model_that_thinks_may_think_before_its_answer(tmp_path: Path) -> None:
+    asked = question(3)
+    with JudgeServer() as server:
+        judge = endpoint(server, thinking=500, price_in=1.0, price_out=10.0)
+        plain = endpoint(server, price_in=1.0, price_out=10.0)
+        assert Session(judge, tmp_path / "j.jsonl").answers([asked])["m/3/SC"][0].status == "ok"
+        (body,) = server.bodies
+    assert body["max_tokens"] == 600 and judge.identity == plain.identity | {"thinking": 500}
+    said, unsaid = judge.quote(asked), plain.quote(asked)
+    assert said.tokens_out == unsaid.tokens_out + 500 and said.at_most == pytest.approx(unsaid.at_most + 3 * 500e-5)
+    known = judge_named("openai:o3-2025-04-16@https://api.openai.com/v1")
+    assert (known.thinking, known.temperature) == (8000, None) and plain.thinking == 0
+    with pytest.raises(UserError, match="0 or more"):
+        judge_named("openai:gpt-4.1", thinking=-1)
+
+
 def test_what_the_judge_sees_is_what_was_pinned(tmp_path: Path) -> None:
     picture = Image.new("RGB", (64, 32), colour(3))
     picture.save(tmp_path / "a.png")

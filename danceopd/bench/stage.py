@@ -19,13 +19,11 @@ from danceopd.bench.models import Lineup, Model, sha256_of
 from danceopd.checkpoint import open_checkpoint
 from danceopd.errors import UserError
 from danceopd.fields import VelocityField
+from danceopd.forming import small
 from danceopd.pipelines import GenerationPipeline, family_of
 from danceopd.pipelines.record import Condition
 from danceopd.teachers import null_prompt
 from danceopd.work import Encoder, drawers
-
-LARGE = 1_000_000_000
-"""Above this many parameters a LoRA runs beside the weights instead of in a merged copy of them."""
 
 
 class Stage:
@@ -43,7 +41,6 @@ class Stage:
         for model in lineup.models:
             if model.adapter is not None:
                 self.backbone.add_adapter(model.name, model.adapter)
-        self.large = sum(p.numel() for p in self.pipe.transformer.parameters()) > LARGE
 
     def encoder(self, capabilities: Iterable[str], call: Mapping[str, Any], chunk: int) -> Encoder:
         """Conditions of prompts and edits by the stock pipelines, `chunk` at once; kept in runs' shared store."""
@@ -77,7 +74,7 @@ class Stage:
         if model.whole is not None:
             backbone = self._own(model, model.whole)
         elif model.adapter is not None:
-            how = backbone.acting_as(model.name) if self.large else backbone.merged(model.name)
+            how = backbone.merged(model.name) if small(backbone.transformer) else backbone.acting_as(model.name)
         with torch.no_grad(), how:
             yield backbone.velocity
 

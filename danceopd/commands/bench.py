@@ -68,6 +68,9 @@ def bench(
     ] = None,
     judge_concurrency: Annotated[int | None, typer.Option(help="Questions at once.", rich_help_panel=JUDGE)] = None,
     judge_timeout: Annotated[float | None, typer.Option(help="Seconds for one answer.", rich_help_panel=JUDGE)] = None,
+    judge_thinking: Annotated[
+        int | None, typer.Option(help="Tokens it may think before it answers.", rich_help_panel=JUDGE)
+    ] = None,
     judge_device: Annotated[str | None, typer.Option(help="Of a local judge.", rich_help_panel=JUDGE)] = None,
     judge_batch: Annotated[
         int | None, typer.Option(help="Questions that a local judge reads at once.", rich_help_panel=JUDGE)
@@ -121,6 +124,7 @@ def bench(
                 "longest": judge_longest,
                 "concurrency": judge_concurrency,
                 "timeout": judge_timeout,
+                "thinking": judge_thinking,
                 "device": judge_device,
                 "batch": judge_batch,
                 "price_in": price_in,

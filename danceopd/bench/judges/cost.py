@@ -25,6 +25,7 @@ LIST_PRICES = {  # OpenAI's list prices of March 2026: dollars a million tokens,
     "gpt-5": (1.25, 10.00),
 }
 TYPICAL_OUT = 250  # tokens of a score with its reasons
+TYPICAL_THOUGHT = 1000  # tokens before it, of a model that thinks: a guess
 OVERHEAD = 30  # tokens of a message's frame
 
 

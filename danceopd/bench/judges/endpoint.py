@@ -22,7 +22,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from danceopd.bench.judges.codec import Codec
-from danceopd.bench.judges.cost import OPENAI_HOST, OVERHEAD, TYPICAL_OUT, picture_tokens, prices_of, text_tokens
+from danceopd.bench.judges.cost import (
+    OPENAI_HOST,
+    OVERHEAD,
+    TYPICAL_OUT,
+    TYPICAL_THOUGHT,
+    picture_tokens,
+    prices_of,
+    text_tokens,
+)
 from danceopd.bench.judges.question import Answer, Question, Quote, Status
 from danceopd.bench.judges.reading import read
 from danceopd.bench.suites import picture
@@ -30,6 +38,7 @@ from danceopd.errors import UserError
 
 DEFAULT_URL = f"https://{OPENAI_HOST}/v1"
 FILTERED = re.compile(r"content[_ ]?(?:filter|policy)|responsible_?ai|moderation|safety", re.I)
+THINKING = 8000  # tokens that a model known to think may spend before its answer
 LOST = 2  # how often a question may be sent and its answer lost, before it has failed
 LONGEST_WAIT = 60.0  # seconds; a server may ask for twice that
 PATIENCE = 5  # how many times more often than ``tries`` a rate limit may turn a question away
@@ -37,7 +46,11 @@ HOPELESS = 12  # failures in a row after which the endpoint is taken to be down
 
 
 class Endpoint:
-    """``model`` at ``url``; ``temperature`` None is not sent. Times in seconds, prices in dollars a million tokens."""
+    """``model`` at ``url``; ``temperature`` None is not sent. Times in seconds, prices in dollars a million tokens.
+
+    ``thinking`` tokens may be spent before an answer, beside those of the answer itself; None: `THINKING` where the
+    model is known to think. Their price is that of written tokens.
+    """
 
     sees = ()
     deterministic = False
@@ -58,6 +71,7 @@ class Endpoint:
         first_wait: float = 1.0,
         price_in: float | None = None,
         price_out: float | None = None,
+        thinking: int | None = None,
     ) -> None:
         if not model:
             raise UserError("the judge has no model; write openai:MODEL@URL, as openai:gpt-4.1-2025-04-14")
@@ -72,6 +86,9 @@ class Endpoint:
         self.thinks = bool(re.match(r"(?:gpt-5|o\d)", model)) and urlsplit(self.url).hostname == OPENAI_HOST
         if self.thinks:
             self.temperature = None  # these models refuse one
+        if thinking is not None and thinking < 0:
+            raise UserError(f"--judge-thinking is {thinking}; give 0 or more tokens")
+        self.thinking = thinking if thinking is not None else THINKING if self.thinks else 0
         self.identity: dict[str, Any] = {
             "kind": "openai",
             "model": model,
@@ -79,6 +96,7 @@ class Endpoint:
             "temperature": self.temperature,
             "detail": detail,
             **self.codec.identity,
+            **({"thinking": self.thinking} if self.thinking else {}),
         }
 
     @property
@@ -95,10 +113,10 @@ class Endpoint:
         for part in question.parts:
             if not isinstance(part, str):
                 tokens_in += picture_tokens(*self.codec.size(picture(part)))
+        expected = min(TYPICAL_OUT, question.max_tokens) + min(TYPICAL_THOUGHT, self.thinking)
         if self.prices is None:
-            return Quote(tokens_in, min(TYPICAL_OUT, question.max_tokens), None, None)
-        expected = min(TYPICAL_OUT, question.max_tokens)
-        at_most = self.prices.cost(tokens_in, question.max_tokens)
+            return Quote(tokens_in, expected, None, None)
+        at_most = self.prices.cost(tokens_in, question.max_tokens + self.thinking)
         return Quote(tokens_in, expected, self.prices.cost(tokens_in, expected), at_most * (1 + LOST))
 
     def ask(self, questions: Iterable[Question]) -> Generator[Answer, None, None]:
@@ -194,7 +212,9 @@ class _Loop:
         if question.system:
             messages.insert(0, {"role": "system", "content": question.system})
         body: dict[str, Any] = {"model": judge.model, "messages": messages}
-        body["max_completion_tokens" if judge.thinks else "max_tokens"] = question.max_tokens
+        body["max_completion_tokens" if judge.thinks else "max_tokens"] = (
+            question.max_tokens + judge.thinking
+        )
         if judge.temperature is not None:
             body["temperature"] = judge.temperature
         return self._do(self._answer(question, body))

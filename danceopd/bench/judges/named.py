@@ -30,8 +30,8 @@ def judge_named(text: str, **options: Any) -> Judge:
 
     ``options`` are those of the judge's class, None for what was not given: of an endpoint ``url``, ``key_file``,
     ``temperature``, ``codec`` ("png", "jpeg:75"), ``longest``, ``detail``, ``concurrency``, ``timeout``, ``tries``,
-    ``price_in``, ``price_out``; of a local model ``device``, ``dtype``, ``batch``, ``longest``; of a program
-    ``timeout``. UserError names the kinds for an unknown one, and the flag that a judge does not take.
+    ``price_in``, ``price_out``, ``thinking``; of a local model ``device``, ``dtype``, ``batch``, ``longest``; of a
+    program ``timeout``. UserError names the kinds for an unknown one, and the flag that a judge does not take.
     """
     kind, colon, rest = text.partition(":")
     if not colon or kind not in KINDS or not rest.strip():

@@ -1,4 +1,4 @@
-"""The ``folder`` suite: a user's own edits, judged by VIEScore (`viescore.py`) as in the ``gedit`` suite.
+"""The ``folder`` suite: a user's own edits, judged by VIEScore as in the ``gedit`` suite.
 
 A table (.csv, .jsonl) with the columns `source` and `instruction` and, where there are any, `target`, `mask`,
 `category` and `key`; or a folder of pictures with same-named .txt instructions, laid out as for distillation

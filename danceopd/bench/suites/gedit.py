@@ -1,4 +1,4 @@
-"""The ``gedit`` suite: GEdit-Bench (Step1X-Edit, arXiv 2504.17761), judged by VIEScore (`viescore.py`).
+"""The ``gedit`` suite: GEdit-Bench (Step1X-Edit, arXiv 2504.17761), judged by VIEScore.
 
 606 edits of real photographs in English and as many in Chinese, eleven categories; one language a run. The overall
 score is the unweighted mean of the category means. Subsets: `paper` are the six categories of DanceOPD's tables,

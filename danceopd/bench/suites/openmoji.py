@@ -74,6 +74,13 @@ class Suite:
     scale = {"generation": (0.0, 1.0), "editing": (0.0, 10.0)}
     share = {"generation": True, "editing": False}
     subsets: dict[str, tuple[str, ...]] = {}
+    needs = f"run `{fetch.COMMAND}` once"
+
+    @classmethod
+    def here(cls, data: str | Path | None = None) -> Path | None:
+        """Where the drawings are on this machine, or None."""
+        place = fetch.default_folder() if data is None else Path(data).expanduser()
+        return place if fetch.fetched(place) else None
 
     def __init__(
         self,

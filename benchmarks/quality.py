@@ -1,0 +1,356 @@
+"""How soon the student has closed its teachers' gaps: the released loop, and ours with each difference added in turn.
+
+    python benchmarks/quality.py                          # learning curves (hours on one core), then the table
+    python benchmarks/quality.py --pace --repeats 5       # seconds of an update, each way in turn, then the table
+
+What changes the mathematics (numerics, averaging, routes, walk) gets learning curves of its own: the shipped teachers
+and the demo's start, a constant rate, 3 seeds, scored every so many updates on validation prompts and edits by the
+suite's own scorer. What only changes the speed does not: its updates are the same, and cost other seconds. Time to
+quality is updates to quality times the seconds of an update, both measured here. A gap is closed by the share of the
+way from the base to the teacher. Finished curves are kept, one line each; interrupt it when you like.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from official import Habits
+from rich.console import Console
+from step import worlds
+
+from danceopd.backbone import Backbone
+from danceopd.base_model import base_folder, empty_transformer, load_base
+from danceopd.bench.suites.scenes import Suite
+from danceopd.blend import blend
+from danceopd.fields import BaseField
+from danceopd.figures import Progress
+from danceopd.loop import STUDENT, Loop
+from danceopd.lora import Adapter, read_adapter
+from danceopd.machine import describe
+from danceopd.pipelines import EditingPipeline, GenerationPipeline, family_of
+from danceopd.recipe import Recipe
+from danceopd.rollout import rollout
+from danceopd.shipped import shipped
+from danceopd.work import call_of
+
+merging = import_module("danceopd.merge")  # the package's `merge` is the function
+RESULTS = Path(__file__).parent / "results"
+CAPABILITIES = ("generation", "editing")
+SHARES = (0.65, 0.8, 0.95)
+"""Shares of both gaps whose times are reported."""
+
+
+@dataclass(frozen=True)
+class Maths:
+    """What is learnt: changes of the recipe, and whether weights and moments are kept in bf16, or averaged."""
+
+    recipe: dict[str, Any]
+    bf16: bool = False
+    averaged: bool = True
+
+
+RELEASED: dict[str, Any] = {"rollout": {"steps": 16}, "query": {"law": "paper"}, "routing": {"per": "step"}}
+BY_ROW = RELEASED | {"routing": {"per": "row"}}
+EIGHT = BY_ROW | {"rollout": {"steps": 8}}
+CURVES = {
+    "released": Maths(RELEASED, bf16=True, averaged=False),
+    "fp32": Maths(RELEASED, averaged=False),
+    "averaged": Maths(RELEASED),
+    "routes by row": Maths(BY_ROW),
+    "8 steps": Maths(EIGHT),
+    "5 steps, second order": Maths(BY_ROW | {"rollout": {"steps": 5, "solver": "ab2"}}),
+    "5 steps, high noise": Maths({"rollout": {"steps": 5}, "query": {"law": "high-noise"}}),
+    "8 steps, persistent": Maths(EIGHT | {"rollout": {"steps": 8, "persistent": 4}}),
+}
+"""Learning curves, each with what the ones before it have, but for the last, which is an experiment on `8 steps`."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A line of the table: which curve it follows, and how it makes its updates (None: our loop)."""
+
+    curve: str
+    habits: Habits | None = None
+
+
+WAYS = {
+    "the released loop": Way("released", Habits()),
+    "+ encoded once": Way("released", Habits(caches=True)),
+    "+ stops at the query": Way("released", Habits(caches=True, stops=True)),
+    "+ merged walk": Way("released", Habits(caches=True, stops=True, merges=True)),
+    "+ batched, formed (from here ours)": Way("released"),
+    "+ fp32 weights and moments": Way("fp32"),
+    "+ average of the weights": Way("averaged"),
+    "+ routes by row": Way("routes by row"),
+    "+ 8 steps instead of 16": Way("8 steps"),
+    "+ 5 steps of second order": Way("5 steps, second order"),
+    "5 steps, asked at high noise (the demo)": Way("5 steps, high noise"),
+    "8 steps, persistent walks (experiment)": Way("8 steps, persistent"),
+}
+
+
+class Judge:
+    """Both scores of adapters on one base: the same validation items from the same noise, decoded and read."""
+
+    def __init__(self, base: Path, items: int) -> None:
+        pipe, self.suite = load_base(base), Suite(split="val")
+        family = family_of(pipe)
+        self.backbone, call = Backbone(pipe.transformer, family), call_of(base, {}, family)
+        words, edits = self.suite.generation_items(items), self.suite.editing_items(items)
+        draw, edit = (kind(pipe, family, call) for kind in (GenerationPipeline, EditingPipeline))
+        instructions, sources = [item.prompt for item in edits], [item.source for item in edits]
+        self.work = [
+            (draw, words, draw.conditions([item.prompt for item in words])),
+            (edit, edits, edit.conditions(instructions, sources)),
+        ]
+
+    def __call__(self, adapter: Adapter | None) -> tuple[float, float]:
+        """(share of correct pictures, mean O): means over the six categories of each."""
+        layers = {path: self.backbone.transformer.get_submodule(path) for path in (adapter.tensors if adapter else ())}
+        pristine = {path: layer.weight.clone() for path, layer in layers.items()}
+        for path, layer in layers.items():
+            layer.weight += adapter.delta(path)  # type: ignore[union-attr]
+        scores = []
+        for draw, items, condition in self.work:
+            ends = torch.full((len(items),), len(draw.sigmas()) - 1)
+            noise = draw.noise(list(range(len(items))))
+            clean = rollout(BaseField(self.backbone), noise, draw.sigmas(), ends, condition)
+            scores += self.suite.score(items, draw.images(clean))
+        for path, layer in layers.items():
+            layer.weight.copy_(pristine[path])
+        found = self.suite.summarise(scores)
+        return found["generation"]["overall"]["mean"], found["editing"]["overall"]["mean"]
+
+
+class Learning(Loop):
+    """The loop of a run, kept where it can be looked at; with `bf16` its weights and moments are rounded to that."""
+
+    bf16 = False
+    latest: Learning
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        Learning.latest = self
+
+    def _descend(self, done: Progress) -> None:
+        super()._descend(done)
+        if self.bf16:
+            moments = [m for state in self.optimizer.state.values() for k, m in state.items() if k != "step"]
+            with torch.no_grad():
+                for tensor in (*self.parameters, *moments):
+                    tensor.copy_(tensor.bfloat16())
+
+    def one(self) -> None:
+        """One more update."""
+        self._update()
+        self.step += 1
+
+    def learnt(self, averaged: bool) -> Adapter:
+        """The student as it is exported."""
+        tensors = [t.detach().clone() for t in (self.average if averaged else self.parameters)]
+        modules = self.backbone.modules(STUDENT)
+        return Adapter(dict(zip(modules, zip(tensors[::2], tensors[1::2], strict=True), strict=True)))
+
+
+@contextmanager
+def learning(bf16: bool) -> Iterator[None]:
+    """Inside, `merge` makes a `Learning`."""
+    usual, merging.Loop, Learning.bf16 = merging.Loop, Learning, bf16  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        merging.Loop = usual  # type: ignore[misc]
+
+
+def recipe_of(maths: Maths, seed: int, updates: int, rows: int, output: Path) -> Recipe:
+    """The demo's start and teachers, a constant rate, no pictures."""
+    fields: dict[str, Any] = {
+        "output": output, "steps": updates, "batch": rows, "seed": seed, "ema": 0.98,
+        "student": {"rank": 80, "init": "blend", "init_weights": dict(zip(CAPABILITIES, (0.7, 0.9), strict=True))},
+        "optimizer": {"lr": 1e-3, "warmup": 10, "schedule": "constant"},
+        "data": {"rows": 4096}, "samples": {"every": 0, "count": 1}, "save_every": updates, "keep_last": 1,
+    }  # fmt: skip
+    return Recipe(**fields | maths.recipe)
+
+
+def curve_of(maths: Maths, seed: int, updates: int, rows: int, every: int, judge: Judge) -> list[list[float]]:
+    """[update, generation, editing] every so many updates."""
+    points: list[list[float]] = []
+
+    def look(done: Progress, steps: int) -> None:
+        if done.step % every == 0:
+            points.append([done.step, *judge(Learning.latest.learnt(maths.averaged))])
+
+    with tempfile.TemporaryDirectory() as folder, learning(maths.bf16):
+        merging.merge(recipe_of(maths, seed, updates, rows, Path(folder) / "run"), look)
+    return points
+
+
+def paces(rows: int, repeats: int) -> dict[str, float]:
+    """Median processor seconds of an update, by way; the ways take turns, on the same rows an update."""
+    world = worlds()["the shipped model (2 M)"]
+    ways: dict[str, Callable[[], Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, way in WAYS.items():
+            if way.habits is not None:
+                ways[name] = world.released(rows, way.habits, rank=80).update
+                continue
+            maths = CURVES[way.curve]
+            with learning(maths.bf16):
+                merging.merge(recipe_of(maths, 0, 1, rows, Path(folder) / name), lambda *_: None)
+            ways[name] = Learning.latest.one
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        for name, update in ways.items():
+            began = time.process_time()
+            update()
+            if turn:  # the first warms up
+                found[name].append(time.process_time() - began)
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
+
+
+# -- the table ------------------------------------------------------------------------------------------------
+
+
+def closed(points: Sequence[Sequence[float]], base: Sequence[float], teachers: Sequence[float]) -> list[list[float]]:
+    """[update, share of the generation gap, share of the editing gap]."""
+    return [[p[0], *((v - b) / (t - b) for v, b, t in zip(p[1:], base, teachers, strict=True))] for p in points]
+
+
+def reached(curve: Sequence[Sequence[float]], share: float) -> float | None:
+    """The update at which both gaps are first closed so far, on straight lines between the points."""
+    for (n0, *before), (n1, *after) in zip(curve, curve[1:]):
+        if min(after) >= share:
+            crossed = [0.0 if b >= share else (share - b) / (a - b) for b, a in zip(before, after, strict=True)]
+            return n0 + max(crossed) * (n1 - n0)
+    return None
+
+
+def mean_of(curves: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+    """The mean curve of several seeds."""
+    return [[statistics.mean(column) for column in zip(*points, strict=True)] for points in zip(*curves, strict=True)]
+
+
+def report(facts: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
+    """The table in Markdown."""
+    base, teachers, start = (facts["references"][name] for name in ("base", "teachers", "start"))
+    curves: dict[str, list[list[list[float]]]] = {}
+    for run in runs:
+        curves.setdefault(run["curve"], []).append(closed([[0, *start], *run["points"]], base, teachers))
+    pace: dict[str, float] = facts.get("paces", {})
+    rows, seeds = facts["rows"], max((len(found) for found in curves.values()), default=0)
+    lines = [
+        f"Updates of {rows} rows, {facts['items']} validation prompts and as many edits, up to {seeds} seeds; "
+        f"{describe()}, one thread, torch {torch.__version__}. Base {base[0]:.3f} / {base[1]:.2f}, generation teacher "
+        f"{teachers[0]:.3f}, editing teacher {teachers[1]:.2f}; every student starts as their blend, "
+        f"{start[0]:.3f} / {start[1]:.2f}.",
+        "",
+        "Updates until the mean curve has closed so much of both gaps (in brackets: the seeds' range, - for one that "
+        "did not), times the seconds of an update; and how many times sooner than the released loop.",
+        "",
+        "| | seeds | s an update | " + " | ".join(f"updates to {share:.0%} | s" for share in SHARES)
+        + f" | sooner to {SHARES[1]:.0%} | at the last update, gen. / edit. |",
+        "|---|" + "--:|" * (2 * len(SHARES) + 4),
+    ]  # fmt: skip
+    first: float | None = None
+    for name, way in WAYS.items():
+        if way.curve not in curves:
+            continue
+        mean, cells = mean_of(curves[way.curve]), []
+        for share in SHARES:
+            each, there = [reached(c, share) for c in curves[way.curve]], reached(mean, share)
+            span = "-".join("-" if n is None else f"{n:.0f}" for n in (min(each, key=_late), max(each, key=_late)))
+            cells.append("-" if there is None else f"{there:.0f} ({span})")
+            cells.append("-" if there is None or name not in pace else f"{there * pace[name]:.0f}")
+        there = reached(mean, SHARES[1])
+        seconds = None if there is None or name not in pace else there * pace[name]
+        first = seconds if first is None else first
+        sooner = "-" if seconds is None or first is None else f"{first / seconds:.1f}x"
+        paced = f"{pace[name]:.2f}" if name in pace else "-"
+        last = f"{mean[-1][1]:.0%} / {mean[-1][2]:.0%} after {mean[-1][0]:.0f}"
+        lines.append(f"| {name} | {len(curves[way.curve])} | {paced} | {' | '.join(cells)} | {sooner} | {last} |")
+    return "\n".join(lines) + "\n"
+
+
+def _late(updates: float | None) -> float:
+    return float("inf") if updates is None else updates
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Finished curves; a line that was cut short is left out."""
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def main(
+    curves: Annotated[str, typer.Option(help=f"Of {'; '.join(CURVES)}: separated by semicolons.")] = ";".join(CURVES),
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    updates: Annotated[int, typer.Option(min=2)] = 300,
+    rows: Annotated[int, typer.Option(min=2, help="Of an update.")] = 32,
+    every: Annotated[int, typer.Option(min=1, help="Updates between scores.")] = 50,
+    items: Annotated[int, typer.Option(min=6, help="Validation prompts, and as many edits.")] = 240,
+    pace: Annotated[bool, typer.Option("--pace", help="Measure the seconds of an update instead.")] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of --pace.")] = 5,
+    name: Annotated[str, typer.Option(help="Written to benchmarks/results/NAME.md, .json and .jsonl.")] = "quality",
+) -> None:
+    """Learn and score whatever curve is not done, or measure the paces, and write the table."""
+    torch.set_num_threads(1)
+    chosen = [curve.strip() for curve in curves.split(";")]
+    if odd := next((curve for curve in chosen if curve not in CURVES), None):
+        raise typer.BadParameter(f"{odd!r} is none of {'; '.join(CURVES)}")
+    path, facts_file = RESULTS / f"{name}.jsonl", RESULTS / f"{name}.json"
+    facts: dict[str, Any] = json.loads(facts_file.read_text()) if facts_file.is_file() else {}
+    how = {"rows": rows, "items": items}
+    if facts and {key: facts[key] for key in how} != how:
+        raise typer.BadParameter(f"{facts_file} is of {facts['rows']} rows and {facts['items']} items; give --name")
+
+    def write() -> None:
+        facts_file.write_text(json.dumps(facts, indent=1) + "\n")
+        (RESULTS / f"{name}.md").write_text(report(facts, read_lines(path)))
+
+    judge = None
+    if "references" not in facts or not pace:
+        judge = Judge(base_folder("base"), items)
+    if "references" not in facts:
+        assert judge is not None
+        base = empty_transformer(base_folder("base"))
+        held = {c: read_adapter(shipped(c), base) for c in CAPABILITIES}
+        scores = {c: judge(adapter) for c, adapter in held.items()}
+        start = judge(blend(list(held.values()), [0.7, 0.9]))
+        best = [scores[c][n] for n, c in enumerate(CAPABILITIES)]
+        facts |= how | {"references": {"base": judge(None), "teachers": best, "start": start}}
+    if pace:
+        facts["paces"], facts["repeats"] = paces(rows, repeats), repeats
+        return write()
+    write()
+    assert judge is not None
+    console = Console()
+    for seed in range(seeds):
+        for curve in chosen:
+            if any((run["curve"], run["seed"]) == (curve, seed) for run in read_lines(path)):
+                continue
+            began = time.monotonic()
+            points = curve_of(CURVES[curve], seed, updates, rows, every, judge)
+            with open(path, "a") as file:
+                file.write(json.dumps({"curve": curve, "seed": seed, "points": points}) + "\n")
+            write()
+            last = ", ".join(f"{value:.3f}" for value in points[-1][1:])
+            console.print(f"{curve}, seed {seed}: {last}; {time.monotonic() - began:.0f} s", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
