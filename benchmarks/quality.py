@@ -33,7 +33,7 @@ from danceopd.backbone import Backbone
 from danceopd.base_model import base_folder, empty_transformer, load_base
 from danceopd.bench.suites.scenes import Suite
 from danceopd.blend import blend
-from danceopd.fields import BaseField
+from danceopd.fields import BaseField, VelocityField
 from danceopd.figures import Progress
 from danceopd.loop import STUDENT, Loop
 from danceopd.lora import Adapter, read_adapter
@@ -117,20 +117,31 @@ class Judge:
 
     def __call__(self, adapter: Adapter | None) -> tuple[float, float]:
         """(share of correct pictures, mean O): means over the six categories of each."""
+        with self.acting(adapter) as field:
+            scores = [score for n in range(2) for score in self.scores(n, self.drawn(n, field))]
+        found = self.suite.summarise(scores)
+        return found["generation"]["overall"]["mean"], found["editing"]["overall"]["mean"]
+
+    @contextmanager
+    def acting(self, adapter: Adapter | None) -> Iterator[VelocityField]:
+        """The velocity of the base with an adapter in its weights."""
         layers = {path: self.backbone.transformer.get_submodule(path) for path in (adapter.tensors if adapter else ())}
         pristine = {path: layer.weight.clone() for path, layer in layers.items()}
         for path, layer in layers.items():
             layer.weight += adapter.delta(path)  # type: ignore[union-attr]
-        scores = []
-        for draw, items, condition in self.work:
-            ends = torch.full((len(items),), len(draw.sigmas()) - 1)
-            noise = draw.noise(list(range(len(items))))
-            clean = rollout(BaseField(self.backbone), noise, draw.sigmas(), ends, condition)
-            scores += self.suite.score(items, draw.images(clean))
+        yield BaseField(self.backbone)
         for path, layer in layers.items():
             layer.weight.copy_(pristine[path])
-        found = self.suite.summarise(scores)
-        return found["generation"]["overall"]["mean"], found["editing"]["overall"]["mean"]
+
+    def drawn(self, work: int, field: VelocityField) -> Any:
+        """Pictures of all items of a work."""
+        draw, items, condition = self.work[work]
+        ends = torch.full((len(items),), len(draw.sigmas()) - 1)
+        return draw.images(rollout(field, draw.noise(list(range(len(items)))), draw.sigmas(), ends, condition))
+
+    def scores(self, work: int, pictures: Any) -> Any:
+        """The suite's scores of them."""
+        return self.suite.score(self.work[work][1], pictures)
 
 
 class Learning(Loop):
