@@ -83,15 +83,15 @@ def test_a_program_is_started_once_and_asked_in_lines(tmp_path: Path) -> None:
 
 
 def test_a_crash_or_a_silence_is_a_failure_and_never_a_hang(tmp_path: Path) -> None:
-    judge = program(tmp_path, timeout=1.5)
+    judge = program(tmp_path, timeout=4.0)
     began = time.monotonic()
     answers = asked(judge, *(question(n, step=step) for n, step in enumerate([None, "crash", None, "silent", None])))
     assert [a.status for a in answers] == ["ok", "failed", "ok", "failed", "ok"]
-    assert "status 1" in answers[1].text and "detector.pth" in answers[1].text and "1.5 s" in answers[3].text
-    assert time.monotonic() - began < 12
+    assert "status 1" in answers[1].text and "detector.pth" in answers[1].text and "4 s" in answers[3].text
+    assert time.monotonic() - began < 40
     pids = {int(line.split()[0]) for line in (tmp_path / "started").read_text().splitlines()}
     assert len(pids) == 3
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while left := [p for p in psutil.process_iter() if _group(p) in pids]:  # with what the program had started
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
