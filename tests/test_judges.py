@@ -86,7 +86,7 @@ STATUSES = {
 
 def test_a_server_that_misbehaves_gets_right_scores_and_counted_failures(tmp_path: Path) -> None:
     with JudgeServer(PLAN) as server:
-        session = Session(endpoint(server, timeout=0.5, tries=4, price_in=2.0, price_out=8.0), tmp_path / "judge.jsonl")
+        session = Session(endpoint(server, timeout=1.0, tries=4, price_in=2.0, price_out=8.0), tmp_path / "judge.jsonl")
         seen = []
         answers = session.answers((question(n) for n in range(24)), seen.append)
     assert len(seen) == 24 and len(rows(tmp_path / "judge.jsonl")) == 24
@@ -99,10 +99,10 @@ def test_a_server_that_misbehaves_gets_right_scores_and_counted_failures(tmp_pat
     assert server.asked["item-0"] == 3 and server.asked["item-13"] == 4 and server.asked["item-15"] == 1
     assert answers["m/0/SC"][0].attempts == 3 and answers["m/4/SC"][0].attempts == 1
     assert answers["m/6/SC"][0].text == "6" and answers["m/12/SC"][0].text == "It looks fairly good to me."
-    assert answers["m/13/SC"][0].text.startswith("HTTP 500") and "0.5 s" not in answers["m/13/SC"][0].text
+    assert answers["m/13/SC"][0].text.startswith("HTTP 500") and "1 s" not in answers["m/13/SC"][0].text
     assert "length" in answers["m/18/SC"][0].text and answers["m/8/SC"][0].text == "I can't look at this."
     assert answers["m/4/SC"][0].reasoning == "as seen"
-    assert answers["m/14/SC"][0].seconds < 2  # bytes that drip in put no deadline off
+    assert answers["m/14/SC"][0].seconds < 4  # bytes that drip in put no deadline off
     assert server.times["item-0"][1] - server.times["item-0"][0] >= 0.19  # Retry-After
     whole = 1000 * 2e-6 + 100 * 8e-6
     assert answers["m/4/SC"][0].cost == pytest.approx(whole)
