@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import gpu_cores
+import gpu_forwards
 import torch
 import typer
 from diffusers.models.embeddings import apply_rotary_emb
@@ -26,7 +27,7 @@ from diffusers.models.normalization import RMSNorm
 from rich.console import Console
 from torch import Tensor, nn
 
-from danceopd.attention import choose, install, uninstall, using
+from danceopd.attention import choose, using
 from danceopd.attention.front import add_norm, joint_qkv, swiglu_behind
 from danceopd.attention.parts import Stream, table
 
@@ -47,8 +48,15 @@ class Bench:
     device: str
     minutes: float
     rows: list[list[str]] = field(default_factory=list)
+    walks: list[str] = field(default_factory=list)
     cores: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
+
+    def release(self) -> None:
+        """Give back what the last model or set of buffers took."""
+        gc.collect()
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
 
     @property
     def late(self) -> bool:
@@ -217,7 +225,7 @@ def segments(bench: Bench, sizes: Sequence[int], smoke: bool) -> None:
                     bench.rows.append(row(label, "fwd + bwd" if grad else "fwd", times, moved))
                     Console().print("  ".join(bench.rows[-1]), highlight=False)
                     del segment
-                    release(bench)
+                    bench.release()
 
 
 def ways(bench: Bench, segment: Segment, wrap: Callable[[Any], Run], sets: int, smoke: bool) -> dict[str, float]:
@@ -277,7 +285,7 @@ def sites(bench: Bench, smoke: bool) -> None:
         moved = 2 * tokens * (2 * width + 3 * mlp)
         pointwise(bench, f"SwiGLU behind {tokens} x {width} + {mlp}", stock_mlp, fused_mlp, sets, moved, smoke)
         del xs, ys, packed
-        release(bench)
+        bench.release()
 
 
 def pointwise(bench: Bench, label: str, stock: Run, fused: Run, sets: int, moved: float, smoke: bool) -> None:
@@ -292,126 +300,6 @@ def pointwise(bench: Bench, label: str, stock: Run, fused: Run, sets: int, moved
                     times["cuda" if backend == "op" else backend] = bench.graph(fused, sets)
     bench.rows.append(row(label, "fwd", times, moved))
     Console().print("  ".join(bench.rows[-1]), highlight=False)
-
-
-# Whole forwards
-
-
-def klein(side: int, sources: int, smoke: bool) -> tuple[nn.Module, dict[str, Any]]:
-    from diffusers import Flux2Transformer2DModel
-
-    tiny = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1, "joint_attention_dim": 32}
-    full = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
-    model = Flux2Transformer2DModel(
-        in_channels=128,
-        attention_head_dim=128,
-        axes_dims_rope=(32, 32, 32, 32),
-        rope_theta=2000,
-        guidance_embeds=False,
-        **(tiny if smoke else full),
-    )
-    tokens, text = side * side * (1 + sources), 8 if smoke else 512
-    ids = torch.zeros(tokens, 4)
-    ids[:, 1], ids[:, 2] = torch.arange(tokens) // side % side, torch.arange(tokens) % side
-    return model, {
-        "hidden_states": torch.randn(1, tokens, 128),
-        "encoder_hidden_states": torch.randn(1, text, 32 if smoke else 7680),
-        "timestep": torch.tensor([0.5]),
-        "img_ids": ids,
-        "txt_ids": torch.zeros(text, 4),
-    }
-
-
-def sd35(side: int, sources: int, smoke: bool) -> tuple[nn.Module, dict[str, Any]]:
-    from diffusers import SD3Transformer2DModel
-
-    layers, heads, joint = (2, 1, 32) if smoke else (24, 24, 4096)
-    model = SD3Transformer2DModel(
-        sample_size=128,
-        num_layers=layers,
-        num_attention_heads=heads,
-        attention_head_dim=64,
-        joint_attention_dim=joint,
-        caption_projection_dim=64 * heads,
-        pooled_projection_dim=2048,
-        out_channels=16,
-        pos_embed_max_size=384,
-        dual_attention_layers=tuple(range(min(13, layers))),
-        qk_norm="rms_norm",
-    )
-    return model, {
-        "hidden_states": torch.randn(1, 16, 2 * side, 2 * side),
-        "encoder_hidden_states": torch.randn(1, 8 if smoke else 333, joint),
-        "pooled_projections": torch.randn(1, 2048),
-        "timestep": torch.tensor([500.0]),
-    }
-
-
-def z_image(side: int, sources: int, smoke: bool) -> tuple[nn.Module, dict[str, Any]]:
-    from diffusers import ZImageTransformer2DModel
-
-    small = {"dim": 128, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "n_refiner_layers": 1, "cap_feat_dim": 32}
-    model = ZImageTransformer2DModel(**(small if smoke else {}))
-    return model, {
-        "x": [torch.randn(16, 1, 2 * side, 2 * side)],
-        "t": torch.tensor([0.5]),
-        "cap_feats": [torch.randn(32 if smoke else 224, 32 if smoke else 2560)],
-    }
-
-
-def forwards(bench: Bench, sizes: Sequence[int], smoke: bool) -> None:
-    """Milliseconds of a no-gradient forward: eager, compiled blocks, fused, fused in a CUDA graph."""
-    plan = [(sd35, "SD3.5-M", 0), (klein, "klein-4B", 0), (klein, "klein-4B", 1), (z_image, "Z-Image", 0)]
-    for make, name, sources in plan:
-        for size in sizes:
-            if bench.late:
-                return
-            with torch.device(bench.device):
-                before = torch.get_default_dtype()
-                torch.set_default_dtype(torch.bfloat16)
-                model, call = make(size // 16, sources, smoke)
-                torch.set_default_dtype(before)
-            model = model.to(bench.device, torch.bfloat16).eval().requires_grad_(False)
-            call = {key: value.float() if key.endswith("ids") else value for key, value in call.items()}
-            if name == "Z-Image" and bench.device != "cpu":
-                model.rope_embedder.freqs_cis = None
-            label = f"{name} {size} px" + (" + source" if sources else "")
-            bench.rows.append([label, "no-gradient forward, ms", *forward_times(bench, model, call, smoke)])
-            Console().print("  ".join(bench.rows[-1]), highlight=False)
-            del model, call
-            release(bench)
-
-
-def forward_times(bench: Bench, model: Any, call: dict[str, Any], smoke: bool) -> list[str]:
-    def run(_: int = 0) -> Any:
-        return model(**call, return_dict=False)[0]
-
-    with torch.no_grad():
-        eager = bench.calls(run)
-        install(model)
-        fused = bench.calls(run)
-        uninstall(model)
-        graph = compiled = float("nan")
-        if not smoke and not bench.late:
-            torch._dynamo.reset()
-            model.compile_repeated_blocks()
-            compiled = bench.calls(run)
-            for module in model.modules():
-                module._compiled_call_impl = None
-        install(model)
-        try:  # last: a forward that waits for the device cannot be captured, and may upset what follows
-            graph = bench.graph(run, 1)
-        except RuntimeError as error:
-            Console().print(f"not captured: {str(error).splitlines()[0]}", markup=False)
-    times = [f"{1e3 * t:.2f}" if t == t else "" for t in (eager, compiled, fused, graph)]
-    best = min(t for t in (fused, graph) if t == t)
-    return [*times, f"{eager / best:.2f}x", f"{compiled / best:.2f}x" if compiled == compiled else "", ""]
-
-
-def release(bench: Bench) -> None:
-    gc.collect()
-    if bench.device != "cpu":
-        torch.cuda.empty_cache()
 
 
 def copy_speed(bench: Bench) -> float:
@@ -437,6 +325,7 @@ def write(bench: Bench, output: Path, device: str, ceiling: float) -> None:
         *(f"| {' | '.join(row)} |" for row in bench.rows),
         "",
         "TB/s counts each input read once and each output written once, over the CUDA time.",
+        *(["", f"| {gpu_forwards.HEAD} |", "|" + " --- |" * len(gpu_forwards.HEAD.split(" | ")), *bench.walks]),
         *(["", f"| {gpu_cores.HEAD} |", "|" + " --- |" * len(gpu_cores.HEAD.split(" | ")), *bench.cores]),
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -449,7 +338,7 @@ def kernels(
     minutes: Annotated[float, typer.Option(help="Start nothing new after so long.")] = 6.5,
     smoke: Annotated[bool, typer.Option("--smoke", help="Tiny, on a CPU: checks this program.")] = False,
 ) -> None:
-    """The segment before attention, norm sites, SwiGLU, whole no-gradient forwards, and the attention cores."""
+    """The segment before attention, norm sites, SwiGLU, no-gradient forwards, steps of a walk, attention cores."""
     if not smoke and not torch.cuda.is_available():
         typer.echo("error: there is no CUDA device here; --smoke checks the benchmark itself", err=True)
         raise typer.Exit(2)
@@ -459,9 +348,10 @@ def kernels(
     ceiling = copy_speed(bench)
     sizes = (64,) if smoke else (512, 1024)
     place = output or RESULTS / f"gpu-{device.lower().replace(' ', '-')}.md"
-    for part in (segments, forwards):
+    for part in (segments, gpu_forwards.forwards):
         part(bench, sizes, smoke)
         write(bench, place, device, ceiling)  # what is measured stays, whatever happens later
+    gpu_forwards.walks(bench, sizes, smoke)
     sites(bench, smoke)
     bench.cores = gpu_cores.measure(bench, sizes, smoke)
     write(bench, place, device, ceiling)

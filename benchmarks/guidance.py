@@ -53,7 +53,8 @@ def student(scale: float, unconditional: float, updates: int) -> Adapter:
             "student": {"rank": 80, "init": "generation"}, "rollout": {"steps": 8}, "query": {"law": "uniform"},
             "guidance": {"unconditional": unconditional},
             "optimizer": {"lr": 1e-3, "warmup": 10, "schedule": "cosine"},
-            "data": {"rows": 4096}, "samples": {"every": 0, "count": 1}, "save_every": updates, "keep_last": 1,
+            "data": {"rows": 4096}, "gap": {"every": 0}, "samples": {"every": 0, "count": 1},
+            "save_every": updates, "keep_last": 1,
         }  # fmt: skip
         merge(Recipe(**fields), lambda *_: None)
         return read_adapter(Path(folder) / "run")

@@ -30,11 +30,12 @@ from rich.console import Console
 
 from danceopd.base_model import base_folder, empty_transformer
 from danceopd.blend import blend
+from danceopd.exporting import EXPORTED
 from danceopd.fields import AdapterField, MergedField
 from danceopd.loop import STUDENT
 from danceopd.lora import Adapter, read_adapter, write_adapter
 from danceopd.machine import describe
-from danceopd.merge import EXPORTED, merge
+from danceopd.merge import merge
 from danceopd.progress import clock
 from danceopd.recipe import Recipe
 from danceopd.samples import LOOK
@@ -149,6 +150,7 @@ def recipe_of(run: Run, teachers: list[dict[str, Any]], output: Path) -> Recipe:
         data={"rows": 512},
         gates=ARMS.get(run.arm, {}),
         watch={"every": 0},
+        gap={"every": 0},
         samples={"every": 0, "count": 1},
         save_every=run.steps,
         keep_last=1,

@@ -28,6 +28,7 @@ def write_card(
     grid: str | Path | None = None,
     fused: bool = False,
     start: str | None = None,
+    gap: str | None = None,
     watched: Sequence[str] = (),
 ) -> Path:
     """Write `folder/README.md`.
@@ -35,7 +36,8 @@ def write_card(
     `recipe` is a Recipe or its resolved mapping; `scores` is {row: {column: value}}, e.g.
     {"student": {"generation": 0.93, "editing": 9.1}}, None for a value that was not measured; `hashes` is
     {"student" | "base" | teacher: sha256}; `snippet` replaces the load snippet; `grid` is a picture in the folder;
-    `start` a sentence on where the student started, `watched` what the watch saw, a sentence each.
+    `start` a sentence on where the student started, `gap` one on how near it is to its teachers on held-out rows,
+    `watched` what the watch saw, a sentence each.
     Returns its path. Raises UserError when it cannot be written.
     """
     folder = Path(folder)
@@ -54,7 +56,7 @@ def write_card(
     parts += ["## Use", _block(snippet or load_snippet(base, told.get("call") or {}, fused), "python")]
     if scores:
         parts += ["## Scores", _score_table(scores)]
-    parts += ["## Merged from", _origin_table(base, teachers, hashes or {}), *([start] if start else [])]
+    parts += ["## Merged from", _origin_table(base, teachers, hashes or {}), *filter(None, (start, gap))]
     if watched:
         parts += ["## Watched", "\n".join(f"- {sentence}" for sentence in watched)]
     parts += ["## Recipe", _block(yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=100), "yaml")]

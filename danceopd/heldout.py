@@ -1,4 +1,5 @@
-"""The rows of the watch's panels: prompts and edits that the run never learns from, and who judges their pictures.
+"""Held-out rows, of the field gap and the watch's panels: prompts and edits that the run never learns from, and who
+judges their pictures.
 
 Of the exact world, tasks of its validation split; of other data, rows that no update draws. They are encoded once,
 like the run's own, into the same store. Edits keep their sizes; prompts of one layout stand together, and each is
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,8 +102,33 @@ def held_rows(recipe: Recipe, teacher: Teacher, asked: Asked, count: int) -> lis
             continue
     if len(found) < count or drawn.issuperset(looked):
         what = "no row" if drawn.issuperset(looked) else f"{len(found)} of the {count} rows"
-        _log.warning("the watch finds %s to hold out for %s in %s: the run draws the others", what, teacher.name, spec)
+        _log.warning("the run finds %s to hold out for %s in %s: it draws the others", what, teacher.name, spec)
     return list(found.values())
+
+
+def encoded(
+    recipe: Recipe, teacher: Teacher, encoder: Encoder, rows: Sequence[Row], words: Sequence[str] | None = None
+) -> StoredQuestions:
+    """The rows as a teacher is asked them, numbered as they stand; under other `words`, where given."""
+    words = [row.words for row in rows] if words is None else words
+    if teacher.capability != "editing":
+        data = Prompts(MadeTable("held-out rows", [{"prompt": said} for said in words]))
+    else:
+        cells = [
+            {"instruction": said, "source": row.source if isinstance(row.source, Image.Image) else str(row.source)}
+            for said, row in zip(words, rows, strict=True)
+        ]
+        data = Edits(MadeTable("held-out rows", cells))
+    return encoder.questions(teacher.capability, data, range(len(words)), recipe.rollout.steps)
+
+
+def by_layout(questions: StoredQuestions, rows: Iterable[int]) -> list[list[int]]:
+    """The rows by layout and schedule."""
+    groups: dict[Hashable, list[int]] = {}
+    for row in rows:
+        key = questions.layout(row), tuple(questions.sigmas(row).tolist())
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
 
 
 class _Maker:
@@ -120,12 +146,8 @@ class _Maker:
     def layouts(self, rows: Sequence[Row]) -> list[list[int]]:
         """The rows, encoded, by layout and schedule."""
         self.rows = rows
-        self.questions = self._encoded([row.words for row in rows])
-        groups: dict[Hashable, list[int]] = {}
-        for row in range(len(rows)):
-            key = self.questions.layout(row), tuple(self.questions.sigmas(row).tolist())
-            groups.setdefault(key, []).append(row)
-        return list(groups.values())
+        self.questions = encoded(self.recipe, self.teacher, self.encoder, rows)
+        return by_layout(self.questions, range(len(rows)))
 
     def held(self, members: list[int]) -> Held | None:
         """Rows of one layout; None for a single one, which has no other to be contrasted with."""
@@ -181,7 +203,8 @@ class _Maker:
         said = [[self.rows[i].words, *self.rows[i].framings][: knobs.framings] for i in members]
         framings: list[Condition] = []
         for place in range(max(map(len, said))):
-            words = self._encoded([some[min(place, len(some) - 1)] for some in said], members)
+            mine = [some[min(place, len(some) - 1)] for some in said]
+            words = encoded(self.recipe, self.teacher, self.encoder, [self.rows[i] for i in members], mine)
             if any(words.layout(i) != self.questions.layout(members[0]) for i in range(len(members))):
                 return None
             framings.append(words.rows(list(range(len(members)))))
@@ -192,20 +215,6 @@ class _Maker:
             return answers, torch.arange(len(framings))[:, None] < counts[rows]
 
         return reworded
-
-    def _encoded(self, words: Sequence[str], members: Sequence[int] | None = None) -> StoredQuestions:
-        """The rows (None: all) under these words."""
-        rows = self.rows if members is None else [self.rows[i] for i in members]
-        if self.teacher.capability != "editing":
-            data = Prompts(MadeTable("the watch", [{"prompt": said} for said in words]))
-        else:
-            cells = [
-                {"instruction": said, "source": row.source if isinstance(row.source, Image.Image) else str(row.source)}
-                for said, row in zip(words, rows, strict=True)
-            ]
-            data = Edits(MadeTable("the watch", cells))
-        steps = self.recipe.rollout.steps
-        return self.encoder.questions(self.teacher.capability, data, range(len(words)), steps)
 
 
 def _made(task: Prompt | Edit) -> Row:

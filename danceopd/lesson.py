@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from danceopd.captured import CapturedField
 from danceopd.fields import AdapterField, GuidedField, MergedField, VelocityField
 from danceopd.pipelines.record import Condition
 from danceopd.query import place, step_weights
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 class Fields:
     """Who can be asked: the student as it walks and as it learns, and each teacher, guided as the recipe says."""
 
-    walk: AdapterField | MergedField
+    walk: AdapterField | MergedField | CapturedField
     student: VelocityField
     teachers: Sequence[VelocityField]
     shares: Sequence[float]
@@ -58,7 +59,7 @@ class Lesson:
     `routes` are teachers' indices, `blank` the rows asked with the null prompt (already in `condition`), `null`
     the null prompt of each row when the walk is guided, `drawn` (B, K) the queries' draws, `targets` reads the
     clean latents, `gates` what its gates ask besides. `name` tells this lesson's random numbers from another's of the
-    same step.
+    same step. `ages` are the updates since each row's walk began, where walks outlive one (`persistent.Leg`).
     """
 
     recipe: Recipe
@@ -77,6 +78,7 @@ class Lesson:
     targets: Callable[[], Tensor] | None = None
     gates: Gating | None = None
     told: list[Told] = field(default_factory=list)
+    ages: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         query = self.recipe.query
@@ -107,6 +109,17 @@ class Lesson:
 
         `watch` overhears the velocities that the walk takes.
         """
+        return self.walk_from(self.noise(), stops, levels, watch)
+
+    def walk_from(
+        self,
+        x: Tensor,
+        stops: Tensor,
+        levels: Tensor | None = None,
+        watch: Criticality | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
+        """The same from states `x (B, …)` at grid indices `start (B,)`; None: at the schedule's first."""
         scale, solver = self.recipe.rollout.guidance, self.solver()
         walker: Callable[..., Tensor] = self.fields.walk
         condition: Any = self.condition
@@ -122,9 +135,8 @@ class Lesson:
         before = None
         if watch is not None:
             walker, before = watch.around(walker), watch.before
-        return rollout(
-            walker, self.noise(), self.sigmas, stops, condition, callback=before, levels=levels, solver=solver
-        )
+        how: Any = {"callback": before, "levels": levels, "solver": solver, "start": start}
+        return rollout(walker, x, self.sigmas, stops, condition, **how)
 
     def everywhere(self, last: int) -> Tensor:
         """Stops (B, last + 1): every grid index up to `last`."""

@@ -13,14 +13,12 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from danceopd import heldout
@@ -28,36 +26,36 @@ from danceopd.attention import install
 from danceopd.backbone import Backbone
 from danceopd.base_model import base_fingerprint, base_folder, empty_transformer, load_base
 from danceopd.blocks import compile_blocks
-from danceopd.card import load_snippet, write_card
+from danceopd.data_record import remember_data
 from danceopd.errors import UserError
-from danceopd.fields import AdapterField, BaseField, VelocityField
-from danceopd.figures import Progress
-from danceopd.formats import DTYPES
+from danceopd.exporting import Origin, averaged, stock, write_student
+from danceopd.field_gap import field_gap
+from danceopd.fields import BaseField, VelocityField
+from danceopd.figures import Pace, Progress
+from danceopd.gap_course import Course
 from danceopd.interrupts import Interrupts
 from danceopd.loop import STUDENT, Loop, Source
-from danceopd.lora import Adapter, read_adapter
+from danceopd.lora import read_adapter
 from danceopd.objectives import needs_targets
 from danceopd.pipelines.families import family_of
 from danceopd.pipelines.hollow import hollow
 from danceopd.processes import Processes
-from danceopd.questions import alike
-from danceopd.random_state import RandomState
 from danceopd.recipe import Recipe
 from danceopd.reuse import refuse_reuse
 from danceopd.run import RunFolder
 from danceopd.samples import SampleGrid, looking
+from danceopd.saving import ROLLED, Saving
 from danceopd.sharded import Sharded, shard
 from danceopd.shipped import SHIPPED
-from danceopd.student import Probe, export, load_student
+from danceopd.student import load_student
 from danceopd.teachers import Known, at_strengths, contrast_null, look, null_condition, prepare, remember
 from danceopd.variants import KEEP, kept
 from danceopd.warm_start import Start, warm_start
 from danceopd.watch import Watch, recall
-from danceopd.watching import ROLLED, Watching
+from danceopd.watching import Watching
 from danceopd.work import Asked, Encoder, call_of, drawers, open_work, release_encoders
 
 _log = logging.getLogger("danceopd")
-EXPORTED = "exported"  # the averaged student's name on the backbone
 
 
 @dataclass(frozen=True)
@@ -116,6 +114,8 @@ def merge(recipe: Recipe, report: Report | None = None) -> Student:
             finished = run is not None and run.finished
             if not finished:
                 asked = open_work(recipe)
+                if run is not None:
+                    remember_data(run.path, recipe, asked)
                 cache, init = recipe.output / "cache", recipe.student.init
                 starters = [k.teacher.name for k in known if init in ("blend", k.teacher.name)]
                 known = [prepare(k, folder, cache, processes.device, k.teacher.name in starters) for k in known]
@@ -154,7 +154,7 @@ def _run(job: _Job, report: Report) -> Student:
     fingerprint = processes.said(base_fingerprint(job.base) if processes.main else "")
     with processes.first():
         whose = remember(run.path, fingerprint, job.known) if run is not None else {}
-    pipe = load_base(job.base, _stock(recipe))
+    pipe = load_base(job.base, stock(recipe))
     transformer = pipe.transformer
     if split:  # it goes to the device block by block
         pipe.transformer = hollow(transformer, next(transformer.parameters()))  # pipelines only record calls
@@ -198,81 +198,83 @@ def _run(job: _Job, report: Report) -> Student:
             strengths = [at.field(backbone, null, plain) for at in at_strengths(one, recipe.gates.consensus)]
             sources.append(Source(teacher.name, field, questions, null, also, strengths))
         grid = SampleGrid(recipe, encoder, backbone, merged=not split)
-        panels = None
-        if recipe.watch.steps(recipe.gates.on) and (split or run is not None):  # like the grid
+        panels, gap, bare = None, None, BaseField(backbone)
+        looks = split or run is not None  # a sharded backbone answers to all processes or to none
+        if recipe.gap.every and looks:
+            gap = field_gap(recipe, encoder, job.asked, {s.name: (s.field, s.null) for s in sources}, bare, device)
+        if recipe.watch.steps(recipe.gates.on) and looks:
             stronger = {s.name: s.strengths for s in sources}
-            frozen = heldout.Fields({s.name: s.field for s in sources}, stronger, BaseField(backbone))
+            frozen = heldout.Fields({s.name: s.field for s in sources}, stronger, bare)
             panels = heldout.panels(recipe, encoder, job.asked, frozen, device)
     release_encoders(encoder, pipe)
     backbone.new_student(STUDENT, recipe.student.rank, recipe.seed, job.start.adapter)
     add = Sharded(backbone, processes, sources[0].questions.rows([0]), STUDENT).add if split else processes.add
-    loop = Loop(recipe, backbone, sources, device, processes.rank, processes.count, add)
+    loop = Loop(recipe, backbone, sources, device, processes.rank, processes.count, add, processes.all)
 
-    def look_at(step: int) -> None:
-        if split or run is not None:  # a sharded backbone answers to all processes or to none
-            picture = grid.draw(_averaged(backbone, loop.average))
+    def look_at(step: int, average: Sequence[Tensor]) -> None:
+        if looks:
+            picture = grid.draw(averaged(backbone, average))
             if run is not None:
                 run.image(step, picture)
 
     def student() -> VelocityField:
-        return looking(backbone, _averaged(backbone, loop.average), merged=not split)
+        return looking(backbone, averaged(backbone, loop.average), merged=not split)
 
-    restored = _restore(job, loop)
+    course = Course(recipe, loop, processes, gap, run, student)
+    saving = Saving(run, loop, course, processes, {"recipe": job.recipe.identity(), "weights": whose})
+    restored = saving.restore()
     if restored is None:
-        look_at(0)
+        look_at(0, loop.average)
+    course.begin()
     watch = None
     if panels is not None:
         seen = [] if run is None else recall(run.path, loop.step, ROLLED in (restored or {}))
         watch = Watch(recipe.watch, *panels, None if run is None else run.path, processes.said(seen) if split else seen)
-    facts = {"recipe": job.recipe.identity(), "weights": whose}
-    watching = Watching(recipe, loop, processes, watch, run, student, facts, restored or {})
+    watching = Watching(recipe, loop, saving, watch, run, student, restored or {})
+    pace = Pace(loop.parameters, recipe.batch, device)
 
     def after(done: Progress) -> None:
-        seconds, marks = time.monotonic() - job.began, watching.look(done)
+        seconds, figures = time.monotonic() - job.began, {**done.scalars(), **pace.figures()}
+        marks = {**course.look(done.step), **watching.look(done)}
         if run is not None:
-            run.log(done.step, **done.scalars(), **marks, seconds=seconds, skipped=float(done.skipped))
+            run.log(done.step, **figures, **marks, seconds=seconds, skipped=float(done.skipped))
         if watching.settle(done.step):
             if watching.ended:
-                raise _OutOfTime
+                raise _Enough
+            pace.start()
             return
         every, last = recipe.samples.every, done.step == recipe.steps
         if last or (every and done.step % every == 0):
-            look_at(done.step)
+            look_at(done.step, loop.average)
         over = recipe.time_limit is not None and seconds > 60 * recipe.time_limit
         late, caught = processes.highest([over, interrupts.caught])
-        if late or caught or last or done.step % recipe.save_every == 0:
-            random = processes.all(RandomState.now())
-            if run is not None:
-                run.save(done.step, loop.state(), watching.facts, random)
+        if late or caught or last or course.ended or done.step % recipe.save_every == 0:
+            saving.save(watching.facts)
         report(done, recipe.steps)
         if caught:
             raise _Stopped(caught, done.step)
-        if late and not last:
-            raise _OutOfTime
+        if (late or course.ended) and not last:
+            raise _Enough
+        pace.start()
 
-    with Interrupts() as interrupts, suppress(_OutOfTime):
-        if not watching.ended:
+    with Interrupts() as interrupts, suppress(_Enough):
+        if not (watching.ended or course.ended):
+            pace.start()
             loop.run(after)
-    _export(job, backbone, loop, fingerprint, call, [] if watch is None else watch.sentences())
+    step, average = course.exported
+    if course.chosen is not None and processes.said(run is not None and not run.picture(step).exists()):
+        look_at(step, average)
+    hashes = {one.teacher.name: one.sha256 for one in job.known if one.sha256 is not None}
+    origin = Origin(job.base, fingerprint, call, hashes, job.start.sentence)
+    said = [] if watch is None else watch.sentences()
+    write_student(
+        averaged(backbone, average), step, recipe, loop, origin, run, processes, split, course.sentence(), said
+    )
     seconds = time.monotonic() - job.began
     if run is not None:
-        run.finish(loop.step, seconds=round(seconds, 1), stopped=watching.ended)
+        over = recipe.gap.patience if course.ended else None
+        run.finish(loop.step, seconds=round(seconds, 1), stopped=watching.ended, exported=step, patience=over)
     return Student(recipe.output, loop.step, seconds, processes.main)
-
-
-def _restore(job: _Job, loop: Loop) -> dict[str, Any] | None:
-    """Continue from the newest whole checkpoint, which the first process reads: its facts, None when there is none."""
-    saved = None if job.run is None else job.run.load()
-    found = (None, [], {}) if saved is None else (saved.step, saved.random, saved.meta)
-    step, random, facts = job.processes.said(found)
-    if step is None:
-        return None
-    if ROLLED in facts:
-        loop.ungate()
-    loop.restore(step, job.processes.shared(None if saved is None else saved.tensors))
-    if job.processes.rank < len(random):
-        random[job.processes.rank].restore()
-    return facts
 
 
 def _split(recipe: Recipe, processes: Processes) -> bool:
@@ -289,11 +291,6 @@ def _refuse_streamed(recipe: Recipe, known: list[Known], processes: Processes) -
         )
 
 
-def _stock(recipe: Recipe) -> torch.dtype | None:
-    """What `load_base` is asked for: the stock default is fp32."""
-    return None if recipe.dtype == "fp32" else DTYPES[recipe.dtype]
-
-
 def _warn_of_scenes(recipe: Recipe) -> None:
     """The exact world's prompts suit the shipped base; another one deserves work of its own."""
     if recipe.resolved()["base"] in SHIPPED:
@@ -302,8 +299,8 @@ def _warn_of_scenes(recipe: Recipe) -> None:
         _log.warning("data.%s is the exact world of 64-pixel shapes; name your own prompts or pairs for this base", key)
 
 
-class _OutOfTime(Exception):
-    """The recipe's time limit is reached: export what there is."""
+class _Enough(Exception):
+    """The time limit, the watch or the gap ends the run here: export what there is."""
 
 
 @dataclass(eq=False)
@@ -325,51 +322,3 @@ def _start(recipe: Recipe, known: list[Known], base: Path) -> Start:
     )
     _log.info(start.sentence)
     return start
-
-
-def _averaged(backbone: Backbone, average: list[Tensor]) -> Adapter:
-    """The student with its averaged weights (A and B alternate, in the backbone's order)."""
-    modules = backbone.modules(STUDENT)
-    pairs = zip(average[::2], average[1::2], strict=True)
-    return Adapter({m: (a.cpu().clone(), b.cpu().clone()) for m, (a, b) in zip(modules, pairs, strict=True)})
-
-
-def _export(
-    job: _Job, backbone: Backbone, loop: Loop, fingerprint: str, call: dict[str, Any], watched: list[str]
-) -> None:
-    """Write the averaged student, proven through the stock pipeline, and its card."""
-    recipe, run = job.recipe, job.run
-    student = _averaged(backbone, loop.average)
-    if EXPORTED not in backbone.adapters:
-        backbone.add_adapter(EXPORTED, student)
-    else:
-        backbone.assign(EXPORTED, student)
-    field = AdapterField(backbone, EXPORTED)
-    proof = torch.device("cpu") if _split(recipe, job.processes) else loop.device  # where the whole base fits
-    probes = []
-    for source in loop.sources:
-        condition = source.questions.rows(alike(source.questions, 4)).to(loop.device)
-        generator = torch.Generator().manual_seed(recipe.seed)
-        x = torch.randn(len(condition), *condition.shape, generator=generator).to(loop.device)
-        sigma = torch.linspace(1.0, 0.25, len(condition), device=loop.device)
-        answer = field(x, sigma, condition)
-        probes.append(Probe(x.to(proof), sigma.to(proof), condition.to(proof), answer.to(proof)))
-    with job.processes.first():
-        if run is None:
-            return
-        facts = {"steps": str(loop.step), "seed": str(recipe.seed)}
-        load = partial(load_base, job.base, _stock(recipe))
-        export(student, run.path, recipe.base, probes, metadata=facts, load=load)
-        hashes = {one.teacher.name: one.sha256 for one in job.known if one.sha256 is not None}
-        # The student is trained without guidance; stock pipelines would add it unasked.
-        snippet = load_snippet(str(recipe.resolved()["base"]), {**call, **backbone.family.unguided})
-        grid = run.path / "samples" / f"step-{loop.step:06d}.png"
-        write_card(
-            run.path,
-            recipe,
-            hashes=hashes | {"base": fingerprint, "student": student.sha256},
-            snippet=snippet,
-            grid=grid if grid.exists() else None,
-            start=job.start.sentence,
-            watched=watched,
-        )

@@ -27,6 +27,7 @@ from danceopd.checkpoint import is_checkpoint, open_checkpoint, scheduler_differ
 from danceopd.cost import Tokens, activation_bytes, forward_flops
 from danceopd.data import Edits
 from danceopd.errors import UserError
+from danceopd.field_gap import forwards
 from danceopd.formats import DTYPES
 from danceopd.gate_cost import gate_forwards
 from danceopd.lora import Adapter, adapter_shapes
@@ -72,6 +73,9 @@ def plan(recipe: Recipe, tflops: float | None = None) -> dict[str, Any]:
     for part, counts in gate_forwards(recipe, asked, queries["depths"]).items():
         passes[part] = sum(shares[t.name] * counts[t.name] for t in recipe.teachers)
         work[part] = recipe.batch * sum(shares[t.name] * counts[t.name] * flops[t.capability] for t in recipe.teachers)
+    if recipe.gap.every:
+        passes["field gap"] = forwards(recipe, sigmas[pictures[0]["size"]]) / (recipe.steps * recipe.batch)
+        work["field gap"] = recipe.batch * passes["field gap"] * sum(flops.values()) / len(flops)
     disk = _disk(recipe, asked, pictures, transformer, modules)
     here = _machine_memory(device)
     times = ("encoding", "training", "checkpointed")
@@ -199,7 +203,8 @@ def _queries(recipe: Recipe, sigmas: Mapping[Size, Tensor], pictures: list[dict[
         levels, depths = schedule[:-1], []
         walked = float(len(levels) - (recipe.objective == "diffusionopd"))
     else:
-        drawn = [draw(recipe.seed, s, recipe.batch, knobs.count, knobs.law, knobs.beta)
+        count = knobs.count * recipe.rollout.persistent  # one of the two is 1
+        drawn = [draw(recipe.seed, s, recipe.batch, count, knobs.law, knobs.beta)
                  for s in range(min(recipe.steps, COUNTED))]  # fmt: skip
         stops, levels = place(torch.cat(drawn), schedule, knobs.law, knobs.jitter)
         depth = stops.max(1).values
@@ -221,7 +226,7 @@ def _passes(recipe: Recipe, walked: float) -> dict[str, float]:
     mean = sum(calls.values()) / len(calls)
     looks = {"watch": watch.forwards(steps, mean) / (every * recipe.batch)} if every else {}
     return {
-        "walk": walked * (1 if recipe.rollout.guidance == 1 else 2),
+        "walk": walked / recipe.rollout.persistent * (1 if recipe.rollout.guidance == 1 else 2),
         "teachers": (drawn + (0 if recipe.objective == "supervised" else asked)) * teacher,
         "student, forward": float(asked),
         "student, backward": float(asked),
@@ -283,6 +288,7 @@ def _memory(
         ("student, Adam", 2 * student, both),
         ("student, average", student, both),
         ("student, in sample grids", student, both),
+        ("student, best of the field gap", student * recipe.gap.best, both),
         ("activations of the largest batch", kept[False], ["training"]),
         ("the same, gradient checkpointing", kept[True], ["checkpointed"]),
     ]

@@ -1,6 +1,6 @@
 """What to merge, and how: one frozen pydantic model that YAML files, flags and Python share.
 
-Every default of a merge stands here and in its parts (`recipe_parts`, `recipe_gates`) and nowhere else, and is the
+Every default of a merge stands here and in its parts (`recipe_parts`, `recipe_gates`, …) and nowhere else, and is the
 paper's; what `danceopd merge` does with nothing given is the shipped recipe `checkpoints/demo.yaml`. A `Recipe` that
 exists is a valid one: unknown keys, impossible numbers, missing files and misspelt names are refused when it is made,
 with a `UserError` that names the key, the file and the nearest thing that would have been right.
@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from .errors import UserError
+from .recipe_gap import Gap
 from .recipe_gates import Gates
 from .recipe_parts import (
     BlendMethod,
@@ -65,6 +66,7 @@ CONTINUES = (
     "compile",
     "kernels",
     "parallel",
+    "gap",
     "watch",
 )
 """Fields that may differ between a run and its continuation: but for rounding they change nothing a step computes."""
@@ -121,6 +123,7 @@ class Recipe(Part):
     gates: Gates = Gates()
     data: Data = Data()
     samples: Samples = Samples()
+    gap: Gap = Gap()
     watch: Watch = Watch()
     save_every: PositiveInt = 100
     keep_last: PositiveInt = 2  # checkpoints
@@ -213,6 +216,8 @@ class Recipe(Part):
         if walk.keep_source and self.parallel == "fsdp":
             raise ValueError("rollout.keep_source needs the whole base in each process; leave it out, or parallel fsdp")
         self._gated()
+        self._persists()
+        self.gap.agree()
         self.watch.agree(self.gates.on)
         if (self.micro_batch or self.batch) < self.unit:
             group = "flowopd.group" if objective == "flowopd" else "gates.group"
@@ -241,6 +246,26 @@ class Recipe(Part):
             raise ValueError(
                 f"gates.consensus.by is strength, and teacher {base!r} is the bare base, which has none; "
                 "choose words"
+            )
+
+    def _persists(self) -> None:
+        """Refuses what walks over several updates cannot do."""
+        walk, it = self.rollout, f"rollout.persistent {self.rollout.persistent}"
+        if walk.persistent == 1:
+            return
+        if self.objective != "danceopd":
+            raise ValueError(f"{it} asks one state of a walk an update, and objective {self.objective} does not")
+        if self.query.count > 1:
+            raise ValueError(f"{it} asks a walk once an update, and query.count is {self.query.count}; leave one out")
+        if walk.solver != "euler" or walk.noise:
+            odd = "rollout.noise" if walk.noise else f"rollout.solver {walk.solver}"
+            raise ValueError(f"{it} goes on by Euler's steps, which forget the steps before; leave out {odd}")
+        if self.gates.on:
+            raise ValueError(f"{it} cannot move or compare queries, as gates do; leave one of the two out")
+        if self.routing.per != "row":
+            raise ValueError(
+                f"{it} asks walks that began at several updates, and routing.per {self.routing.per} gives an update "
+                "one teacher; leave one of the two out"
             )
 
     # -- reading --------------------------------------------------------------------------------------
@@ -286,7 +311,9 @@ class Recipe(Part):
 
     def identity(self) -> dict[str, Any]:
         """`resolved()` without what may change when a run is continued."""
-        return {key: value for key, value in self.resolved().items() if key not in CONTINUES}
+        kept = {key: value for key, value in self.resolved().items() if key not in CONTINUES}
+        kept["rollout"].pop("captured")
+        return kept
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML; `Recipe.from_yaml` reads it back to an equal one."""

@@ -1,8 +1,8 @@
 """The parts of a recipe: teachers, the student, how it walks, is asked and learns, and where the work comes from.
 
 Each is a frozen pydantic model whose fields are a recipe's keys; what is said here of one key holds wherever it is
-given. `danceopd.recipe` puts them together and refuses what does not agree. Gates have a file of their own,
-`recipe_gates`.
+given. `danceopd.recipe` puts them together and refuses what does not agree. Gates, the watch and the field gap have
+files of their own, `recipe_gates`, `recipe_watch` and `recipe_gap`.
 """
 
 from __future__ import annotations
@@ -117,8 +117,10 @@ class Rollout(Part):
     solver: Literal["euler", "ab2"] = "euler"
     noise: float = Field(0.0, ge=0)
     guidance: PositiveFloat = 1.0
+    persistent: PositiveInt = 1  # updates that a walk lives, asked once in each; above 1 an experiment (docs/method.md)
     merged: bool = True  # walk on W + BA; False: through the LoRA layers, without a copy of the adapted weights
     keep_source: bool = False  # keys and values of source tokens once a walk; exact for flux2-klein-kv, else refused
+    captured: bool = False  # its forwards as CUDA graphs (docs/kernels.md)
 
 
 class Query(Part):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from danceopd.captured import CapturedField
 from danceopd.errors import UserError
 from danceopd.fields import AdapterField, MergedField
 from danceopd.pipelines.families import FAMILIES
@@ -31,7 +32,7 @@ def refuse_reuse(family: Family) -> None:
 
 
 @torch.no_grad()
-def with_source_kept(field: AdapterField | MergedField, condition: Condition) -> Condition:
+def with_source_kept(field: AdapterField | MergedField | CapturedField, condition: Condition) -> Condition:
     """`condition` with the keys and values of its source in place of the source, as `field` computes them.
 
     The field answers it as it answers `condition`, for as long as its weights stay. A condition without a source is

@@ -1,6 +1,6 @@
 """The run directory: what a merge writes, so that it can be watched, trusted and continued.
 
-    recipe.yaml  metrics.jsonl  logs/  samples/step-000050.png
+    recipe.yaml  data.json  teachers.json  metrics.jsonl  logs/  samples/step-000050.png  gap.json  gap.png
     checkpoints/step-000050/{state.safetensors,meta.json,manifest.json}
     checkpoints/good-000050/…  watch.jsonl  watch.json      of a watched run (danceopd.watch)
 
@@ -97,12 +97,13 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether a run of at least as many steps, or one that the watch ended, has been exported here."""
+        """Whether a run of at least as many steps, or one that the watch or the gap ended, has been exported here."""
         try:
             done = json.loads((self.path / "finished.json").read_text())
         except (OSError, ValueError):
             return False
         ended = done.get("stopped") is True and self.recipe.watch.rollback == "stop"
+        ended = ended or done.get("patience") == (self.recipe.gap.patience or 0)
         return (
             (ended or int(done.get("step", -1)) >= self.recipe.steps)
             and (self.path / "pytorch_lora_weights.safetensors").is_file()
@@ -223,16 +224,24 @@ class RunFolder:
     def log(self, step: int, **scalars: float | str | None) -> None:
         """One line in metrics.jsonl; the numbers go to TensorBoard too."""
         line = json.dumps({"step": step, **{key: _plain(value) for key, value in scalars.items()}})
-        with disk_faults(self.path / "metrics.jsonl"):
-            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        with disk_faults(self.path / "metrics.jsonl"), open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        self.chart(step, **scalars)
+
+    def chart(self, step: int, **scalars: float | str | None) -> None:
+        """Numbers for TensorBoard alone."""
+        with disk_faults(self.path / "logs"):
             for key, value in scalars.items():
                 if isinstance(_plain(value), (int, float)):
                     self._tensorboard(step).add_scalar(key, float(value), step)  # type: ignore[arg-type]
 
+    def picture(self, step: int) -> Path:
+        """Where the sample grid of a step is, or would be."""
+        return self.path / "samples" / f"step-{step:06d}.png"
+
     def image(self, step: int, image: Image.Image) -> Path:
         """`samples/step-000050.png` and the like, and the same picture in TensorBoard."""
-        path = self.path / "samples" / f"step-{step:06d}.png"
+        path = self.picture(step)
         part = path.with_name(f".{path.name}")
         with disk_faults(path):
             image.save(part, format="PNG")

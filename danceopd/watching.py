@@ -15,37 +15,35 @@ from typing import Any
 from danceopd.fields import VelocityField
 from danceopd.figures import Progress
 from danceopd.loop import Loop
-from danceopd.processes import Processes
-from danceopd.random_state import RandomState
 from danceopd.recipe import Recipe
 from danceopd.run import RunFolder
+from danceopd.saving import ROLLED, Saving
 from danceopd.watch import Watch
 
-ROLLED, SHARES = "rolled back", "shares"
-"""Keys of a checkpoint's facts: an alarm brought its state back; the updates' figures since the last check."""
+SHARES = "shares"
+"""Key of a checkpoint's facts: the updates' figures since the last check."""
 _log = logging.getLogger("danceopd")
 
 
 class Watching:
     """Ties a watch to a run. `watch` and `run` are None in processes that have none; `student` is what is looked at.
 
-    `facts` is what every checkpoint says of its run, `restored` what the one said that the run goes on from.
+    `restored` is what the checkpoint said that the run goes on from.
     """
 
     def __init__(
         self,
         recipe: Recipe,
         loop: Loop,
-        processes: Processes,
+        saving: Saving,
         watch: Watch | None,
         run: RunFolder | None,
         student: Callable[[], VelocityField],
-        facts: Mapping[str, Any],
         restored: Mapping[str, Any],
     ) -> None:
         self.knobs, self.steps, self.every = recipe.watch, recipe.steps, recipe.watch.steps(recipe.gates.on)
-        self.loop, self.processes, self.watch, self.run = loop, processes, watch, run
-        self.student, self._facts, self.rolled = student, dict(facts), ROLLED in restored
+        self.loop, self.saving, self.watch, self.run = loop, saving, watch, run
+        self.student, self.rolled = student, ROLLED in restored
         if watch is not None:
             watch.shares = list(restored.get(SHARES, []))
         if watch is not None and not watch.begun:
@@ -53,13 +51,13 @@ class Watching:
             if run is not None:
                 run.log(loop.step, **marks)
         if self.every and self._rolls:  # whatever it looks like, there is no better state yet
-            self._keep()
+            self.saving.save(self.facts, good=True)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint says of its run now."""
+        """What a checkpoint says of the watch now."""
         shares = [] if self.watch is None else self.watch.shares
-        return {**self._facts, **({ROLLED: True} if self.rolled else {}), **({SHARES: list(shares)} if shares else {})}
+        return {**({ROLLED: True} if self.rolled else {}), **({SHARES: list(shares)} if shares else {})}
 
     @property
     def ended(self) -> bool:
@@ -77,25 +75,18 @@ class Watching:
         """After a look: keep a good state, or bring the last one back, of which it says True."""
         if not self._due(step) or not self._rolls:
             return False
-        if not self.processes.said(self.watch is not None and bool(self.watch.ringing)):
-            self._keep()
+        if not self.saving.processes.said(self.watch is not None and bool(self.watch.ringing)):
+            self.saving.save(self.facts, good=True)
             return False
-        saved = None if self.run is None else self.run.good()
-        back, random = self.processes.said((None, []) if saved is None else (saved.step, saved.random))
-        if back is None:
+        if self.saving.restore(good=True) is None:
             if self.run is not None:
                 _log.warning("watch, step %d: there is no good state to bring back", step)
             return False
+        back, self.rolled = self.loop.step, True
         if self.watch is not None:
             self.watch.roll(step, back)
-        self.loop.ungate()
-        self.loop.restore(back, self.processes.shared(None if saved is None else saved.tensors))
-        if self.processes.rank < len(random):
-            random[self.processes.rank].restore()
-        self.rolled = True
-        states = self.processes.all(RandomState.now())
+        self.saving.save(self.facts)
         if self.run is not None:
-            self.run.save(back, self.loop.state(), self.facts, states)
             self.run.forget(back)
             self.run.log(back, **{"watch/rolled back from": float(step)})
         return True
@@ -106,8 +97,3 @@ class Watching:
 
     def _due(self, step: int) -> bool:
         return self.every > 0 and (step == self.steps or step % self.every == 0)
-
-    def _keep(self) -> None:
-        states = self.processes.all(RandomState.now())
-        if self.run is not None:
-            self.run.save(self.loop.step, self.loop.state(), self.facts, states, good=True)

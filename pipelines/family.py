@@ -64,6 +64,11 @@ def one_by_one(pipe: Any, prompts: list[str], images: Sequence[Image] | None, **
     return [{"prompt": prompt} for prompt in prompts]
 
 
+def as_it_is(condition: Condition) -> Condition:
+    """The velocity asks the device nothing about the condition."""
+    return condition
+
+
 def own_grid(condition: Condition) -> tuple[int, int] | None:
     """(rows, columns) of latents that are a picture (C, h, w); None for tokens whose places are not known."""
     return (condition.shape[1], condition.shape[2]) if len(condition.shape) == 3 else None
@@ -112,6 +117,9 @@ class Family:
     # (transformer, condition) -> the same with its source's keys and values, computed once, in place of the source;
     # None: source tokens see the noisy ones, or the time, or there are none
     keep_source: Callable[[Any, Condition], Condition] | None = None
+    # condition -> the same with all in `fixed` that `velocity` would read back from the device, so that a CUDA graph
+    # can hold the forward; text may be padded to a round length, where that changes nothing. Not to be cut into rows
+    still: Callable[[Condition], Condition] = as_it_is
     call: tuple[str, ...] = ("max_sequence_length",)  # settings of the stock call a recipe may give besides the size
 
     @property

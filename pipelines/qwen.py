@@ -10,9 +10,12 @@ all). Guidance leaves the length of the unguided velocity, token by token, and c
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .family import Family, classifier_free
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 TEXT = ("encoder_hidden_states", "encoder_hidden_states_mask")
+STILL = "still"  # a condition's `fixed` has it once its words are cut
+BUCKET = 32
+"""Words of uneven rows are padded to a multiple of this for CUDA graphs; the mask hides what is added."""
 
 
 def _lengths(pipe: Any, prompts: list[str]) -> list[int]:
@@ -56,17 +62,32 @@ def _split(call: dict[str, Any]) -> tuple[Tensor, Condition]:
     return tokens[:, :n], Condition("qwen-image", shape, kwargs, context, fixed=fixed, ragged=TEXT)
 
 
-def _velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+def _cut(condition: Condition, multiple: int = 1) -> Condition:
+    """Words cut to the longest row, and no mask where all rows are full; else as many words as a multiple of this."""
+    if STILL in condition.fixed:
+        return condition
     words, mask = (condition.kwargs[key] for key in TEXT)
-    lengths = mask.sum(dim=1).tolist()  # type: ignore[union-attr]
+    assert words is not None and mask is not None
+    lengths = mask.sum(dim=1).tolist()
     longest, even = max(lengths), len(set(lengths)) == 1
+    words, hides = words[:, :longest], None if even else mask[:, :longest]
+    more = 0 if hides is None else -longest % multiple
+    if more and hides is not None:
+        words, hides = F.pad(words, (0, 0, 0, more)), F.pad(hides, (0, more))
+    kwargs = {**condition.kwargs, TEXT[0]: words, TEXT[1]: hides}
+    return replace(condition, kwargs=kwargs, fixed={**condition.fixed, STILL: True})
+
+
+def _velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    condition = _cut(condition)
+    words, mask = (condition.kwargs[key] for key in TEXT)
     tokens = x if condition.context is None else torch.cat([x, condition.context.to(x.dtype)], dim=1)
     out = transformer(
         hidden_states=tokens.to(transformer.img_in.weight.dtype),
         timestep=(sigma * 1000).to(words.dtype) / 1000,  # type: ignore[union-attr]
         guidance=condition.kwargs["guidance"],
-        encoder_hidden_states=words[:, :longest],  # type: ignore[index]
-        encoder_hidden_states_mask=None if even else mask[:, :longest],  # type: ignore[index]
+        encoder_hidden_states=words,
+        encoder_hidden_states_mask=mask,
         img_shapes=[[tuple(shape) for shape in condition.fixed["img_shapes"]]] * len(x),
         return_dict=False,
     )[0]
@@ -111,6 +132,7 @@ QWEN_IMAGE = Family(
     blank=_blank,
     split=_split,
     velocity=_velocity,
+    still=partial(_cut, multiple=BUCKET),
     decode=_decode,
     clean=_clean,
 )

@@ -9,10 +9,14 @@ tokens, with their grids in `fixed`. The transformer's time runs from 0 (noise) 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -23,6 +27,9 @@ from .record import Condition
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+LENGTHS, PADDING = "lengths", "cap_padding"  # of a still condition: see _z_still
+MULTIPLE = 32  # tokens to which the transformer pads each segment
 
 
 def _is_omni(pipe: Any) -> bool:
@@ -86,7 +93,7 @@ def _z_split(call: dict[str, Any]) -> tuple[Tensor, Condition]:
 
 def _z_velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
     dtype, sources = transformer.x_pad_token.dtype, condition.fixed.get("sources")
-    lengths: list[list[int]] = condition.kwargs["cap_lengths"].tolist()  # type: ignore[union-attr]
+    lengths: list[list[int]] = condition.fixed.get(LENGTHS) or condition.kwargs["cap_lengths"].tolist()  # type: ignore[union-attr]
     rows = zip(condition.kwargs["cap_feats"], lengths, strict=True)  # type: ignore[arg-type]
     captions: list[Any] = [list(row[: sum(parts)].split(parts)) for row, parts in rows]
     if len(captions[0]) != (len(sources) + 2 if sources else 1):
@@ -102,8 +109,44 @@ def _z_velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition
         omni["siglip_feats"] = [[*features, None] if features else None for features in seen]
         omni["image_noise_mask"] = [[0] * len(sources) + [1]] * len(x)
     time = (1000 - sigma * 1000) / 1000
-    out = transformer(pictures, time, captions, return_dict=False, **omni)[0]
+    padding = condition.kwargs.get(PADDING)
+    with nullcontext() if padding is None else _padded(transformer, padding, lengths):
+        out = transformer(pictures, time, captions, return_dict=False, **omni)[0]
     return -torch.stack([row.float() for row in out]).squeeze(2)
+
+
+def _z_still(condition: Condition) -> Condition:
+    """The segments' lengths in `fixed`; of basic captions rounded up as the transformer rounds them itself.
+
+    It puts its own pad token where a caption ends, which `_padded` does in its stead. Omni positions go on from the
+    exact lengths, so those stay.
+    """
+    feats, counts = condition.kwargs["cap_feats"], condition.kwargs["cap_lengths"]
+    assert feats is not None and counts is not None
+    lengths: list[list[int]] = counts.tolist()
+    if "sources" in condition.fixed:
+        return replace(condition, fixed={**condition.fixed, LENGTHS: lengths})
+    padded = [[-(-n // MULTIPLE) * MULTIPLE for n in row] for row in lengths]
+    longest = max(map(sum, padded))
+    feats = F.pad(feats, (0, 0, 0, max(0, longest - feats.shape[1])))[:, :longest]
+    padding = torch.arange(longest, device=feats.device) >= counts
+    kwargs = {**condition.kwargs, "cap_feats": feats, PADDING: padding}
+    return replace(condition, kwargs=kwargs, fixed={**condition.fixed, LENGTHS: padded})
+
+
+@contextmanager
+def _padded(transformer: Any, padding: Tensor, lengths: list[list[int]]) -> Iterator[None]:
+    """Inside, embedded captions have the transformer's pad token where `padding (B, m)` is True."""
+    hidden = torch.cat([row[: sum(parts)] for row, parts in zip(padding, lengths, strict=True)])[:, None]
+
+    def put(module: Any, inputs: Any, embedded: Tensor) -> Tensor:
+        return torch.where(hidden, transformer.cap_pad_token, embedded)
+
+    handle = transformer.cap_embedder.register_forward_hook(put)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _grids(tokens: Tensor | None, sizes: list[list[int]], rows: int) -> list[list[Tensor]]:
@@ -171,6 +214,7 @@ Z_IMAGE = Family(
     blank=_z_blank,
     split=_z_split,
     velocity=_z_velocity,
+    still=_z_still,
     decode=_z_decode,
     clean=_z_clean,
 )

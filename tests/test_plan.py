@@ -123,6 +123,11 @@ def test_pictures_queries_and_shares(models: Path, tmp_path: Path) -> None:
     asks = recipe(models, tmp_path, query={"count": 3}, routing={"answer": "mean"})
     passes = plan(asks, tflops=1.0)["passes"]
     assert (passes["teachers"], passes["student, forward"], passes["student, backward"]) == (6, 3, 3)
+    assert passes["field gap"] > 0
+    off = plan(recipe(models, tmp_path, gap={"every": 0}), tflops=1.0)
+    assert "field gap" not in off["passes"] and not [m for m in off["memory"] if "field gap" in m["part"]]
+    best = {m["part"]: m["bytes"] for m in plan(recipe(models, tmp_path, gap={"patience": 2}), tflops=1.0)["memory"]}
+    assert best["student, best of the field gap"] == best["student, average"]
     json.dumps(facts)
 
 

@@ -12,12 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import random_adapter, tiny_klein
+from tiny import random_adapter, random_image, tiny_klein
 
+from danceopd.data_record import remember_data
 from danceopd.errors import UserError
 from danceopd.lora import write_adapter
 from danceopd.merge import merge
 from danceopd.recipe import Recipe
+from danceopd.work import open_work
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 STEPS = 24
@@ -125,3 +127,76 @@ def test_what_changed_is_named_and_the_run_left_alone(models: Path, tmp_path: Pa
     with pytest.raises(UserError, match="the base is no longer what the run in .* began with"):
         merge(recipe(mine, tmp_path / "run"), stop)
     assert checkpoints == sorted(p.read_bytes() for p in (tmp_path / "run" / "checkpoints").rglob("*.safetensors"))
+
+
+@pytest.fixture
+def sources(models: Path, tmp_path: Path) -> tuple[Recipe, Path]:
+    """A recipe on forty prompts in a file and five edits in a folder, of which it draws a few and all."""
+    (tmp_path / "p.txt").write_text("\n".join(f"a red circle {i}" for i in range(40)))
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for i in range(5):
+        random_image(i).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"make it blue {i}")
+    data = {"generation": str(tmp_path / "p.txt"), "editing": str(folder)}
+    return recipe(models, tmp_path / "run", data=data, steps=8), folder
+
+
+def test_data_that_changed_is_named_and_the_run_left_alone(sources: tuple[Recipe, Path], tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(done, steps):
+        if done.step == 2:
+            raise Stop
+
+    wanted, _ = sources
+    with pytest.raises(Stop):
+        merge(wanted, stop)
+    left = sorted(p.read_bytes() for p in (tmp_path / "run" / "checkpoints").rglob("*.safetensors"))
+    prompts = tmp_path / "p.txt"
+    drawn = open_work(wanted)["generation"].rows
+    lines = prompts.read_text().splitlines()
+    lines[drawn[-1]] += " on a blue square"
+    prompts.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=rf"p.txt, line {drawn[-1] + 1} is no longer what the run in .*run began with"):
+        merge(wanted, stop)
+    assert left == sorted(p.read_bytes() for p in (tmp_path / "run" / "checkpoints").rglob("*.safetensors"))
+
+
+def test_what_of_the_data_may_change(sources: tuple[Recipe, Path], tmp_path: Path) -> None:
+    """Rows that no update draws and the times of files, not a row, a picture or the number of rows; a run that is
+    given more steps is held to those it had."""
+    wanted, folder = sources
+    run, prompts = tmp_path / "run", tmp_path / "p.txt"
+    run.mkdir()
+
+    def check(steps: int = 8) -> None:
+        more = wanted.model_copy(update={"steps": steps})
+        remember_data(run, more, open_work(more))
+
+    check()
+    drawn = set(open_work(wanted)["generation"].rows)
+    later = sorted(set(open_work(wanted.model_copy(update={"steps": 20}))["generation"].rows) - drawn)
+    lines = prompts.read_text().splitlines()
+    lines[later[0]] = "a green star"
+    prompts.write_text("\n".join(lines))
+    os.utime(folder / "0.png", (1, 1))
+    check()
+    check(20)  # from here that row counts
+    check()
+    prompts.write_text("\n".join([*lines[: later[0]], "a green ring", *lines[later[0] + 1 :]]))
+    for steps in (20, 8, 30):
+        with pytest.raises(UserError, match=f"p.txt, line {later[0] + 1} is no longer"):
+            check(steps)
+    prompts.write_text("\n".join([*lines, "one more"]))
+    with pytest.raises(UserError, match="p.txt has 41 rows and had 40 when the run"):
+        check(20)
+    prompts.write_text("\n".join(lines))
+    check(20)
+    random_image(0, 128, 128).save(folder / "3.png")
+    with pytest.raises(UserError, match="3.txt is no longer"):
+        check(20)
+    (run / "data.json").write_text("{")
+    with pytest.raises(UserError, match="data.json is damaged"):
+        check(20)

@@ -7,6 +7,8 @@ device is asked once for each mask, and never inside a CUDA graph's capture or a
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -36,11 +38,22 @@ class _Known:
 
 
 _known: dict[int, _Known] = {}
+_unasked: list[bool] = []
+
+
+@contextmanager
+def unasked() -> Iterator[None]:
+    """Inside, masks are taken as they are: what is recorded here meets other masks in the same place."""
+    _unasked.append(True)
+    try:
+        yield
+    finally:
+        _unasked.pop()
 
 
 def _facts(mask: Tensor) -> _Known | None:
     """What is known of a mask; None where the device may not be asked now."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _unasked:
         return None
     known = _known.get(id(mask))
     if known is None or known.mask() is not mask or known.version != mask._version:
