@@ -1,6 +1,6 @@
 """Recorded walks on a GPU: real graphs of every family, across updates and layouts, and what a refusal leaves behind.
 
-One command: `python -m pytest tests/gpu/test_captured.py`. Without a CUDA device all of it is skipped.
+One command: `python -m pytest tests/gpu/test_captured_gpu.py`. Without a CUDA device all of it is skipped.
 """
 
 from __future__ import annotations
