@@ -1,6 +1,8 @@
 """The attention cores side by side, for `benchmarks/gpu.py`: dense, ragged and with a cached source; forward only.
 
-Times are of calls, launches included, because packing rows is launches. What refuses a shape says why.
+Times are of calls, launches included, because packing rows is launches. What refuses a shape says why. Below, norm and
+rotation in the attention kernel's prologue against a pass before it, for the rows of Z-Image's text refiner; these are
+replays of graphs, without launch gaps.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from rich.console import Console
 from danceopd.attention import core, using
 from danceopd.attention.cores import Call, Source, absent, candidates
 from danceopd.attention.masks import rows_of
+from danceopd.attention.parts import Stream
+from danceopd.attention.prologue import BLOCKS, QUERIES, joint_attention
 
 NAMES = ("sdpa", "cudnn", "flash4", "varlen", "ours")
 HEAD = f"attention core, ms | {' | '.join(NAMES)} | ours against sdpa | chosen"
@@ -25,6 +29,7 @@ MODELS = (
     ("klein KV, one source", 32, 128, 512, 1),
     ("klein-4B, dense", 24, 128, 0, 0),
 )
+PROLOGUE = "prologue, us | a pass before | in one kernel | gain | the rule says"
 
 
 def measure(bench: Any, sizes: Sequence[int], smoke: bool) -> list[str]:
@@ -47,7 +52,34 @@ def measure(bench: Any, sizes: Sequence[int], smoke: bool) -> list[str]:
                 call = call._replace(mask=mask, rows=rows_of(mask, text + image))
             rows.append(f"| {label}, {size} px | {' | '.join(_row(bench, call, smoke))} |")
             Console().print(rows[-1], highlight=False, markup=False)
+    return [*rows, "", f"| {PROLOGUE} |", "|" + " --- |" * len(PROLOGUE.split(" | ")), *_prologues(bench, smoke)]
+
+
+def _prologues(bench: Any, smoke: bool) -> list[str]:
+    rows = []
+    for tokens in (64, 128) if smoke else (64, 128, 192, 256, 512, 1024):
+        if not bench.late:
+            rows.append(f"| two captions, {tokens} tokens | {' | '.join(_prologue(bench, tokens, smoke))} |")
+            Console().print(rows[-1], highlight=False, markup=False)
     return rows
+
+
+@torch.no_grad()
+def _prologue(bench: Any, tokens: int, smoke: bool) -> list[str]:
+    heads, dim, kind = 1 if smoke else 30, 128, {"device": bench.device, "dtype": torch.bfloat16}
+    table = torch.randn(tokens, dim, device=bench.device)
+    x, weights = torch.randn(2, tokens, 3 * heads * dim, **kind), torch.ones(2, dim, **kind)
+    stream = Stream(x, None, None, weights[0], weights[1], table, None)
+    mask = torch.arange(tokens, device=bench.device) < torch.tensor([[tokens], [tokens // 2]], device=bench.device)
+
+    def attention(prologue: bool) -> float:
+        given = {"head_dim": dim, "eps": 1e-5, "round_first": True, "prologue": prologue}
+        return bench.graph(lambda i: joint_attention(stream, None, mask, **given), 1)
+
+    with using("op") if smoke else using("cuda"), core.forced("ours"):
+        apart, one = attention(False), attention(True)
+    rule = "in one kernel" if tokens <= BLOCKS * QUERIES else "a pass before"
+    return [f"{1e6 * apart:.1f}", f"{1e6 * one:.1f}", f"{apart / one:.2f}x", rule]
 
 
 @torch.no_grad()

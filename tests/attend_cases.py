@@ -1,4 +1,4 @@
-"""Ragged attention through a kernel backend, through SDPA on each sample alone, and in float64.
+"""Ragged attention through a kernel backend, through SDPA on each sample alone, and in float64; with a prologue, too.
 
 `python attend_cases.py triton` prints for each case the relative errors of both against float64. As in
 `kernel_cases.py`, what torch allocates is filled with NaN. Triton's interpreter multiplies no bf16 matrices, so there
@@ -12,13 +12,15 @@ import sys
 from typing import Any, NamedTuple
 
 import torch
-from kernel_cases import draw
+from kernel_cases import EPS, angles, draw, pairs, twice
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from danceopd.attention import using
+from danceopd.attention import reference, using
 from danceopd.attention.masks import rows_of
-from danceopd.attention.ragged import ragged_attention
+from danceopd.attention.ops import qkv_prep
+from danceopd.attention.parts import Stream, heads_apart
+from danceopd.attention.ragged import prepared_attention, ragged_attention
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -59,6 +61,11 @@ def inputs(case: Case) -> tuple[list[Tensor], dict[str, Any]]:
     q, k, v = (x.unflatten(-1, (case.heads, case.dim)) for x in packed[..., : 3 * width].split(width, dim=-1))
     samples = len(case.lengths) or rows
     more = [draw(2 + i, samples, case.source, case.heads, case.dim) for i in range(2)] if case.source else []
+    return [x.to(case.dtype).double() for x in (q, k, v, *more)], facts(case)
+
+
+def facts(case: Case | Form) -> dict[str, Any]:
+    """Which tokens there are, as the operators are told."""
     cumulative = tokens = None
     longest = max(case.lengths, default=case.tokens)
     if case.mask:
@@ -66,11 +73,7 @@ def inputs(case: Case) -> tuple[list[Tensor], dict[str, Any]]:
         cumulative, tokens, _, longest = rows_of(there, case.tokens)
     elif case.lengths:
         cumulative = torch.tensor([0, *case.lengths]).cumsum(0).int()
-    return [x.to(case.dtype).double() for x in (q, k, v, *more)], {
-        "cumulative": cumulative,
-        "tokens": tokens,
-        "longest": longest,
-    }
+    return {"cumulative": cumulative, "tokens": tokens, "longest": longest}
 
 
 def strided(x: Tensor, dtype: torch.dtype, device: str) -> Tensor:
@@ -90,7 +93,7 @@ def kernel(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") ->
     return out.cpu()
 
 
-def samples(case: Case) -> list[tuple[int, Tensor]]:
+def samples(case: Case | Form) -> list[tuple[int, Tensor]]:
     """The batch row and the tokens of each sample, found without the code under test."""
     if case.mask:
         return [
@@ -105,8 +108,11 @@ def samples(case: Case) -> list[tuple[int, Tensor]]:
 
 def alone(case: Case, dtype: torch.dtype) -> Tensor:
     """SDPA of each sample by itself; zeros where nobody is."""
-    q, k, v, *more = (x.to(dtype) for x in inputs(case)[0])
-    out = torch.zeros(q.shape, dtype=dtype)
+    return each(case, *(x.to(dtype) for x in inputs(case)[0]))
+
+
+def each(case: Case | Form, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
+    out = torch.zeros(q.shape, dtype=q.dtype)
     for sample, (row, own) in enumerate(samples(case)):
         parts = [x[row, own] for x in (q, k, v)]
         if more:
@@ -118,7 +124,11 @@ def alone(case: Case, dtype: torch.dtype) -> Tensor:
 def compare(name: str, backend: str, device: str = "cpu") -> dict[str, Any]:
     """Relative errors against float64 of the backend and of SDPA, and what stands where no token is."""
     case = CASES[name]
-    found, exact, eager = kernel(case, backend, case.dtype, device), alone(case, torch.float64), alone(case, case.dtype)
+    found = kernel(case, backend, case.dtype, device)
+    return errors(name, found, alone(case, torch.float64), alone(case, case.dtype))
+
+
+def errors(name: str, found: Tensor, exact: Tensor, eager: Tensor) -> dict[str, Any]:
     size = exact.norm()
     hidden = found[exact.abs().sum(dim=(2, 3)) == 0]
     return {
@@ -129,7 +139,111 @@ def compare(name: str, backend: str, device: str = "cpu") -> dict[str, Any]:
     }
 
 
+# With norm and rotation in the prologue
+
+
+class Form(NamedTuple):
+    """Streams of `image` and `text` tokens as projections leave them. `rope`: "", "twice", "pairs" or "batch"."""
+
+    dtype: torch.dtype
+    dim: int
+    image: int
+    text: int
+    rope: str
+    mask: tuple[tuple[int, int], ...] = ()
+    lengths: tuple[int, ...] = ()
+    source: int = 0
+    heads: int = 2
+    norm: bool = True
+    wide: bool = False  # norm weights in fp32
+    round_first: bool = False
+    text_first: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return self.image + self.text
+
+
+FORMS = {
+    "flux-128-bf16": Form(BF16, 128, 85, 40, "twice", mask=((40, 40), (7, 40))),
+    "flux-128-fp32": Form(FP32, 128, 40, 30, "twice", mask=((30, 30), (1, 30)), source=3, heads=1),
+    "qwen-96-fp16": Form(FP16, 96, 50, 20, "pairs", mask=((3, 20), (20, 20)), heads=1, round_first=True),
+    "image-first-64-fp16": Form(FP16, 64, 63, 5, "", ((5, 64), (64, 64)), heads=1, round_first=True, text_first=False),
+    "image-first-source-64-fp16": Form(FP16, 64, 60, 9, "twice", source=70, wide=True, text_first=False),
+    "one-stream-128-bf16": Form(BF16, 128, 67, 0, "batch", mask=((11, 30), (30, 30)), round_first=True, heads=1),
+    "packed-64-fp16": Form(FP16, 64, 131, 0, "pairs", lengths=(64, 1, 66), heads=1),
+    "unnormed-96-fp16": Form(FP16, 96, 40, 3, "batch", source=64, norm=False, text_first=False, heads=1),
+}
+
+
+def streams(form: Form, dtype: torch.dtype, device: str = "cpu") -> tuple[Stream, Stream | None, list[Tensor]]:
+    """Image (separate, strided), text (packed) and source, of the form's values in `dtype`."""
+    width, rows = form.heads * form.dim, len(form.mask) or (1 if form.lengths else 2)
+    move = lambda x: x.to(form.dtype).to(device, dtype)  # noqa: E731
+    half = rows if form.rope == "batch" else None, form.tokens, form.dim // 2
+    angle = angles(*(n for n in half if n))
+    table = (pairs if form.rope in ("pairs", "batch") else twice)(angle, torch.empty(0, dtype=dtype, device=device))
+    first = slice(form.text, None) if form.text_first else slice(0, form.image)
+    second = slice(0, form.text) if form.text_first else slice(form.image, None)
+
+    def facts(seed: int, rows: slice) -> list[Tensor | None]:
+        weights = [move(1 + 0.5 * draw(seed + i, form.dim)) if form.norm else None for i in range(2)]
+        if form.wide and dtype != torch.float64:
+            weights = [None if w is None else w.float() for w in weights]
+        return [*weights, *(None if t is None or not form.rope else t[..., rows, :] for t in table)]
+
+    x, y = (move(draw(seed, rows, n, 3 * width + 16)) for seed, n in ((0, form.image), (1, form.text)))
+    image = Stream(*x[..., : 3 * width].split(width, dim=-1), *facts(2, first))
+    text = Stream(y[..., 16:], None, None, *facts(4, second)) if form.text else None
+    count = len(form.lengths) or rows
+    more = [move(draw(6 + i, count, form.source, form.heads, form.dim)) for i in range(2)] if form.source else []
+    return image, text, more
+
+
+def fixed(form: Form) -> tuple[int, float, bool, bool]:
+    return form.dim, EPS, form.round_first, form.text_first
+
+
+def arguments(form: Form, dtype: torch.dtype, device: str = "cpu") -> tuple[Any, ...]:
+    """Of `prepared_attention`."""
+    image, text, more = streams(form, dtype, device)
+    told = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in facts(form).items()}
+    longest = told.pop("longest")
+    rest = (None,) * 7 if text is None else text
+    return *image, *rest, *told.values(), *(more or (None, None)), longest, *fixed(form), form.dim**-0.5
+
+
+def prepared(form: Form, backend: str, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    """In one kernel."""
+    with using(backend):
+        return prepared_attention(*arguments(form, dtype, device)).cpu()
+
+
+def unfused(form: Form, backend: str, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    """`qkv_prep`, then `ragged_attention`."""
+    given = arguments(form, dtype, device)
+    with using(backend):
+        return ragged_attention(*qkv_prep(*given[:14], *fixed(form)), *given[14:19], given[-1]).cpu()
+
+
+def eager(form: Form, dtype: torch.dtype) -> Tensor:
+    """Plain torch, each sample by itself."""
+    image, text, more = streams(form, dtype)
+    parts = heads_apart(image, form.dim), None if text is None else heads_apart(text, form.dim)
+    return each(form, *reference.joint(*parts, *fixed(form)[1:]), *more)
+
+
+def compare_prepared(name: str, backend: str, device: str = "cpu") -> dict[str, Any]:
+    """As `compare`; and how far the kernel is from the unfused path on the same backend, in its own rounding."""
+    form = FORMS[name]
+    found, apart = (run(form, backend, form.dtype, device) for run in (prepared, unfused))
+    row = errors(f"prologue {name}", found, eager(form, torch.float64), eager(form, form.dtype))
+    return {**row, "apart": (found != apart).double().mean().item()}
+
+
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)
     for case in [name for name, case in CASES.items() if sys.argv[1] != "triton" or case.dtype != BF16]:
         print(json.dumps(compare(case, sys.argv[1])), flush=True)
+    for name in [name for name, form in FORMS.items() if sys.argv[1] != "triton" or form.dtype != BF16]:
+        print(json.dumps(compare_prepared(name, sys.argv[1])), flush=True)

@@ -10,19 +10,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attend_cases
 import pytest
 import torch
-from attend_cases import BF16, CASES, FP32, alone, compare, inputs, kernel
+from attend_cases import BF16, CASES, FORMS, FP32, alone, compare, compare_prepared, fixed, inputs, kernel, streams
 from cuda_on_cpu import Emulator
 from kernel_cases import draw
-from test_kernels_build import EVERY, compiled, disassembler
+from test_kernels_build import ATTENTION, EVERY, compiled, disassembler
+from tiny_transformers import build as tiny
+from tiny_transformers import forward
 from torch.library import opcheck
 
-from danceopd.attention import build, choose, core, driver, using
+from danceopd.attention import build, choose, core, driver, installed, prologue, using
 from danceopd.attention.core import attend
 from danceopd.attention.cores import Call, Source, absent, candidates
 from danceopd.attention.masks import rows_of
-from danceopd.attention.ragged import ragged_attention
+from danceopd.attention.prologue import joint_attention, pays
+from danceopd.attention.ragged import prepared_attention, ragged_attention
 
 on_cpu = pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to build the CUDA sources for a CPU")
 
@@ -79,6 +83,113 @@ def test_the_operator_keeps_the_rules_of_torch():
         with using("op"):
             traced = torch.compile(ragged_attention, fullgraph=True, backend="aot_eager")(*arguments)
             assert torch.equal(traced, ragged_attention(*arguments))
+
+
+# With norm and rotation in its prologue
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_meaning_of_the_prologue_is_prep_and_attention(name):
+    form = FORMS[name]
+    found = attend_cases.prepared(form, "op", torch.float64)
+    assert torch.allclose(found, attend_cases.eager(form, torch.float64), rtol=1e-10, atol=1e-12)
+
+
+@on_cpu
+@pytest.mark.parametrize("name", [name for name, form in FORMS.items() if form.dtype != FP32])
+def test_the_prologue_s_source_equals_the_two_kernels(emulator, name):
+    """Bit for bit, since both round at the same places; and no further from float64 than eager."""
+    before = len(emulator.launched)
+    found = compare_prepared(name, "cuda")
+    assert emulator.launched[before:] == ["prepared_attention", "qkv_prep_forward", "ragged_attention"]
+    assert found["apart"] == 0 and found["error"] <= 1.1 * found["eager"] and found["hidden"] == 0
+
+
+@pytest.mark.parametrize("name", [name for name, form in FORMS.items() if form.dtype != BF16])
+def test_the_prologue_s_twin_equals_the_two_twins(twins, name):
+    found = twins[f"prologue {name}"]
+    assert found["apart"] == 0 and found["error"] <= 1.1 * found["eager"] and found["hidden"] == 0
+
+
+@pytest.mark.parametrize("name", ["flux-128-fp32", "packed-64-fp16"])
+def test_the_operator_with_a_prologue_keeps_the_rules_of_torch(name):
+    arguments = attend_cases.arguments(FORMS[name], FP32)
+    opcheck(prepared_attention, arguments)
+    with using("op"):
+        traced = torch.compile(prepared_attention, fullgraph=True, backend="aot_eager")(*arguments)
+        assert torch.equal(traced, prepared_attention(*arguments))
+
+
+def asked(name, dtype=None):
+    """Streams of a form and what goes with them, as a processor has them."""
+    form = FORMS[name]
+    image, text, more = streams(form, dtype or form.dtype)
+    mask = torch.tensor([n for n, _ in form.mask])[:, None] > torch.arange(form.mask[0][1]) if form.mask else None
+    named = dict(zip(("head_dim", "eps", "round_first", "text_first"), fixed(form)))
+    return (image, text, mask, Source(*more, form.text) if more else None), named
+
+
+@on_cpu
+@pytest.mark.parametrize("name", ["flux-128-bf16", "image-first-64-fp16", "unnormed-96-fp16"])
+def test_few_queries_are_prepared_in_the_attention_kernel(emulator, name, monkeypatch):
+    given, named = asked(name)
+    few = -(-FORMS[name].tokens // 64)
+
+    def launched(blocks=few, **more):
+        monkeypatch.setattr(prologue, "BLOCKS", blocks)
+        before = len(emulator.launched)
+        with core.forced("ours"), using("cuda"):
+            out = joint_attention(*given, **named, **more)
+        return out, emulator.launched[before:]
+
+    (out, one), (apart, two) = launched(), launched(few - 1)
+    assert one == ["prepared_attention"] and two == ["qkv_prep_forward", "ragged_attention"]
+    assert torch.equal(out, apart) and launched(prologue=False)[1] == two and launched(0, prologue=True)[1] == one
+
+
+def test_the_rule_asks_only_where_the_core_is_ours(monkeypatch):
+    q, k, v, source = tensors()
+    ragged, dense = Call(q, k, v, MASK, rows_of(MASK, 70)), Call(q, k, v)
+    long = Call(*tensors(tokens=129)[:3], source=source)
+    with core.forced("ours"):
+        assert pays(ragged) and pays(Call(q, k, v, source=source)) and not pays(long)
+        assert not pays(dense) and not pays(Call(q, k, v, MASK, None, source))  # rows that nobody may ask for
+    assert not pays(ragged)  # a CPU has no choice
+    monkeypatch.setattr(core, "runs_plain", lambda call: False)
+    monkeypatch.setattr(core, "_chosen", {})
+    assert not pays(ragged)  # not measured yet
+    core._chosen[core.key_of(ragged)] = core.Choice("ours", "measured")
+    assert pays(ragged) and not pays(Call(q, k, v, source=source))
+
+
+def test_where_the_prologue_cannot_run_says_so_once(monkeypatch, caplog):
+    """With a gradient, or streams that differ in kind: prepared first, and the gradient is that of plain torch."""
+    monkeypatch.setattr(choose, "_said", set())
+    monkeypatch.setattr(prologue, "prepared_attention", lambda *a: pytest.fail("cannot run"))
+    (image, text, mask, source), named = asked("flux-128-fp32", FP32)
+    plain = joint_attention(image, text, mask, source, **named)
+    q = image.q.clone().requires_grad_()
+    with caplog.at_level(logging.WARNING, "danceopd"), core.forced("ours"), using("op"):
+        found = joint_attention(image._replace(q=q), text, mask, source, **named)
+        with torch.no_grad():
+            joint_attention(image._replace(cos=None, sin=None), text, mask, source, **named)
+    there = attend_cases.eager(FORMS["flux-128-fp32"], torch.float64).abs().sum(dim=(2, 3)) > 0
+    assert torch.allclose(found[there], plain[there], atol=1e-6) and found.requires_grad
+    assert "the prologue has no gradient" in caplog.text and "other norms or rotary tables" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["qwen", "z-image"])
+def test_whole_transformers_with_ragged_rows(name, monkeypatch):
+    model, call = tiny(name)
+    count, forms = [], []
+    monkeypatch.setattr(prologue, "prepared_attention", lambda *a: count.append(a) or prepared_attention(*a))
+    with torch.no_grad():
+        stock = forward(model, call)
+        with installed(model), core.forced("ours"), using("op"):
+            assert (forward(model, call) - stock).norm() < 1e-6 * stock.norm()
+            monkeypatch.setattr(prologue, "pays", lambda call: forms.append(call.rows) or False)
+            forward(model, call)
+    assert len(count) == sum(rows is not None for rows in forms) > 1
 
 
 # As a core
@@ -152,47 +263,50 @@ ARCHS = ("90", "100") if EVERY else ("90",)
 COMPILE = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
-from danceopd.attention import attend_twin
+from danceopd.attention import attend_twin, prepared_twin
 
-FLAGS = {"RAGGED": 1, "LISTED": 1, "SOURCE": 1, "D": 128, "BD": 128, "BM": 64, "BN": 64}
-kernel = attend_twin._attend
-constants, signature, divisible = {}, {}, {}
-for i, p in enumerate(kernel.params):
-    if p.is_constexpr:
-        constants[p.name], signature[p.name] = FLAGS[p.name], "constexpr"
-    elif p.name == "scale":
-        signature[p.name] = "fp32"
-    elif p.name.endswith(("_batch", "_token")):
-        signature[p.name], divisible[(i,)] = "i32", [["tt.divisibility", 16]]
-    elif p.name in ("heads", "length", "source"):
-        signature[p.name] = "i32"
-    else:
-        signature[p.name] = "*i32" if p.name in ("cumulative", "tokens") else "*bf16"
-        divisible[(i,)] = [["tt.divisibility", 16]]
-source = triton.compiler.ASTSource(kernel, signature, constants, divisible)
-for arch in map(int, sys.argv[1:]):
-    made = triton.compile(source, target=GPUTarget("cuda", arch, 32))
-    text = made.asm["ptx"]
-    print(arch, "mma" in text or "tcgen05" in text, ".local" in text)
+FLAGS = {"D": 128, "BD": 128, "BM": 64, "BN": 64, "PAIRS": 0}
+KINDS = {"cumulative": "*i32", "tokens": "*i32", "cos": "*fp32", "sin": "*fp32", "text_cos": "*fp32",
+         "text_sin": "*fp32"}
+for kernel in (attend_twin._attend, prepared_twin._attend_prepared):
+    constants, signature, divisible = {}, {}, {}
+    for i, p in enumerate(kernel.params):
+        if p.is_constexpr:
+            constants[p.name], signature[p.name] = FLAGS.get(p.name, 1), "constexpr"
+        elif p.name in ("scale", "eps"):
+            signature[p.name] = "fp32"
+        elif p.name.endswith(("_batch", "_token")):
+            signature[p.name], divisible[(i,)] = "i32", [["tt.divisibility", 16]]
+        elif p.name in ("heads", "length", "source", "first", "text_first", "texts"):
+            signature[p.name] = "i32"
+        else:
+            signature[p.name] = KINDS.get(p.name, "*bf16")
+            divisible[(i,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(kernel, signature, constants, divisible)
+    for arch in map(int, sys.argv[1:]):
+        made = triton.compile(source, target=GPUTarget("cuda", arch, 32))
+        text = made.asm["ptx"]
+        print(arch, "mma" in text or "tcgen05" in text, ".local" in text)
 """
 
 
-def test_the_twin_compiles_for_gpus_that_are_not_here(tmp_path):
+def test_the_twins_compile_for_gpus_that_are_not_here(tmp_path):
     pytest.importorskip("triton", reason="triton is not installed (it comes with danceopd[gpu], on Linux)")
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     env.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", COMPILE, *ARCHS], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines() == [f"{arch} True False" for arch in ARCHS]
+    assert done.stdout.splitlines() == [f"{arch} True False" for arch in ARCHS] * 2
 
 
 @pytest.mark.skipif(build.nvcc() is None, reason="no nvcc here")
-def test_every_product_is_a_tensor_core_s(tmp_path):
+@pytest.mark.parametrize("name", ATTENTION)
+def test_every_product_is_a_tensor_core_s(name, tmp_path):
     """In the machine code: matrix products, asynchronous 16-byte copies in, 16-byte stores out, no local memory."""
     tool = disassembler()
     if tool is None:
         pytest.skip("no cuobjdump here (Triton's package has one)")
-    cubin, _ = compiled("ragged_attention", {"DTYPE": 1, "HEAD_DIM": 128}, "sm_90", tmp_path)
+    cubin, _ = compiled(name, {"DTYPE": 1, "HEAD_DIM": 128}, "sm_90", tmp_path)
     env = {**os.environ, "PATH": f"{Path(tool).parent}:{os.environ['PATH']}"}
     done = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, env=env)
     listing = done.stdout

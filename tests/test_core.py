@@ -107,7 +107,8 @@ def test_one_graph_under_compile():
 def test_a_backend_set_in_diffusers_goes_first(monkeypatch):
     """By module and by context manager."""
     model, inputs = build("flux2")
-    monkeypatch.setattr("danceopd.attention.processors.attend", lambda *a: pytest.fail("the user chose another"))
+    for where in ("processors", "prologue"):
+        monkeypatch.setattr(f"danceopd.attention.{where}.attend", lambda *a: pytest.fail("the user chose another"))
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
     from diffusers.models.attention_dispatch import attention_backend
 

@@ -21,8 +21,10 @@ FORMS = {
     "norm_site": [{"DTYPE": t, "PER_THREAD": n} for t in (1, 0, 2) for n in (2, 1, 3, 4)],
     "swiglu": [{"DTYPE": t} for t in (1, 0, 2)],
     "ragged_attention": [{"DTYPE": t, "HEAD_DIM": d} for t in (1, 2) for d in (128, 64, 96)],
+    "prepared_attention": [{"DTYPE": t, "HEAD_DIM": d} for t in (1, 2) for d in (128, 64, 96)],
 }
-REGISTERS = {"ragged_attention": 255}  # two blocks of four warps; the others, 128
+ATTENTION = ("ragged_attention", "prepared_attention")
+REGISTERS = dict.fromkeys(ATTENTION, 255)  # two blocks of four warps; the others, 128
 with_nvcc = pytest.mark.skipif(build.nvcc() is None, reason="no nvcc here")
 
 
@@ -57,7 +59,7 @@ def disassembler() -> str | None:
 
 @with_nvcc
 @pytest.mark.skipif(disassembler() is None, reason="no cuobjdump here (Triton's package has one)")
-@pytest.mark.parametrize("name", [name for name in FORMS if name != "ragged_attention"])  # see test_attend.py
+@pytest.mark.parametrize("name", [name for name in FORMS if name not in ATTENTION])  # see test_attend.py
 def test_rows_move_sixteen_bytes_at_a_time(name, tmp_path):
     """In the machine code: every load that bypasses L1, and every store of rows, is 128 bits wide."""
     cubin, _ = compiled(name, FORMS[name][0], "sm_90", tmp_path)

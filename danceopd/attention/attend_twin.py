@@ -12,6 +12,19 @@ from .row_twins import _at, _or
 
 
 @triton.jit
+def _step(q, key, value, there, top, total, out, scale):
+    """Online softmax, one tile of keys further."""
+    scores = tl.dot(q, tl.trans(key), input_precision="ieee") * scale
+    scores = tl.where(there[None, :], scores, float("-inf"))
+    now = tl.maximum(top, tl.max(scores, axis=1))
+    shrink = tl.exp2(top - now)
+    p = tl.exp2(scores - now[:, None])
+    total = total * shrink + tl.sum(p, axis=1)
+    out = out * shrink[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
+    return now, total, out
+
+
+@triton.jit
 def _over(q, k, v, k_token, v_token, tokens, count, top, total, out, scale, LISTED: tl.constexpr, D: tl.constexpr,
           BD: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """Online softmax over `count` keys that start at `k` and `v`."""
@@ -26,14 +39,7 @@ def _over(q, k, v, k_token, v_token, tokens, count, top, total, out, scale, LIST
         inside = there[:, None] & (d < D)[None, :]
         key = tl.load(k + place[:, None] * k_token + d[None, :], mask=inside, other=0.0)
         value = tl.load(v + place[:, None] * v_token + d[None, :], mask=inside, other=0.0)
-        scores = tl.dot(q, tl.trans(key), input_precision="ieee") * scale
-        scores = tl.where(there[None, :], scores, float("-inf"))
-        now = tl.maximum(top, tl.max(scores, axis=1))
-        shrink = tl.exp2(top - now)
-        p = tl.exp2(scores - now[:, None])
-        total = total * shrink + tl.sum(p, axis=1)
-        out = out * shrink[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
-        top = now
+        top, total, out = _step(q, key, value, there, top, total, out, scale)
     return top, total, out
 
 

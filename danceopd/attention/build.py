@@ -23,8 +23,8 @@ from danceopd.cache import cache_folder
 from danceopd.disk import replace_file
 
 SOURCES = Path(__file__).parent / "csrc"
-HEADERS = ("common.cuh", "ptx.cuh", "mma.cuh")
-KERNELS = ("qkv_prep", "norm_site", "swiglu", "ragged_attention")
+HEADERS = ("common.cuh", "ptx.cuh", "mma.cuh", "rows.cuh", "attend.cuh")
+KERNELS = ("qkv_prep", "norm_site", "swiglu", "ragged_attention", "prepared_attention")
 OPTIONS = ("--std=c++17",)
 
 

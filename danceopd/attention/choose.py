@@ -134,8 +134,11 @@ def fused(op: str, backend: str, tensors: list[Tensor | None], wide: list[Tensor
     return not reason
 
 
-def outside_attention(tensors: list[Tensor]) -> str:
-    """Why `ragged_attention` cannot take these `(B, S, H, D)` tensors on their device, "" if it can."""
+def outside_attention(tensors: list[Tensor], wide: list[Tensor] | None = None) -> str:
+    """Why `ragged_attention` cannot take these `(B, S, H, D)` tensors on their device, "" if it can.
+
+    `wide`: norm weights and rotary tables of `prepared_attention`.
+    """
     first = tensors[0]
     backend = active(first.device.type)
     if backend == "torch":
@@ -148,7 +151,7 @@ def outside_attention(tensors: list[Tensor]) -> str:
         return "takes bf16 and fp16 only"
     if any(t.stride(2) != t.shape[3] for t in tensors if t.shape[2] > 1):
         return "heads are not next to each other"
-    return _outside(backend, tensors, [])
+    return _outside(backend, tensors, wide or [])
 
 
 def _outside(backend: str, tensors: list[Tensor], wide: list[Tensor]) -> str:

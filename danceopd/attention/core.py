@@ -64,13 +64,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, source: 
     `mask` is `(B, M)` bool over the first M own keys (the rest are seen), or whatever SDPA takes. Where a `(B, M)`
     mask hides a token, its own output is not defined, but finite.
     """
-    if mask is not None and mask.ndim == 2 and mask.dtype == torch.bool and all_true(mask):
-        mask = None
-    call = Call(q, k, v, mask, None, source)
+    call = asked(Call(q, k, v, mask, None, source))
     if runs_plain(call):
         return sdpa(call)
-    if mask is not None and mask.ndim == 2 and mask.dtype == torch.bool:
-        call = call._replace(rows=rows_of(mask, k.shape[1]))
     name = _core(call)
     try:
         return CORES[name](call)
@@ -80,6 +76,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, source: 
         _chosen[key_of(call)] = Choice("sdpa", f"{name} failed: {_line(error)}")
         choose.once(f"attention core {name} failed and SDPA takes over for {key_of(call)}: {_line(error)}")
         return sdpa(call)
+
+
+def asked(call: Call) -> Call:
+    """The same call without a mask that hides nothing, and with its rows where there is a choice and they are known."""
+    mask = call.mask
+    if mask is None or mask.ndim != 2 or mask.dtype != torch.bool:
+        return call
+    if all_true(mask):
+        return call._replace(mask=None)
+    return call if runs_plain(call) else call._replace(rows=rows_of(mask, call.k.shape[1]))
+
+
+def settled(call: Call) -> str:
+    """The core of a call as far as it is known, "" where nobody has measured it yet."""
+    if runs_plain(call):
+        return "sdpa"
+    return _forced[-1] if _forced else _chosen.get(key_of(call), Choice("", "")).core
 
 
 def runs_plain(call: Call) -> bool:

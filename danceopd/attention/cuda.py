@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import driver
-from .parts import Part
+from .parts import Part, first_rows
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WEIGHT_FP32, ROUND_FIRST, NO_NORM = 1, 2, 4
@@ -72,13 +72,23 @@ class Swiglu(Structure):
     ]
 
 
+class AttendStream(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in "q k v weight_q weight_k cos sin".split()),
+        *((f"{name}_at", Strides) for name in "q k v rope".split()),
+        *((name, c_int) for name in "tokens first flags unused".split()),
+    ]
+
+
 class Attend(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in "q k v source_k source_v out cumulative tokens".split()),
-        *((f"{name}_at", Strides) for name in "q k v source_k source_v out".split()),
+        ("image", AttendStream),
+        ("text", AttendStream),
+        *((name, c_void_p) for name in "source_k source_v out cumulative tokens".split()),
+        *((f"{name}_at", Strides) for name in "source_k source_v out".split()),
         *((name, c_int) for name in "heads length source unused".split()),
         ("scale", c_float),
-        ("unused2", c_int),
+        ("eps", c_float),
     ]
 
 
@@ -103,16 +113,19 @@ def _threads(row: int, heads: int) -> int:
     return min(sizes, key=lambda size: (rounds[size] - heads) / heads)
 
 
+def _flags(weight: Tensor | None, round_first: bool) -> int:
+    if weight is None:
+        return NO_NORM
+    return WEIGHT_FP32 if weight.dtype == torch.float32 else ROUND_FIRST if round_first else 0
+
+
+def _rope_at(cos: Tensor | None) -> Strides:
+    if cos is None:
+        return Strides(0, 0)
+    return Strides(cos.stride(0) if cos.ndim == 3 and cos.shape[0] > 1 else 0, cos.stride(-2))
+
+
 def _stream(part: Part, d: Part | None, first: int, round_first: bool, partial: Tensor | None) -> CStream:
-    weight, cos = part.weight_q, part.cos
-    flags = NO_NORM if weight is None else 0
-    if weight is not None and weight.dtype == torch.float32:
-        flags |= WEIGHT_FP32
-    if round_first and weight is not None and weight.dtype != torch.float32:
-        flags |= ROUND_FIRST
-    rope = Strides(0, 0)
-    if cos is not None:
-        rope = Strides(cos.stride(0) if cos.ndim == 3 and cos.shape[0] > 1 else 0, cos.stride(-2))
     d_at = (_at(d.q), _at(d.k), _at(d.v)) if d is not None else (Strides(),) * 3
     pointers = [*part, *(d[:3] if d is not None else (None,) * 3), partial]
     return CStream(
@@ -120,11 +133,11 @@ def _stream(part: Part, d: Part | None, first: int, round_first: bool, partial: 
         _at(part.q),
         _at(part.k),
         _at(part.v),
-        rope,
+        _rope_at(part.cos),
         *d_at,
         part.q.shape[1],
         first,
-        flags,
+        _flags(part.weight_q, round_first),
         0,
     )
 
@@ -311,6 +324,35 @@ def swiglu_backward(d_gate: Tensor, d_up: Tensor, grad: Tensor, gate: Tensor, up
 # Attention
 
 
+def _attend_stream(part: Part, first: int, round_first: bool) -> AttendStream:
+    at = (*map(_at, part[:3]), _rope_at(part.cos))
+    return AttendStream(*map(_pointer, part), *at, part.q.shape[1], first, _flags(part.weight_q, round_first), 0)
+
+
+def _run_attend(
+    kernel: str,
+    out: Tensor,
+    argument: Attend,
+    cumulative: Tensor | None,
+    tokens: Tensor | None,
+    source_k: Tensor | None,
+    source_v: Tensor | None,
+    longest: int,
+    scale: float,
+) -> None:
+    batch, length, heads, head_dim = out.shape
+    samples = batch if cumulative is None else len(cumulative) - 1
+    for name, tensor in (("source_k", source_k), ("source_v", source_v), ("out", out)):
+        setattr(argument, name, _pointer(tensor))
+        setattr(argument, f"{name}_at", _at(tensor))
+    argument.cumulative, argument.tokens = _pointer(cumulative), _pointer(tokens)
+    argument.heads, argument.length, argument.source = heads, length, 0 if source_k is None else source_k.shape[1]
+    argument.scale = scale * math.log2(math.e)
+    grid = (-(-longest // 64), samples * heads)  # TILE of attend.cuh
+    defines = {"DTYPE": DTYPES[out.dtype], "HEAD_DIM": head_dim}
+    driver.launch(out, kernel, kernel, defines, grid, 128, argument)
+
+
 def ragged_attention(
     out: Tensor,
     q: Tensor,
@@ -324,15 +366,27 @@ def ragged_attention(
     scale: float,
 ) -> None:
     """See `reference.ragged_attention`; `out` is dense."""
-    batch, length, heads, head_dim = q.shape
-    samples = batch if cumulative is None else len(cumulative) - 1
-    named = {"q": q, "k": k, "v": v, "source_k": source_k, "source_v": source_v, "out": out}
-    argument = Attend(heads=heads, length=length, source=0 if source_k is None else source_k.shape[1])
-    for name, tensor in named.items():
-        setattr(argument, name, _pointer(tensor))
-        setattr(argument, f"{name}_at", _at(tensor))
-    argument.cumulative, argument.tokens = _pointer(cumulative), _pointer(tokens)
-    argument.scale = scale * math.log2(math.e)
-    grid = (-(-longest // 64), samples * heads)  # TILE of ragged_attention.cu
-    defines = {"DTYPE": DTYPES[q.dtype], "HEAD_DIM": head_dim}
-    driver.launch(q, "ragged_attention", "ragged_attention", defines, grid, 128, argument)
+    argument = Attend(image=_attend_stream(Part(q, k, v), 0, False))
+    _run_attend("ragged_attention", out, argument, cumulative, tokens, source_k, source_v, longest, scale)
+
+
+def prepared_attention(
+    out: Tensor,
+    image: Part,
+    text: Part | None,
+    cumulative: Tensor | None,
+    tokens: Tensor | None,
+    source_k: Tensor | None,
+    source_v: Tensor | None,
+    longest: int,
+    eps: float,
+    round_first: bool,
+    text_first: bool,
+    scale: float,
+) -> None:
+    """See `reference.prepared_attention`; `out` is dense."""
+    first, of_text = first_rows(image, text, text_first)
+    argument = Attend(image=_attend_stream(image, first, round_first), eps=eps)
+    if text is not None:
+        argument.text = _attend_stream(text, of_text, round_first)
+    _run_attend("prepared_attention", out, argument, cumulative, tokens, source_k, source_v, longest, scale)

@@ -55,6 +55,13 @@ def heads(stream: Stream, head_dim: int) -> int:
     return stream.q.shape[-1] // head_dim // (3 if stream.k is None else 1)
 
 
+def first_rows(image: Part, text: Part | None, text_first: bool) -> tuple[int, int]:
+    """First rows of image and text in the joint sequence."""
+    if text is None:
+        return 0, 0
+    return (text.q.shape[1], 0) if text_first else (0, image.q.shape[1])
+
+
 def table(freqs: Tensor) -> Tensor:
     """A complex rotary table `(…, D/2)` as pairs `(…, D)`, without a copy."""
     from torch import view_as_real

@@ -34,6 +34,7 @@ from .cores import Call, Source, joined
 from .front import joint_qkv, parallel_qkv, swiglu_behind
 from .masks import all_true, over
 from .parts import Stream, table
+from .prologue import joint_attention
 
 NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
@@ -62,29 +63,44 @@ class Fused:
     def _parallel_config(self, config: Any) -> None:
         self.stock._parallel_config = config
 
+    @property
+    def chooses(self) -> bool:
+        """Whether the core is ours to choose; a backend the user set in diffusers goes first."""
+        active = _AttentionBackendRegistry.get_active_backend()[0]
+        return self._attention_backend is None and active == AttentionBackendName.NATIVE
+
     def core(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, source: Source | None = None) -> Tensor:
-        """Attention itself: `(B, S, H, D)` each -> `(B, S, H·D)`. A backend the user set in diffusers goes first."""
-        backend = self._attention_backend
-        if backend is None and _AttentionBackendRegistry.get_active_backend()[0] == AttentionBackendName.NATIVE:
+        """Attention itself: `(B, S, H, D)` each -> `(B, S, H·D)`."""
+        if self.chooses:
             out = attend(q, k, v, mask, source)
         else:
             k, v = joined(Call(q, k, v, source=source))
             if mask is not None and mask.ndim == 2:
                 mask = None if all_true(mask) else over(mask, k.shape[1])[:, None, None, :]
-            out = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend)
+            out = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self._attention_backend)
         return out.flatten(2, 3).to(q.dtype)
 
-    def joined(
-        self, attn: Any, hidden: Tensor, context: Tensor | None, rope: Any, text_rope: Any = (None, None)
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v of one or two streams, each with its rotary factors (cos, sin)."""
+    def attention(
+        self,
+        attn: Any,
+        hidden: Tensor,
+        context: Tensor | None,
+        rope: Any,
+        text_rope: Any = (None, None),
+        mask: Tensor | None = None,
+        source: Source | None = None,
+    ) -> Tensor:
+        """Attention over one or two streams, each with its rotary factors (cos, sin): `(B, S, H·D)`."""
         image = _stream(attn, hidden, ("to_q", "to_k", "to_v"), "to_qkv", ("norm_q", "norm_k"), rope)
         text = None
         if context is not None:
             names = ("add_q_proj", "add_k_proj", "add_v_proj"), "to_added_qkv", ("norm_added_q", "norm_added_k")
             text = _stream(attn, context, *names, text_rope)
-        fixed = {"eps": self.eps, "round_first": self.round_first, "text_first": self.text_first}
-        return joint_qkv(image, text, head_dim=head_dim(attn), **fixed)  # type: ignore[arg-type]
+        fixed: dict[str, Any] = {"eps": self.eps, "round_first": self.round_first, "text_first": self.text_first}
+        if self.chooses:
+            out = joint_attention(image, text, mask, source, head_dim=head_dim(attn), **fixed)
+            return out.flatten(2, 3).to(image.q.dtype)
+        return self.core(*joint_qkv(image, text, head_dim=head_dim(attn), **fixed), mask, source)
 
 
 def _stream(attn: Any, x: Tensor, apart: Any, packed: str, norms: tuple[str, str], rope: Any) -> Stream:
@@ -134,8 +150,8 @@ class FusedFlux(Fused):
     ) -> Any:
         """The whole module, with cached keys and values behind those of the text or without."""
         text = 0 if context is None else context.shape[1]
-        q, k, v = self.joined(attn, hidden_states, context, *_halves(rope, text))
-        out = self.core(q, k, v, attention_mask, None if cached is None else Source(*cached, text))
+        source = None if cached is None else Source(*cached, text)
+        out = self.attention(attn, hidden_states, context, *_halves(rope, text), attention_mask, source)
         if context is None:
             return out if getattr(attn, "pre_only", False) else _output(attn, out)
         return _output(attn, out[:, text:].contiguous()), attn.to_add_out(out[:, :text].contiguous())
@@ -235,6 +251,10 @@ class FusedSD3(Fused):
 
     text_first = False
 
+    @property
+    def chooses(self) -> bool:  # the stock processor calls SDPA, whatever backend is set
+        return True
+
     def __call__(
         self,
         attn: Any,
@@ -245,8 +265,7 @@ class FusedSD3(Fused):
         **kwargs: Any,
     ) -> Any:
         image = hidden_states.shape[1]
-        q, k, v = self.joined(attn, hidden_states, encoder_hidden_states, (None, None))
-        out = attend(q, k, v).flatten(2, 3)
+        out = self.attention(attn, hidden_states, encoder_hidden_states, (None, None))
         if encoder_hidden_states is None:
             return _output(attn, out)
         context = out[:, image:]
@@ -270,10 +289,10 @@ class FusedQwen(Fused):
             return self.stock(attn, hidden_states, context, text_mask, attention_mask, image_rotary_emb)
         ropes = image_rotary_emb or (None, None)
         image_rope, text_rope = ((None, None) if rope is None else (table(rope), None) for rope in ropes)
-        q, k, v = self.joined(attn, hidden_states, context, image_rope, text_rope)
         if text_mask is not None and text_mask.dtype != torch.bool:
             text_mask = text_mask.bool()
-        out, text = self.core(q, k, v, text_mask), context.shape[1]
+        text = context.shape[1]
+        out = self.attention(attn, hidden_states, context, image_rope, text_rope, text_mask)
         return _output(attn, out[:, text:].contiguous()), attn.to_add_out(out[:, :text].contiguous())
 
 
@@ -291,8 +310,7 @@ class FusedZImage(Fused):
         if self._parallel_config is not None:
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
         rope = (None, None) if freqs_cis is None else (table(freqs_cis), None)
-        q, k, v = self.joined(attn, hidden_states, None, rope)
-        return _output(attn, self.core(q, k, v, attention_mask))
+        return _output(attn, self.attention(attn, hidden_states, None, rope, mask=attention_mask))
 
 
 PROCESSORS: dict[type, type[Fused]] = {

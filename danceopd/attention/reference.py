@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .parts import Part
+from .parts import Part, first_rows
 
 HALF = (torch.float16, torch.bfloat16)
 Out = tuple[Tensor, Tensor, Tensor | None]
@@ -102,7 +102,7 @@ def qkv_prep_backward(
     two norm weights (image first), in wide precision."""
     found = []
     parts = [(image, d_image)] if text is None or d_text is None else [(image, d_image), (text, d_text)]
-    offsets = _offsets(image, text, text_first)
+    offsets = first_rows(image, text, text_first)
     for (part, d), first in zip(parts, offsets):
         rows, of_weights = slice(first, first + part.q.shape[1]), []
         for grad, x, weight, target in ((grads[0], part.q, part.weight_q, d.q), (grads[1], part.k, part.weight_k, d.k)):
@@ -114,13 +114,6 @@ def qkv_prep_backward(
             d.v.copy_(grads[2][:, rows])
         found.append((of_weights[0], of_weights[1]))
     return found if weights else []
-
-
-def _offsets(image: Part, text: Part | None, text_first: bool) -> tuple[int, int]:
-    """First rows of image and text in the joint sequence."""
-    if text is None:
-        return 0, 0
-    return (text.q.shape[1], 0) if text_first else (0, image.q.shape[1])
 
 
 # Norm sites
@@ -253,3 +246,23 @@ def ragged_attention(
             key, value = torch.cat([key, source_k[sample]]), torch.cat([value, source_v[sample]])
         scores = torch.einsum("shd,thd->hst", wide(q[row, own]), wide(key)) * scale
         out[row, own] = torch.einsum("hst,thd->shd", scores.softmax(-1), wide(value)).to(out.dtype)
+
+
+def prepared_attention(
+    out: Tensor,
+    image: Part,
+    text: Part | None,
+    cumulative: Tensor | None,
+    tokens: Tensor | None,
+    source_k: Tensor | None,
+    source_v: Tensor | None,
+    longest: int,
+    eps: float,
+    round_first: bool,
+    text_first: bool,
+    scale: float,
+) -> None:
+    """`ragged_attention` of what `joint` makes of the streams; the source is normalised and rotated already."""
+    q, k, v = joint(image, text, eps, round_first, text_first)
+    assert v is not None
+    ragged_attention(out, q, k, v, cumulative, tokens, source_k, source_v, longest, scale)

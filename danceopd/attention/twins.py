@@ -13,55 +13,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .attend_twin import ragged_attention
+from .head_twins import _factors, _prepare, _rope_at, _turn
 from .parts import Part
+from .prepared_twin import prepared_attention
 from .row_twins import _at, norm_site, norm_site_backward, swiglu, swiglu_backward
 
 __all__ = [
     "norm_site",
     "norm_site_backward",
+    "prepared_attention",
     "qkv_prep",
     "qkv_prep_backward",
     "ragged_attention",
     "swiglu",
     "swiglu_backward",
 ]
-
-
-@triton.jit
-def _pairs(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Even and odd columns of a tile."""
-    return tl.split(tl.reshape(x, (ROWS, COLUMNS // 2, 2)))
-
-
-@triton.jit
-def _turn(x, c, s, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    a, b = _pairs(x, ROWS, COLUMNS)
-    return tl.reshape(tl.join(a * c - b * s, b * c + a * s), (ROWS, COLUMNS))
-
-
-@triton.jit
-def _factors(cos, sin, at, d, D: tl.constexpr, BD: tl.constexpr, PAIRS: tl.constexpr):
-    first = tl.load(cos + at + d, mask=d < D, other=0.0)
-    c, s = _pairs(first[None, :], 1, BD)
-    if not PAIRS:
-        s, _ = _pairs(tl.load(sin + at + d, mask=d < D, other=0.0)[None, :], 1, BD)
-    return c, s
-
-
-@triton.jit
-def _prepare(x, w, c, s, eps, kind, D: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr,
-             ROUND_FIRST: tl.constexpr, ROTATE: tl.constexpr):  # fmt: skip
-    y = x.to(tl.float32)
-    if NORM:
-        y = y * tl.rsqrt(tl.sum(y * y, axis=1) / D + eps)[:, None]
-        if ROUND_FIRST:
-            y = y.to(kind).to(tl.float32)
-        y = y * w[None, :]
-        if ROTATE:
-            y = y.to(kind).to(tl.float32)
-    if ROTATE:
-        y = _turn(y, c, s, BH, BD)
-    return y.to(kind)
 
 
 @triton.jit
@@ -77,10 +43,11 @@ def _qkv_forward(q, k, v, weight_q, weight_k, cos, sin, out_q, out_k, out_v,
     out = (b * total + first + t) * heads * D + tile
     wq, wk, c, s = 0.0, 0.0, 0.0, 0.0
     if NORM:
-        wq = tl.load(weight_q + d, mask=d < D, other=0.0).to(tl.float32)
-        wk = tl.load(weight_k + d, mask=d < D, other=0.0).to(tl.float32)
+        wq = tl.load(weight_q + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        wk = tl.load(weight_k + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     if ROTATE:
-        c, s = _factors(cos, sin, b * rope_batch + t * rope_token, d, D, BD, PAIRS)
+        at = b * rope_batch + t * rope_token + d[None, :]
+        c, s = _factors(cos, sin, at, (d < D)[None, :], 1, BD, PAIRS)
     x = tl.load(q + b * q_batch + t * q_token + tile, mask=inside, other=0.0)
     y = _prepare(x, wq, c, s, eps, q.dtype.element_ty, D, BH, BD, NORM, ROUND_FIRST, ROTATE)
     tl.store(out_q + out, y, mask=inside)
@@ -126,7 +93,8 @@ def _qkv_backward(grad_q, grad_k, grad_v, q, k, weight_q, weight_k, cos, sin, dq
         wq = tl.load(weight_q + d, mask=d < D, other=0.0).to(tl.float32)
         wk = tl.load(weight_k + d, mask=d < D, other=0.0).to(tl.float32)
     if ROTATE:
-        c, s = _factors(cos, sin, b * rope_batch + t * rope_token, d, D, BD, PAIRS)
+        at = b * rope_batch + t * rope_token + d[None, :]
+        c, s = _factors(cos, sin, at, (d < D)[None, :], 1, BD, PAIRS)
     row = partial + (b * tokens + t) * 2 * D + d
     x = tl.load(q + b * q_batch + t * q_token + tile, mask=inside, other=0.0)
     at = b * gq_batch + (first + t) * gq_token + h[:, None] * gq_head + d[None, :]
@@ -143,12 +111,6 @@ def _qkv_backward(grad_q, grad_k, grad_v, q, k, weight_q, weight_k, cos, sin, dq
     if HAS_V:
         at = b * gv_batch + (first + t) * gv_token + h[:, None] * gv_head + d[None, :]
         tl.store(dv + b * dv_batch + t * dv_token + tile, tl.load(grad_v + at, mask=inside), mask=inside)
-
-
-def _rope_at(part: Part) -> tuple[int, int]:
-    if part.cos is None:
-        return 0, 0
-    return (part.cos.stride(0) if part.cos.ndim == 3 and part.cos.shape[0] > 1 else 0), part.cos.stride(-2)
 
 
 def _blocks(part: Part) -> dict[str, int]:

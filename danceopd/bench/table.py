@@ -200,18 +200,18 @@ def table(scores: dict) -> RenderableType:
 
 def print_table(scores: dict, console: Console | None = None) -> None:
     """Print the tables to a console (standard output)."""
-    (console or Console()).print(table(scores), highlight=False)
+    (console or Console(markup=False)).print(table(scores), highlight=False)
 
 
 @contextmanager
 def progress_bar(console: Console | None = None) -> Iterator[Callable[[int, int, str], None]]:
     """A bar with an ETA as the `progress` of `bench`; a line now and then where the console is no terminal."""
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, markup=False)
     if not console.is_terminal:
         yield _lines(console)
         return
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -182,7 +182,7 @@ def suites() -> None:
     for name in SUITES:
         made = suite_class(name)
         table.add_row(name, made.version, f"{about(made)} {data_sentence(made)}")
-    Console().print(table, highlight=False)
+    Console(markup=False).print(table, highlight=False)
 
 
 def about(suite: Any) -> str:

@@ -80,7 +80,7 @@ def show(found: Blended) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console, ranks = Console(soft_wrap=True), found.adapter.ranks
+    console, ranks = Console(soft_wrap=True, markup=False), found.adapter.ranks
     lossy: list[tuple[str, Any]] = sorted(found.residuals.items(), key=lambda pair: -pair[1])
     lossy = [pair for pair in lossy if pair[1] > 0]
     if lossy:

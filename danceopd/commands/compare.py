@@ -105,7 +105,7 @@ def judges(one: Path, other: Path) -> None:
     for aspect, figures in found.items():
         counts = [str(figures[head]) for head in heads[:2]]
         table.add_row(aspect, *counts, *(_number(figures.get(head)) for head in heads[2:]))
-    Console().print(table, highlight=False)
+    Console(markup=False).print(table, highlight=False)
 
 
 def _session(
@@ -211,7 +211,7 @@ def show(found: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)
     if "estimate" in found:
         of = found["estimate"]
         cost = "at a price that is not known" if of["cost"] is None else f"about ${of['cost']:.2f}"

@@ -30,7 +30,7 @@ def show(found: Extraction) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)
     table = Table(box=None)
     for head in ("layer", "rank", "change", "residual"):
         table.add_column(head, justify="left" if head == "layer" else "right")

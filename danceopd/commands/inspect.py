@@ -70,7 +70,7 @@ def show(facts: dict[str, Any], names: bool = False) -> None:
         table.add_row(name, kind)
     for file in facts.get("weights", []):
         table.add_row(file["file"], f"{file['parameters']:,} parameters, sha256 {file['sha256']}")
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)
     console.print(table, highlight=False)
     for name in facts.get("names", []) if names else []:
         console.print(f"  {name}", markup=False, highlight=False)

@@ -59,4 +59,4 @@ def show(facts: dict[str, str]) -> None:
     table = Table(show_header=False, box=None)
     for key, value in facts.items():
         table.add_row(key, value)
-    Console(soft_wrap=True).print(table, highlight=False)
+    Console(soft_wrap=True, markup=False).print(table, highlight=False)

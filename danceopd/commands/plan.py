@@ -12,7 +12,7 @@ def show(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)
 
     def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         made = Table(title=title, title_justify="left", box=None, header_style="bold", title_style="bold")

@@ -21,6 +21,7 @@ ENTRIES = {
     "norm_site": ("Site", ("norm_site_forward", "norm_site_backward")),
     "swiglu": ("Swiglu", ("swiglu_forward", "swiglu_backward")),
     "ragged_attention": ("Attend", ("ragged_attention",)),
+    "prepared_attention": ("Attend", ("prepared_attention",)),
 }
 LAUNCH = """
 extern "C" int launch_{entry}(int x, int y, int threads, const void* argument) {{

@@ -22,6 +22,7 @@ from danceopd.attention.cores import Call, Source, candidates
 from danceopd.attention.front import joint_qkv
 from danceopd.attention.masks import over, rows_of
 from danceopd.attention.parts import Stream
+from danceopd.attention.prologue import joint_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -180,6 +181,43 @@ def test_ragged_attention_is_no_further_from_float64_than_sdpa(case, backend):
         pytest.skip("the CUDA kernel takes bf16 and fp16")
     found = attend_cases.compare(case, backend, "cuda")
     assert found["error"] <= 1.1 * found["eager"] + 1e-6 and found["hidden"] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", attend_cases.FORMS)
+def test_the_prologue_equals_prep_and_attention(form, backend):
+    needs(backend)
+    if backend == "cuda" and attend_cases.FORMS[form].dtype == FP32:
+        pytest.skip("the CUDA kernel takes bf16 and fp16")
+    found = attend_cases.compare_prepared(form, backend, "cuda")
+    assert found["error"] <= 1.1 * found["eager"] + 1e-6 and found["hidden"] == 0 and found["apart"] < 0.05
+
+
+@pytest.mark.parametrize("tokens", [64, 128, 1024])
+def test_the_prologue_at_full_size_captured_and_replayed(tokens):
+    """Two captions of Z-Image: the kernel in a graph, on new inputs, is what two kernels say."""
+    needs("cuda")
+    x = torch.randn(2, tokens, 3 * 30 * 128, device="cuda", dtype=torch.bfloat16)
+    weights, angle = torch.rand(2, 128, device="cuda").bfloat16() + 0.5, torch.rand(tokens, 64, device="cuda") * 6
+    table = torch.stack([angle.cos(), angle.sin()], -1).flatten(-2)
+    mask = torch.arange(tokens, device="cuda") < torch.tensor([[tokens], [tokens // 2 + 3]], device="cuda")
+
+    def run(prologue):
+        stream = Stream(x, None, None, weights[0], weights[1], table, None)
+        fixed = {"head_dim": 128, "eps": 1e-5, "round_first": True}
+        return joint_attention(stream, None, mask, **fixed, prologue=prologue)
+
+    with torch.no_grad(), using("cuda"), core.forced("ours"):
+        run(True)  # compiles and loads, which cannot be captured
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run(True)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        apart = run(False)
+        assert torch.equal(captured, run(True))
+        assert (captured.float() - apart.float()).norm() <= 4e-3 * apart.float().norm()
 
 
 def attention_shape(tokens: int, text: int, heads: int, dim: int, source: int = 0):
