@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,7 +111,7 @@ def worlds() -> dict[str, World]:
 
 
 def timed(world: World, batch: int, repeats: int) -> dict[str, float]:
-    """Median seconds an update, by way; the ways take turns."""
+    """Median seconds an update, by way."""
     ways = {name: world.released(batch, habits).update for name, habits in WAYS.items()}
     loop = world.ours(batch)
 
@@ -118,13 +119,17 @@ def timed(world: World, batch: int, repeats: int) -> dict[str, float]:
         loop._update()
         loop.step += 1
 
-    ways["ours: + batched, formed"] = update
+    return medians(ways | {"ours: + batched, formed": update}, repeats)
+
+
+def medians(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median processor seconds of each way; the ways take turns, and the first turn warms up."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, way in ways.items():
             began = time.process_time()
             way()
-            if turn:  # the first warms up
+            if turn:
                 found[name].append(time.process_time() - began)
     return {name: statistics.median(seconds) for name, seconds in found.items()}
 
