@@ -47,7 +47,7 @@ from danceopd.work import call_of
 merging = import_module("danceopd.merge")  # the package's `merge` is the function
 RESULTS = Path(__file__).parent / "results"
 CAPABILITIES = ("generation", "editing")
-SHARES = (0.5, 0.65, 0.8)
+SHARES = (0.35, 0.5, 0.65)
 """Shares of both gaps whose times are reported."""
 
 
@@ -270,8 +270,8 @@ def report(facts: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
         f"{teachers[0]:.3f}, editing teacher {teachers[1]:.2f}; every student starts as their blend, "
         f"{start[0]:.3f} / {start[1]:.2f}.",
         "",
-        "Updates until the mean curve has closed so much of both gaps (in brackets: the seeds' range, - for one that "
-        "did not; > where the mean did not), times the seconds of an update; and how many times sooner than the "
+        "Updates until the mean curve has closed so much of both gaps (in brackets: the seeds' range; > where "
+        "the mean did not), times the seconds of an update; and how many times sooner than the "
         "released loop.",
         "",
         "| | seeds | s an update | " + " | ".join(f"updates to {share:.0%} | s" for share in SHARES)
@@ -285,7 +285,8 @@ def report(facts: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
         mean, cells = mean_of(curves[way.curve]), []
         for share in SHARES:
             each, there = [reached(c, share) for c in curves[way.curve]], reached(mean, share)
-            span = "-".join("-" if n is None else f"{n:.0f}" for n in (min(each, key=_late), max(each, key=_late)))
+            ends = min(each, key=_late), max(each, key=_late)
+            span = " to ".join("never" if n is None else f"{n:.0f}" for n in ends)
             late, updates = (">", mean[-1][0]) if there is None else ("", there)
             cells.append(f"{late}{updates:.0f}" + ("" if there is None else f" ({span})"))
             cells.append("-" if name not in pace else f"{late}{updates * pace[name]:.0f}")
