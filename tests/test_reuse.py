@@ -14,7 +14,7 @@ from tiny_klein_kv import TINY, tiny_klein_kv
 from tiny_parts import watched
 
 import danceopd
-from danceopd.attention import core, installed, processors, using
+from danceopd.attention import core, installed, processors, prologue, using
 from danceopd.attention.processors import FusedFlux2ParallelKV, FusedFluxKV
 from danceopd.backbone import Backbone
 from danceopd.errors import UserError
@@ -94,7 +94,8 @@ def test_the_kernels_attend_to_a_kept_source(kv, monkeypatch):
         seen.append(source.k.shape[1])
         return core.attend(q, k, v, mask, source)
 
-    monkeypatch.setattr(processors, "attend", spy)
+    for room in (processors, prologue):  # double blocks go through the front that chooses the prologue
+        monkeypatch.setattr(room, "attend", spy)
     with installed(pipe.transformer), using("op"):
         found = {type(m.processor) for m in pipe.transformer.modules() if hasattr(m, "processor")}
         assert found == {FusedFluxKV, FusedFlux2ParallelKV}
