@@ -129,9 +129,11 @@ class Judge:
         pristine = {path: layer.weight.clone() for path, layer in layers.items()}
         for path, layer in layers.items():
             layer.weight += adapter.delta(path)  # type: ignore[union-attr]
-        yield BaseField(self.backbone)
-        for path, layer in layers.items():
-            layer.weight.copy_(pristine[path])
+        try:
+            yield BaseField(self.backbone)
+        finally:
+            for path, layer in layers.items():
+                layer.weight.copy_(pristine[path])
 
     def drawn(self, work: int, field: VelocityField) -> Any:
         """Pictures of all items of a work."""

@@ -191,7 +191,7 @@ def export(
     folder = Path(folder)
     where = base_folder(os.fspath(base))
     record = {**(metadata or {}), "base": portable(os.fspath(base)), "base_sha256": base_fingerprint(where)}
-    trial = folder / f".export.{os.getpid()}"
+    trial = part_of(folder / "export")
     try:
         file = write_adapter(adapter, trial, dtype, record)
         pipe = load() if load is not None else load_base(where)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,7 +39,7 @@ class JudgedScore:
     status: str = "ok"
 
 
-class JudgedSuite:
+class JudgedSuite(ABC):
     """The common half of a judged suite; a suite adds its items, places, questions and verdicts."""
 
     name: ClassVar[str]
@@ -55,14 +56,14 @@ class JudgedSuite:
         return Path(data).expanduser() if data is not None and Path(data).expanduser().exists() else None
 
     @property
+    @abstractmethod
     def items(self) -> list[Item]:
         """Every item, in the order of the data."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def rules(self) -> dict[str, Any]:
         """How it asks and adds up, and what data it read; plain JSON."""
-        raise NotImplementedError
 
     def generation_items(self, limit: int | None = None) -> list[Item]:
         return in_turn([item for item in self.items if item.capability == "generation"], limit)
