@@ -2,12 +2,14 @@
 
     python benchmarks/quality.py                          # learning curves (hours on one core), then the table
     python benchmarks/quality.py --pace --repeats 5       # seconds of an update, each way in turn, then the table
+    python benchmarks/quality.py --name lengths --lengths 200,400,800,1600 --curves "averaged;5 steps, high noise"
 
 What changes the mathematics (numerics, averaging, routes, walk) gets learning curves of its own: the shipped teachers
 and the demo's start, a constant rate, 3 seeds, scored every so many updates on validation prompts and edits by the
-suite's own scorer. What only changes the speed does not: its updates are the same, and cost other seconds. Time to
-quality is updates to quality times the seconds of an update, both measured here. A gap is closed by the share of the
-way from the base to the teacher. Finished curves are kept, one line each; interrupt it when you like.
+suite's own scorer; or, with `--lengths`, a run for every point, its rate falling to zero as a user's does. What only
+changes the speed has none: its updates are the same, and cost other seconds. Time to quality is updates to quality
+times the seconds of an update, both measured here. A gap is closed by the share of the way from the base to the
+teacher. Finished runs are kept, one line each; interrupt it when you like.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,24 +50,24 @@ from danceopd.work import call_of
 merging = import_module("danceopd.merge")  # the package's `merge` is the function
 RESULTS = Path(__file__).parent / "results"
 CAPABILITIES = ("generation", "editing")
-SHARES = (0.35, 0.5, 0.65)
-"""Shares of both gaps whose times are reported."""
-
+CONSTANT = "The rate is constant"
+FALLING = "Every length is a run of its own, its rate falling to zero; the released loop has no schedule"
 
 @dataclass(frozen=True)
 class Maths:
-    """What is learnt: changes of the recipe, and whether weights and moments are kept in bf16, or averaged."""
+    """What is learnt: changes of the recipe; whether weights and moments are in bf16, are averaged, and rates fall."""
 
     recipe: dict[str, Any]
     bf16: bool = False
     averaged: bool = True
+    falls: bool = True
 
 
 RELEASED: dict[str, Any] = {"rollout": {"steps": 16}, "query": {"law": "paper"}, "routing": {"per": "step"}}
 BY_ROW = RELEASED | {"routing": {"per": "row"}}
 EIGHT = BY_ROW | {"rollout": {"steps": 8}}
 CURVES = {
-    "released": Maths(RELEASED, bf16=True, averaged=False),
+    "released": Maths(RELEASED, bf16=True, averaged=False, falls=False),
     "fp32": Maths(RELEASED, averaged=False),
     "averaged": Maths(RELEASED),
     "routes by row": Maths(BY_ROW),
@@ -186,19 +189,21 @@ def learning(bf16: bool) -> Iterator[None]:
         merging.Loop = usual  # type: ignore[misc]
 
 
-def recipe_of(maths: Maths, seed: int, updates: int, rows: int, output: Path) -> Recipe:
-    """The demo's start and teachers, a constant rate, no pictures."""
+def recipe_of(maths: Maths, seed: int, updates: int, rows: int, output: Path, schedule: str = "constant") -> Recipe:
+    """The demo's start and teachers, no pictures."""
     fields: dict[str, Any] = {
         "output": output, "steps": updates, "batch": rows, "seed": seed, "ema": 0.98,
         "student": {"rank": 80, "init": "blend", "init_weights": dict(zip(CAPABILITIES, (0.7, 0.9), strict=True))},
-        "optimizer": {"lr": 1e-3, "warmup": 10, "schedule": "constant"},
+        "optimizer": {"lr": 1e-3, "warmup": 10, "schedule": schedule},
         "data": {"rows": 4096}, "gap": {"every": 0}, "samples": {"every": 0, "count": 1},
         "save_every": updates, "keep_last": 1,
     }  # fmt: skip
     return Recipe(**fields | maths.recipe)
 
 
-def curve_of(maths: Maths, seed: int, updates: int, rows: int, every: int, judge: Judge) -> list[list[float]]:
+def curve_of(
+    maths: Maths, seed: int, updates: int, rows: int, every: int, judge: Judge, schedule: str = "constant"
+) -> list[list[float]]:
     """[update, generation, editing] every so many updates."""
     points: list[list[float]] = []
 
@@ -207,7 +212,7 @@ def curve_of(maths: Maths, seed: int, updates: int, rows: int, every: int, judge
             points.append([done.step, *judge(Learning.latest.learnt(maths.averaged))])
 
     with tempfile.TemporaryDirectory() as folder, learning(maths.bf16):
-        merging.merge(recipe_of(maths, seed, updates, rows, Path(folder) / "run"), look)
+        merging.merge(recipe_of(maths, seed, updates, rows, Path(folder) / "run", schedule), look)
     return points
 
 
@@ -254,45 +259,56 @@ def reached(curve: Sequence[Sequence[float]], share: float) -> float | None:
 
 
 def mean_of(curves: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
-    """The mean curve of several seeds."""
-    return [[statistics.mean(column) for column in zip(*points, strict=True)] for points in zip(*curves, strict=True)]
+    """The mean curve of several seeds, at the updates that all of them have."""
+    scores = [{point[0]: point[1:] for point in curve} for curve in curves]
+    there = sorted(set.intersection(*map(set, scores)))
+    return [[n, *map(statistics.mean, zip(*(found[n] for found in scores), strict=True))] for n in there]
+
+
+def curves_of(facts: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, list[list[list[float]]]]:
+    """By curve, of every seed, the shares closed: from the start on, whatever was kept of it put together."""
+    base, teachers, start = (facts["references"][name] for name in ("base", "teachers", "start"))
+    found: dict[str, dict[int, list[list[float]]]] = {}
+    for run in runs:
+        found.setdefault(run["curve"], {}).setdefault(run["seed"], [[0, *start]]).extend(run["points"])
+    return {
+        name: [closed(sorted(points), base, teachers) for points in seeds.values()] for name, seeds in found.items()
+    }
 
 
 def report(facts: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
     """The table in Markdown."""
     base, teachers, start = (facts["references"][name] for name in ("base", "teachers", "start"))
-    curves: dict[str, list[list[list[float]]]] = {}
-    for run in runs:
-        curves.setdefault(run["curve"], []).append(closed([[0, *start], *run["points"]], base, teachers))
+    curves, shares = curves_of(facts, runs), facts["shares"]
     pace: dict[str, float] = facts.get("paces", {})
     rows, seeds = facts["rows"], max((len(found) for found in curves.values()), default=0)
     lines = [
         f"Updates of {rows} rows, {facts['items']} validation prompts and as many edits, up to {seeds} seeds; "
         f"{describe()}, torch {torch.__version__}. Base {base[0]:.3f} / {base[1]:.2f}, generation teacher "
         f"{teachers[0]:.3f}, editing teacher {teachers[1]:.2f}; every student starts as their blend, "
-        f"{start[0]:.3f} / {start[1]:.2f}.",
+        f"{start[0]:.3f} / {start[1]:.2f}. {facts['schedule']}.",
         "",
         "Updates until the mean curve has closed so much of both gaps (in brackets: the seeds' range; > where "
         "the mean did not), times the seconds of an update; and how many times sooner than the "
         "released loop.",
         "",
-        "| | seeds | s an update | " + " | ".join(f"updates to {share:.0%} | s" for share in SHARES)
-        + f" | sooner to {SHARES[0]:.0%} | at the last update, gen. / edit. |",
-        "|---|" + "--:|" * (2 * len(SHARES) + 4),
+        "| | seeds | s an update | " + " | ".join(f"updates to {share:.0%} | s" for share in shares)
+        + f" | sooner to {shares[0]:.0%} | at the last update, gen. / edit. |",
+        "|---|" + "--:|" * (2 * len(shares) + 4),
     ]  # fmt: skip
     first: tuple[float, bool] | None = None
     for name, way in WAYS.items():
         if way.curve not in curves:
             continue
         mean, cells = mean_of(curves[way.curve]), []
-        for share in SHARES:
+        for share in shares:
             each, there = [reached(c, share) for c in curves[way.curve]], reached(mean, share)
             ends = min(each, key=_late), max(each, key=_late)
             span = " to ".join("never" if n is None else f"{n:.0f}" for n in ends)
             late, updates = (">", mean[-1][0]) if there is None else ("", there)
             cells.append(f"{late}{updates:.0f}" + ("" if there is None else f" ({span})"))
             cells.append("-" if name not in pace else f"{late}{updates * pace[name]:.0f}")
-        there, sooner = reached(mean, SHARES[0]), "-"
+        there, sooner = reached(mean, shares[0]), "-"
         if name in pace:
             seconds = (mean[-1][0] if there is None else there) * pace[name], there is None
             first = seconds if first is None else first
@@ -324,6 +340,8 @@ def main(
     rows: Annotated[int, typer.Option(min=2, help="Of an update.")] = 32,
     every: Annotated[int, typer.Option(min=1, help="Updates between scores.")] = 25,
     items: Annotated[int, typer.Option(min=6, help="Validation prompts, and as many edits.")] = 240,
+    lengths: Annotated[str, typer.Option(help="A run of its own for each so many updates: 200,400. No curves.")] = "",
+    shares: Annotated[str, typer.Option(help="Shares of both gaps whose times are reported.")] = "0.35,0.5,0.65",
     pace: Annotated[bool, typer.Option("--pace", help="Measure the seconds of an update instead.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Turns of --pace.")] = 5,
     name: Annotated[str, typer.Option(help="Written to benchmarks/results/NAME.md, .json and .jsonl.")] = "quality",
@@ -335,9 +353,10 @@ def main(
         raise typer.BadParameter(f"{odd!r} is none of {'; '.join(CURVES)}")
     path, facts_file = RESULTS / f"{name}.jsonl", RESULTS / f"{name}.json"
     facts: dict[str, Any] = json.loads(facts_file.read_text()) if facts_file.is_file() else {}
-    how = {"rows": rows, "items": items}
+    how = {"rows": rows, "items": items, "schedule": FALLING if lengths else CONSTANT}
     if facts and {key: facts[key] for key in how} != how:
-        raise typer.BadParameter(f"{facts_file} is of {facts['rows']} rows and {facts['items']} items; give --name")
+        raise typer.BadParameter(f"{facts_file} is of other --rows, --items or --lengths; give --name")
+    facts["shares"] = [float(share) for share in shares.split(",")]
 
     def write() -> None:
         facts_file.write_text(json.dumps(facts, indent=1) + "\n")
@@ -360,17 +379,24 @@ def main(
     write()
     assert judge is not None
     console = Console()
+    ends = [int(length) for length in lengths.split(",")] if lengths else [updates]
     for seed in range(seeds):
-        for curve in chosen:
-            if any((run["curve"], run["seed"]) == (curve, seed) for run in read_lines(path)):
+        for curve, length in product(chosen, ends):
+            falls = bool(lengths) and CURVES[curve].falls
+            if not falls and length < max(ends):
+                continue  # the longest run has its points
+            done = [(run["curve"], run["seed"], run["points"][-1][0]) for run in read_lines(path)]
+            if (curve, seed, length) in done:
                 continue
-            began = time.monotonic()
-            points = curve_of(CURVES[curve], seed, updates, rows, every, judge)
+            began, rarest = time.monotonic(), min(ends) if lengths else every
+            schedule = "cosine" if falls else "constant"
+            points = curve_of(CURVES[curve], seed, length, rows, length if falls else rarest, judge, schedule)
             with open(path, "a") as file:
                 file.write(json.dumps({"curve": curve, "seed": seed, "points": points}) + "\n")
             write()
             last = ", ".join(f"{value:.3f}" for value in points[-1][1:])
-            console.print(f"{curve}, seed {seed}: {last}; {time.monotonic() - began:.0f} s", highlight=False)
+            took = f"{time.monotonic() - began:.0f} s"
+            console.print(f"{curve}, seed {seed}, {length} updates: {last}; {took}", highlight=False)
 
 
 if __name__ == "__main__":
