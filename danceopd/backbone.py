@@ -30,6 +30,7 @@ from danceopd.forming import small, wide
 from danceopd.lora import Adapter
 from danceopd.pipelines.family import Family
 from danceopd.pipelines.record import Condition
+from danceopd.steady import Steady
 
 
 class State(NamedTuple):
@@ -86,6 +87,7 @@ class Backbone:
         self._parameters: dict[str, list[Parameter]] = {}  # adapter -> A, B of each module
         self._state = State()
         self._mixing: list[Any] = []  # hooks of the LoRA layers while rows act under different adapters
+        self._steady = Steady(transformer, family)
         self._rowless: set[str] = set()  # module paths that were seen without rows
         if getattr(transformer, "is_gradient_checkpointing", False):
             self.checkpoint_gradients()
@@ -255,7 +257,9 @@ class Backbone:
         if getattr(self.transformer, "gradient_checkpointing", False) and torch.is_grad_enabled():
             self.checkpoint_gradients()
         if names is None:
-            return self.family.velocity(self.transformer, x, sigma, condition)
+            acting = self._state.adapter or self._state.merged or self._state.formed
+            with self._steady.forward(x, sigma, condition, self._state, self._paths(acting) if acting else ()):
+                return self.family.velocity(self.transformer, x, sigma, condition)
         if len(names) != len(x):
             raise ValueError(f"there are {len(names)} adapter names for {len(x)} rows")
         groups = {name: [row for row, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}

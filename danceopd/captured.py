@@ -29,6 +29,7 @@ from danceopd.fields import AdapterField, MergedField
 from danceopd.pipelines.families import FAMILIES
 from danceopd.pipelines.record import Condition
 from danceopd.recipe import Recipe
+from danceopd.steady import anew
 
 AFTER = 8
 """Times that a layout is asked before it is recorded, which costs about two forwards, and never in the update that asks
@@ -69,9 +70,12 @@ class CudaGraphs:
             self.stream.wait_stream(here)
             with torch.cuda.stream(self.stream):
                 self._rehearse(run)
-            # other threads (a gathering's watchdog) may go on asking their own streams
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                out = run()
+            try:
+                # other threads (a gathering's watchdog) may go on asking their own streams
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                    out = run()
+            finally:
+                torch.cuda.set_stream(here)  # a capture that fails leaves its own stream current
             here.wait_stream(self.stream)
 
         def replay() -> Tensor:
@@ -228,7 +232,7 @@ class CapturedField:
         constants, kept = Constants(), list[Any]()
 
         def run() -> Tensor:
-            with constants:
+            with anew(), constants:
                 return self.backbone.velocity(inputs.x, inputs.sigma, inputs.condition)
 
         def held() -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from danceopd.fields import VelocityField
 from danceopd.pipelines.record import Condition
 from danceopd.solvers import Euler, Solver
+from danceopd.steady import walk
 
 
 @torch.no_grad()
@@ -67,34 +68,37 @@ def rollout(
         order = order.to(x.device)
         x, condition = x[order], condition.rows(order)
     grid, index = sigmas.to(x.device, torch.float32), None if start is None else begins.to(x.device)
+    known = sigmas.tolist()
     solver = Euler() if solver is None else solver
     seen = x.unsqueeze(1).repeat(1, stops.shape[1], *[1] * (x.ndim - 1))
     walking = len(depths)
-    for step in range(depths[0] if depths else 0):
-        if depths[walking - 1] <= step:
-            while depths[walking - 1] <= step:
-                walking -= 1
-            condition = condition.rows(slice(0, walking))
-        active = x[:walking]
-        rows = None if order is None else order[:walking]
-        if callback is not None:
-            callback(step, torch.arange(walking, device=x.device) if rows is None else rows, active)
-        if index is None:
-            sigma, to = grid[step].expand(walking), grid[step + 1].expand(walking)
-        else:
-            sigma, to = grid[index[:walking] + step], grid[index[:walking] + step + 1]
-        velocity = field(active, sigma, condition)
-        after = solver.advance(active, velocity, sigma, to, rows)
-        for k in range(stops.shape[1]):
-            here = torch.nonzero(stops[:walking, k] == step + 1)[:, 0]
-            if not len(here):
-                continue
-            at, landed = here.to(x.device), after
-            if between is not None:  # rows that only pass by are moved for nothing, and dropped
-                landed = solver.advance(active, velocity, sigma, between[:walking, k].to(x), rows)
-            seen[at, k] = landed[at]
-        solver.remember(velocity, sigma, to)
-        active.copy_(after)
+    with walk() as way:
+        for step in range(depths[0] if depths else 0):
+            if depths[walking - 1] <= step:
+                while depths[walking - 1] <= step:
+                    walking -= 1
+                condition = condition.rows(slice(0, walking))
+            active = x[:walking]
+            rows = None if order is None else order[:walking]
+            if callback is not None:
+                callback(step, torch.arange(walking, device=x.device) if rows is None else rows, active)
+            if index is None:
+                sigma, to = grid[step].expand(walking), grid[step + 1].expand(walking)
+                way.level = known[step], sigma
+            else:
+                sigma, to = grid[index[:walking] + step], grid[index[:walking] + step + 1]
+            velocity = field(active, sigma, condition)
+            after = solver.advance(active, velocity, sigma, to, rows)
+            for k in range(stops.shape[1]):
+                here = torch.nonzero(stops[:walking, k] == step + 1)[:, 0]
+                if not len(here):
+                    continue
+                at, landed = here.to(x.device), after
+                if between is not None:  # rows that only pass by are moved for nothing, and dropped
+                    landed = solver.advance(active, velocity, sigma, between[:walking, k].to(x), rows)
+                seen[at, k] = landed[at]
+            solver.remember(velocity, sigma, to)
+            active.copy_(after)
     if order is not None:
         seen = torch.empty_like(seen).index_copy_(0, order, seen)
     return seen if stop.ndim == 2 else seen[:, 0]

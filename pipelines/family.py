@@ -120,6 +120,10 @@ class Family:
     # condition -> the same with all in `fixed` that `velocity` would read back from the device, so that a CUDA graph
     # can hold the forward; text may be padded to a round length, where that changes nothing. Not to be cut into rows
     still: Callable[[Condition], Condition] = as_it_is
+    # Paths (full-match regex) of modules whose answers stay over a walk, since they see words, places or sources and
+    # neither the picture nor the time; and of those that see the time alone (a `guidance` number besides it)
+    steady: str = ""
+    timed: str = ""
     call: tuple[str, ...] = ("max_sequence_length",)  # settings of the stock call a recipe may give besides the size
 
     @property

@@ -107,6 +107,7 @@ FLUX1 = Family(
     guided=lambda scale: {"true_cfg_scale": scale, "negative_prompt": ""},
     prompt_kwargs=("encoder_hidden_states", "pooled_projections"),
     text_components=("text_encoder", "text_encoder_2"),
+    steady=r"context_embedder|pos_embed|time_text_embed\.(text|guidance)_embedder",
     call=("max_sequence_length", "guidance_scale"),
     prompt_lengths=t5_lengths,
     encode=_encode,

@@ -13,7 +13,7 @@ import test_loop
 import torch
 from tape import Tape
 from tiny import tiny_klein
-from walk_cases import CASES, NAMES, walks, world
+from walk_cases import CASES, NAMES, afresh, walks, world
 
 from danceopd import captured
 from danceopd.attention import core, installed, using
@@ -232,12 +232,13 @@ def test_plain_numbers_are_copied_once():
 
 
 def test_a_loop_learns_the_same(files):
-    """Three updates whose walks are recorded, against three whose walks are not."""
+    """Three updates whose walks are recorded, against three whose walks compute everything at every step."""
     pipe = tiny_klein()
     draw = test_loop.GenerationPipeline(pipe, test_loop.KLEIN, test_loop.CALL)
     condition = draw.conditions(test_loop.PROMPTS)
     made = ({"generation": condition, "editing": condition}, draw.sigmas())
     loops = [test_loop.make(made, files, steps=3, batch=4, query={"law": "uniform"}) for _ in range(2)]
+    loops[0].walk = afresh(loops[0].walk)
     loops[1].walk = CapturedField(loops[1].walk, Tape(), after=1)
     for loop in loops:
         loop.run(lambda done: None)

@@ -16,6 +16,7 @@ from danceopd.pipelines import EditingPipeline, GenerationPipeline
 from danceopd.pipelines.families import FAMILIES
 from danceopd.pipelines.family import as_it_is
 from danceopd.rollout import rollout
+from danceopd.steady import anew
 
 _LISTED = [(i, tiny, task) for i, tiny in enumerate(TINYS) for task in tiny.tasks]
 CASES = [(tiny, task) for _, tiny, task in _LISTED]
@@ -72,9 +73,19 @@ def world(tiny: Any, task: str, device: str = "cpu", dtype: torch.dtype = torch.
     return World(backbone, EditingPipeline(tiny.editing(pipe), family, tiny.call), task, device)
 
 
+def afresh(field: Any) -> Any:
+    """The field, computing everything at every step, as a recording does."""
+
+    def ask(x: torch.Tensor, sigma: torch.Tensor, condition: Any) -> torch.Tensor:
+        with anew():
+            return field(x, sigma, condition)
+
+    return ask
+
+
 def still(field: MergedField) -> Any:
     """The field as it is recorded, which for uneven prompts may be padded."""
-    return lambda x, sigma, condition: field(x, sigma, FAMILIES[condition.family].still(condition))
+    return afresh(lambda x, sigma, condition: field(x, sigma, FAMILIES[condition.family].still(condition)))
 
 
 def walks(one: World, recorder: Any) -> tuple[list[Any], CapturedField]:
@@ -86,8 +97,8 @@ def walks(one: World, recorder: Any) -> tuple[list[Any], CapturedField]:
     plan = [(first, [1, 2, 3], [3, 1, 3]), (others, [4, 5, 6], [1, 3, 3]), (first, [7, 8, 9], [3, 1, 2])]
     for turn, (condition, seeds, stops) in enumerate(plan):
         stop = torch.tensor(stops)
-        fields = [recorded, field] if one.backbone.family.still is as_it_is else [recorded, field, still(field)]
-        walk = [rollout(f, one.noise(*seeds), sigmas, stop, condition) for f in fields]
+        stock = [afresh(field)] if one.backbone.family.still is as_it_is else [afresh(field), still(field)]
+        walk = [rollout(f, one.noise(*seeds), sigmas, stop, condition) for f in (recorded, *stock)]
         found.append((walk[0], walk[-1], walk[1]))
         one.update(turn)
     return found, recorded
