@@ -32,36 +32,43 @@ MODELS = (
 PROLOGUE = "prologue, us | a pass before | in one kernel | gain | the rule says"
 
 
-def measure(bench: Any, sizes: Sequence[int], smoke: bool) -> list[str]:
-    """Rows of a table under `HEAD`."""
-    rows = []
+def measure(bench: Any, sizes: Sequence[int], smoke: bool) -> None:
+    """The rows under `HEAD`."""
     for label, heads, dim, text, sources in MODELS:
         for size in sizes:
             if bench.late:
-                return rows
-            image, heads = (size // 16) ** 2, 1 if smoke else heads
-            batch = 1 if sources else 2
-            kind = {"device": bench.device, "dtype": torch.bfloat16}
-            q, k, v = (torch.randn(batch, text + image, heads, dim, **kind) for _ in "qkv")
-            call = Call(q, k, v)
-            if sources:
-                cached = [torch.randn(batch, sources * image, heads, dim, **kind) for _ in "kv"]
-                call = call._replace(source=Source(cached[0], cached[1], text))
-            elif text:
-                mask = torch.arange(text, device=bench.device) < torch.tensor([[text], [text // 2]]).to(bench.device)
-                call = call._replace(mask=mask, rows=rows_of(mask, text + image))
-            rows.append(f"| {label}, {size} px | {' | '.join(_row(bench, call, smoke))} |")
-            Console().print(rows[-1], highlight=False, markup=False)
-    return [*rows, "", f"| {PROLOGUE} |", "|" + " --- |" * len(PROLOGUE.split(" | ")), *_prologues(bench, smoke)]
+                return
+            label_of = f"{label}, {size} px"
+            given = bench, (size // 16) ** 2, 1 if smoke else heads, dim, text, sources
+            cells = bench.attempt(label_of, lambda given=given: _row(bench, _call(*given), smoke))
+            if cells is not None:
+                bench.cores.append(f"| {label_of} | {' | '.join(cells)} |")
+                Console().print(bench.cores[-1], highlight=False, markup=False)
 
 
-def _prologues(bench: Any, smoke: bool) -> list[str]:
-    rows = []
+def _call(bench: Any, image: int, heads: int, dim: int, text: int, sources: int) -> Call:
+    batch = 1 if sources else 2
+    kind = {"device": bench.device, "dtype": torch.bfloat16}
+    q, k, v = (torch.randn(batch, text + image, heads, dim, **kind) for _ in "qkv")
+    if sources:
+        cached = [torch.randn(batch, sources * image, heads, dim, **kind) for _ in "kv"]
+        return Call(q, k, v, source=Source(cached[0], cached[1], text))
+    if text:
+        mask = torch.arange(text, device=bench.device) < torch.tensor([[text], [text // 2]]).to(bench.device)
+        return Call(q, k, v, mask, rows_of(mask, text + image))
+    return Call(q, k, v)
+
+
+def prologues(bench: Any, sizes: Sequence[int], smoke: bool) -> None:
+    """The rows under `PROLOGUE`."""
     for tokens in (64, 128) if smoke else (64, 128, 192, 256, 512, 1024):
-        if not bench.late:
-            rows.append(f"| two captions, {tokens} tokens | {' | '.join(_prologue(bench, tokens, smoke))} |")
-            Console().print(rows[-1], highlight=False, markup=False)
-    return rows
+        if bench.late:
+            return
+        label = f"two captions, {tokens} tokens"
+        cells = bench.attempt(label, lambda tokens=tokens: _prologue(bench, tokens, smoke))
+        if cells is not None:
+            bench.prologues.append(f"| {label} | {' | '.join(cells)} |")
+            Console().print(bench.prologues[-1], highlight=False, markup=False)
 
 
 @torch.no_grad()
@@ -92,8 +99,8 @@ def _row(bench: Any, call: Call, smoke: bool) -> list[str]:
             try:
                 if not reason:
                     times[name] = bench.calls(lambda name=name: core.CORES[name](call))
-            except (RuntimeError, ImportError) as error:
-                reason = str(error).splitlines()[0][:60]
-            cells.append(reason or f"{1e3 * times[name]:.3f}")
+            except Exception as error:  # libraries refuse a shape with errors of their own
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:60]
+            cells.append(reason.replace("|", "/") or f"{1e3 * times[name]:.3f}")
         chosen = "sdpa" if smoke else core.measure(call).core
     return [*cells, f"{times['sdpa'] / times['ours']:.2f}x" if "ours" in times else "", chosen]

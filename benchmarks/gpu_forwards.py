@@ -85,43 +85,53 @@ def z_image(side: int, sources: int, smoke: bool) -> tuple[nn.Module, dict[str, 
 
 
 def forwards(bench: Any, sizes: Sequence[int], smoke: bool) -> None:
-    """Milliseconds of a no-gradient forward: eager, compiled blocks, fused, fused in a CUDA graph."""
-    plan = [(sd35, "SD3.5-M", 0), (klein, "klein-4B", 0), (klein, "klein-4B", 1), (z_image, "Z-Image", 0)]
-    for make, name, sources in plan:
-        for size in sizes:
-            if bench.late:
-                return
-            model, call = on_device(bench, make, size, sources, smoke)
-            if name == "Z-Image" and bench.device != "cpu":
-                model.rope_embedder.freqs_cis = None
-            label = f"{name} {size} px" + (" + source" if sources else "")
-            bench.rows.append([label, "no-gradient forward, ms", *forward_times(bench, model, call, smoke)])
-            Console().print("  ".join(bench.rows[-1]), highlight=False)
-            del model, call
-            bench.release()
+    """Milliseconds of a no-gradient forward: eager, compiled blocks, fused, fused in a CUDA graph.
+
+    Blocks are compiled for the largest size without a source only: compiling takes longer than all else together.
+    """
+    models = [(sd35, "SD3.5-M", 0), (klein, "klein-4B", 0), (z_image, "Z-Image", 0), (klein, "klein-4B", 1)]
+    plan = [(*models[0], sizes[0]), *((*model, size) for size in sizes[::-1] for model in models)]
+    for make, name, sources, size in dict.fromkeys(plan):
+        if bench.late:
+            return
+        label = f"{name} {size} px" + (" + source" if sources else "")
+        compiles = not smoke and not sources and size == sizes[-1]
+        given = bench, make, name, size, sources, label, compiles, smoke
+        bench.attempt(label, lambda given=given: one_forward(*given))
+        bench.release()
 
 
-def forward_times(bench: Any, model: Any, call: dict[str, Any], smoke: bool) -> list[str]:
+def one_forward(
+    bench: Any, make: Any, name: str, size: int, sources: int, label: str, compiles: bool, smoke: bool
+) -> list[str]:
+    model, call = on_device(bench, make, size, sources, smoke)
+    if name == "Z-Image" and bench.device != "cpu":
+        model.rope_embedder.freqs_cis = None
+    bench.rows.append([label, "no-gradient forward, ms", *forward_times(bench, label, model, call, compiles)])
+    Console().print("  ".join(bench.rows[-1]), highlight=False)
+    return bench.rows[-1]
+
+
+@torch.no_grad()
+def forward_times(bench: Any, label: str, model: Any, call: dict[str, Any], compiles: bool) -> list[str]:
     def run(_: int = 0) -> Any:
         return model(**call, return_dict=False)[0]
 
-    with torch.no_grad():
-        eager = bench.calls(run)
-        install(model)
-        fused = bench.calls(run)
-        uninstall(model)
-        graph = compiled = float("nan")
-        if not smoke and not bench.late:
-            torch._dynamo.reset()
-            model.compile_repeated_blocks()
-            compiled = bench.calls(run)
+    def compiled_blocks() -> float:
+        torch._dynamo.reset()
+        model.compile_repeated_blocks()
+        try:
+            return bench.calls(run)
+        finally:
             for module in model.modules():
                 module._compiled_call_impl = None
-        install(model)
-        try:  # last: a forward that waits for the device cannot be captured, and may upset what follows
-            graph = bench.graph(run, 1)
-        except RuntimeError as error:
-            Console().print(f"not captured: {str(error).splitlines()[0]}", markup=False)
+
+    nan, eager = float("nan"), bench.calls(run)
+    install(model)
+    fused = bench.calls(run)
+    graph = bench.attempt(f"{label}, as a CUDA graph", lambda: bench.graph(run, 1)) or nan
+    uninstall(model)
+    compiled = (bench.attempt(f"{label}, compiled", compiled_blocks) if compiles and not bench.late else None) or nan
     times = [f"{1e3 * t:.2f}" if t == t else "" for t in (eager, compiled, fused, graph)]
     best = min(t for t in (fused, graph) if t == t)
     return [*times, f"{eager / best:.2f}x", f"{compiled / best:.2f}x" if compiled == compiled else "", ""]
@@ -132,45 +142,52 @@ def on_device(bench: Any, make: Any, size: int, sources: int, smoke: bool) -> tu
     with torch.device(bench.device):
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
-        model, call = make(size // 16, sources, smoke)
-        torch.set_default_dtype(before)
+        try:
+            model, call = make(size // 16, sources, smoke)
+        finally:
+            torch.set_default_dtype(before)
     model = model.to(bench.device, torch.bfloat16).eval().requires_grad_(False)
     return model, {key: value.float() if key.endswith("ids") else value for key, value in call.items()}
 
 
 def walks(bench: Any, sizes: Sequence[int], smoke: bool) -> None:
     """Milliseconds of a step for 1 and 4 rows, with the fused kernels: LoRA layers, W + BA, CUDA graph."""
-    for make, name in ((sd35, "sd3"), (klein, "flux2-klein"), (z_image, "z-image")):
-        for size in sizes:
+    for size in sizes:
+        for make, name in ((sd35, "sd3"), (klein, "flux2-klein"), (z_image, "z-image")):
             if bench.late:
                 return
-            model, call = on_device(bench, make, size, 0, smoke)
-            if name == "z-image":
-                model.rope_embedder.freqs_cis = None
-            if name == "flux2-klein":
-                call = {key: value[None] if key.endswith("ids") else value for key, value in call.items()}
-                call["guidance"] = None
-            x, condition = FAMILIES[name].split(call)
-            backbone = Backbone(model, FAMILIES[name])
-            backbone.new_student("student", rank=64)
-            install(model)
-            for rows in (1, 4):
-                many = condition.rows([0] * rows)
-                inputs = x.float().repeat(rows, *[1] * (x.ndim - 1)), torch.full((rows,), 0.5, device=bench.device)
-                cells = [f"{name} {size} px, {rows} rows", *step(bench, backbone, inputs, many)]
-                bench.walks.append(f"| {' | '.join(cells)} |")
-                Console().print(bench.walks[-1], highlight=False, markup=False)
-            del model, backbone, call, x, condition, many, inputs
+            given = bench, make, name, size, smoke
+            bench.attempt(f"a step of {name}, {size} px", lambda given=given: one_walk(*given))
             bench.release()
+
+
+def one_walk(bench: Any, make: Any, name: str, size: int, smoke: bool) -> list[str]:
+    model, call = on_device(bench, make, size, 0, smoke)
+    if name == "z-image":
+        model.rope_embedder.freqs_cis = None
+    if name == "flux2-klein":
+        call = {key: value[None] if key.endswith("ids") else value for key, value in call.items()}
+        call["guidance"] = None
+    x, condition = FAMILIES[name].split(call)
+    backbone = Backbone(model, FAMILIES[name])
+    backbone.new_student("student", rank=64)
+    install(model)
+    for rows in (1, 4):
+        many = condition.rows([0] * rows)
+        inputs = x.float().repeat(rows, *[1] * (x.ndim - 1)), torch.full((rows,), 0.5, device=bench.device)
+        cells = [f"{name} {size} px, {rows} rows", *step(bench, backbone, inputs, many)]
+        bench.walks.append(f"| {' | '.join(cells)} |")
+        Console().print(bench.walks[-1], highlight=False, markup=False)
+    return bench.walks
 
 
 def step(bench: Any, backbone: Backbone, inputs: Any, condition: Any) -> list[str]:
     merged = MergedField(backbone, "student")
-    fields = [AdapterField(backbone, "student"), merged]
+    fields: list[Any] = [AdapterField(backbone, "student"), merged]
     if bench.device != "cpu":
-        fields.append(CapturedField(merged, CudaGraphs(torch.device(bench.device, 0)), after=1))  # type: ignore[arg-type]
+        fields.append(CapturedField(merged, CudaGraphs(torch.device(bench.device, 0)), after=1))
     times = [bench.calls(lambda field=field: field(*inputs, condition)) for field in fields]
-    if len(fields) < 3:
-        return [*(f"{1e3 * t:.2f}" for t in times), "", "", ""]
+    if len(fields) < 3 or not len(fields[2]):  # no graphs here, or this forward was refused, which the log says
+        return [*(f"{1e3 * t:.2f}" for t in times[:2]), "", "", ""]
     apart = float((fields[2](*inputs, condition) - merged(*inputs, condition)).abs().max())
     return [*(f"{1e3 * t:.2f}" for t in times), f"{times[1] / times[2]:.2f}x", f"{apart:.1e}"]

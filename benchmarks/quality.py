@@ -15,10 +15,9 @@ teacher. Finished runs are kept, one line each; interrupt it when you like.
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -29,6 +28,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from official import Habits
+from quality_table import report
 from rich.console import Console
 from step import medians, worlds
 
@@ -40,7 +40,6 @@ from danceopd.fields import BaseField, VelocityField
 from danceopd.figures import Progress
 from danceopd.loop import STUDENT, Loop
 from danceopd.lora import Adapter, read_adapter
-from danceopd.machine import describe
 from danceopd.pipelines import EditingPipeline, GenerationPipeline, family_of
 from danceopd.recipe import Recipe
 from danceopd.rollout import rollout
@@ -241,89 +240,6 @@ def paces(rows: int, repeats: int) -> dict[str, float]:
     return medians(ways, repeats)
 
 
-# -- the table ------------------------------------------------------------------------------------------------
-
-
-def closed(points: Sequence[Sequence[float]], base: Sequence[float], teachers: Sequence[float]) -> list[list[float]]:
-    """[update, share of the generation gap, share of the editing gap]."""
-    return [[p[0], *((v - b) / (t - b) for v, b, t in zip(p[1:], base, teachers, strict=True))] for p in points]
-
-
-def reached(curve: Sequence[Sequence[float]], share: float) -> float | None:
-    """The update at which both gaps are first closed so far, on straight lines between the points."""
-    for (n0, *before), (n1, *after) in zip(curve, curve[1:]):
-        if min(after) >= share:
-            crossed = [0.0 if b >= share else (share - b) / (a - b) for b, a in zip(before, after, strict=True)]
-            return n0 + max(crossed) * (n1 - n0)
-    return None
-
-
-def mean_of(curves: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
-    """The mean curve of several seeds, at the updates that all of them have."""
-    scores = [{point[0]: point[1:] for point in curve} for curve in curves]
-    there = sorted(set.intersection(*map(set, scores)))
-    return [[n, *map(statistics.mean, zip(*(found[n] for found in scores), strict=True))] for n in there]
-
-
-def curves_of(facts: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, list[list[list[float]]]]:
-    """By curve, of every seed, the shares closed: from the start on, whatever was kept of it put together."""
-    base, teachers, start = (facts["references"][name] for name in ("base", "teachers", "start"))
-    found: dict[str, dict[int, list[list[float]]]] = {}
-    for run in runs:
-        found.setdefault(run["curve"], {}).setdefault(run["seed"], [[0, *start]]).extend(run["points"])
-    return {
-        name: [closed(sorted(points), base, teachers) for points in seeds.values()] for name, seeds in found.items()
-    }
-
-
-def report(facts: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
-    """The table in Markdown."""
-    base, teachers, start = (facts["references"][name] for name in ("base", "teachers", "start"))
-    curves, shares = curves_of(facts, runs), facts["shares"]
-    pace: dict[str, float] = facts.get("paces", {})
-    rows, seeds = facts["rows"], max((len(found) for found in curves.values()), default=0)
-    lines = [
-        f"Updates of {rows} rows, {facts['items']} validation prompts and as many edits, up to {seeds} seeds; "
-        f"{describe()}, torch {torch.__version__}. Base {base[0]:.3f} / {base[1]:.2f}, generation teacher "
-        f"{teachers[0]:.3f}, editing teacher {teachers[1]:.2f}; every student starts as their blend, "
-        f"{start[0]:.3f} / {start[1]:.2f}. {facts['schedule']}.",
-        "",
-        "Updates until the mean curve has closed so much of both gaps (in brackets: the seeds' range; > where "
-        "the mean did not), times the seconds of an update; and how many times sooner than the "
-        "released loop.",
-        "",
-        "| | seeds | s an update | " + " | ".join(f"updates to {share:.0%} | s" for share in shares)
-        + f" | sooner to {shares[0]:.0%} | at the last update, gen. / edit. |",
-        "|---|" + "--:|" * (2 * len(shares) + 4),
-    ]  # fmt: skip
-    first: tuple[float, bool] | None = None
-    for name, way in WAYS.items():
-        if way.curve not in curves:
-            continue
-        mean, cells = mean_of(curves[way.curve]), []
-        for share in shares:
-            each, there = [reached(c, share) for c in curves[way.curve]], reached(mean, share)
-            ends = min(each, key=_late), max(each, key=_late)
-            span = " to ".join("never" if n is None else f"{n:.0f}" for n in ends)
-            late, updates = (">", mean[-1][0]) if there is None else ("", there)
-            cells.append(f"{late}{updates:.0f}" + ("" if there is None else f" ({span})"))
-            cells.append("-" if name not in pace else f"{late}{updates * pace[name]:.0f}")
-        there, sooner = reached(mean, shares[0]), "-"
-        if name in pace:
-            seconds = (mean[-1][0] if there is None else there) * pace[name], there is None
-            first = seconds if first is None else first
-            if there is not None:
-                sooner = f"{'>' if first[1] else ''}{first[0] / seconds[0]:.1f}x"
-        paced = f"{pace[name]:.2f}" if name in pace else "-"
-        last = f"{mean[-1][1]:.0%} / {mean[-1][2]:.0%} after {mean[-1][0]:.0f}"
-        lines.append(f"| {name} | {len(curves[way.curve])} | {paced} | {' | '.join(cells)} | {sooner} | {last} |")
-    return "\n".join(lines) + "\n"
-
-
-def _late(updates: float | None) -> float:
-    return float("inf") if updates is None else updates
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Finished curves; a line that was cut short is left out."""
     found = []
@@ -360,7 +276,8 @@ def main(
 
     def write() -> None:
         facts_file.write_text(json.dumps(facts, indent=1) + "\n")
-        (RESULTS / f"{name}.md").write_text(report(facts, read_lines(path)))
+        lines = {line: way.curve for line, way in WAYS.items()}
+        (RESULTS / f"{name}.md").write_text(report(lines, facts, read_lines(path)))
 
     judge = None
     if "references" not in facts or not pace:

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from danceopd.errors import UserError
 from danceopd.forming import small, wide
 from danceopd.lora import Adapter
+from danceopd.lora_file import few
 from danceopd.pipelines.family import Family
 from danceopd.pipelines.record import Condition
 from danceopd.steady import Steady
@@ -109,7 +110,7 @@ class Backbone:
         if unknown:
             raise UserError(
                 f"adapter {name!r}: {len(unknown)} of {len(adapter.tensors)} modules are not in this transformer "
-                f"({_few(unknown)}); use a LoRA made for this base"
+                f"({few(unknown)}); use a LoRA made for this base"
             )
         wrong = []
         for path, (a, b) in adapter.tensors.items():
@@ -119,7 +120,7 @@ class Backbone:
         if wrong:
             raise UserError(
                 f"adapter {name!r}: {len(wrong)} of {len(adapter.tensors)} modules have another shape "
-                f"({_few(wrong)}); use a LoRA made for this base"
+                f"({few(wrong)}); use a LoRA made for this base"
             )
         self._inject(name, adapter, scale, trainable)
 
@@ -397,7 +398,3 @@ class Backbone:
 
     def _versions(self, name: str) -> list[Any]:
         return [self._parameters[name][0].device, *(p._version for p in self._parameters[name])]
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,12 +1,15 @@
 """The command line: each command is a thin call of one public function, imported when it runs.
 
-`--help` never waits for torch. A `UserError` is one line on stderr and exit status 2, as a wrong flag is;
-Ctrl-C says how to continue and exits with 130. Tracebacks are for faults of danceopd itself.
+`--help` never waits for torch. A `UserError` is one line on stderr and exit status 2, as a wrong flag is; Ctrl-C says
+whether the command can be continued and exits with 130. What a terminal's encoding lacks is printed as "?".
+Tracebacks are for faults of danceopd itself.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +21,8 @@ from .commands.flags import number, words
 from .commands.openmoji import app as openmoji
 from .errors import UserError
 
+CONTINUED = ("merge", "bench", "compare", "teach")
+"""Commands that, run again, go on where they were stopped."""
 STAGES = ("autoencoder", "base", "generation", "editing", "local-edit", "global-edit")
 
 
@@ -36,7 +41,8 @@ class _Commands(TyperGroup):
                 raise
             sentence = f"the disk is full at {error.filename or Path.cwd()}; free some space and run this again"
         except KeyboardInterrupt:
-            typer.echo("\nstopped; run the same command again to continue", err=True)
+            again = "; run the same command again to continue" if ctx.invoked_subcommand in CONTINUED else ""
+            typer.echo(f"\nstopped{again}", err=True)
             raise typer.Exit(130) from None
         typer.echo(f"error: {sentence}", err=True)
         raise typer.Exit(2)
@@ -54,21 +60,27 @@ app = typer.Typer(
 
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same machine: the same bytes.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for what is made.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
-Base = Annotated[str | None, typer.Option(help="Base model: a folder, or owner/name on the hub.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda; default: auto, a GPU where there is one.")]
+Base = Annotated[str | None, typer.Option(help="Base model: a folder, or owner/name on the hub; default: the LoRA's.")]
+TEACHER = '{} teacher: a LoRA, a whole model, a shipped name, or "base".'
+MergeBase = Annotated[
+    str | None, typer.Option(help="Base model: a folder, or owner/name on the hub; default: the shipped one.")
+]
+RunFolder = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; default: student.")]
+MergeSteps = Annotated[int | None, typer.Option(help="Optimizer steps; default: 2000, of the shipped recipe 180.")]
 
 
 @app.command()
 def merge(
     recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe; flags win over it.")] = None,
-    base: Base = None,
-    generation: Annotated[str | None, typer.Option(help='Generation teacher: a LoRA, or "base".')] = None,
-    editing: Annotated[str | None, typer.Option(help='Editing teacher: a LoRA, or "base".')] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; default: student.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same machine: the same bytes.")] = None,
+    base: MergeBase = None,
+    generation: Annotated[str | None, typer.Option(help=TEACHER.format("Generation"))] = None,
+    editing: Annotated[str | None, typer.Option(help=TEACHER.format("Editing"))] = None,
+    output: RunFolder = None,
+    steps: MergeSteps = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same machine: the same bytes; default: 0.")] = None,
     device: Device = None,
-    time_limit: Annotated[float | None, typer.Option(help="Stop after so many minutes.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Minutes after which to stop, with a student.")] = None,
     fuse: Annotated[bool, typer.Option("--fuse", help="Also make OUTPUT a whole pipeline.")] = False,
 ) -> None:
     """Distil the teachers into one student LoRA. With nothing given: the shipped small model.
@@ -104,11 +116,11 @@ def merge(
 @app.command()
 def plan(
     recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe; flags win over it.")] = None,
-    base: Base = None,
-    generation: Annotated[str | None, typer.Option(help='Generation teacher: a LoRA, or "base".')] = None,
-    editing: Annotated[str | None, typer.Option(help='Editing teacher: a LoRA, or "base".')] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; default: student.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    base: MergeBase = None,
+    generation: Annotated[str | None, typer.Option(help=TEACHER.format("Generation"))] = None,
+    editing: Annotated[str | None, typer.Option(help=TEACHER.format("Editing"))] = None,
+    output: RunFolder = None,
+    steps: MergeSteps = None,
     device: Device = None,
     tflops: Annotated[float | None, typer.Option(min=0.0001, help="Reckon with this speed; default: measure.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -146,8 +158,7 @@ def sample(
     """Draw with a student, or edit with it, through the stock diffusers pipeline."""
     from .sample import sample as run
 
-    for path in run(student, prompt, image=image, seed=seed, count=count, output=output, base=base, device=device):
-        typer.echo(path)
+    run(student, prompt, image, seed, count, output, base, device, report=typer.echo)
 
 
 app.command()(commands.bench)
@@ -194,7 +205,7 @@ def compare(
 def teach(
     stage: Annotated[str, typer.Argument(help=f"One of: {', '.join(STAGES)}.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: checkpoints/STAGE.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; default: the stage's own.")] = None,
     base: Annotated[str, typer.Option(help="Base of a teacher: a folder or a shipped name.")] = "base",
     seed: Seed = 0,
 ) -> None:
@@ -318,4 +329,7 @@ def version() -> None:
 def main() -> None:
     """The `danceopd` program."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on few cores
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app(prog_name="danceopd")

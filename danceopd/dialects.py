@@ -7,9 +7,11 @@ converter drops or invents is seen and named. Alpha is folded before any of that
 touches it.
 """
 
+import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,6 +151,18 @@ def pipeline_class(family: Any, transformer: nn.Module | None) -> type | None:
     return None
 
 
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Without diffusers' warnings: a layer that its converter does not know is refused here, in one sentence."""
+    log = logging.getLogger("diffusers")
+    heard = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(heard)
+
+
 class Renamer:
     """Turns a file's layer into layers of the diffusers transformer.
 
@@ -199,7 +213,8 @@ class Renamer:
         if self.converter is None:
             return {}
         try:
-            converted = self.converter(dict(tensors))
+            with _unheard():
+                converted = self.converter(dict(tensors))
         except Exception:  # each converter fails in its own way on a name it does not know
             return {}
         layers: dict[str, dict[str, Tensor]] = {}

@@ -61,7 +61,7 @@ class Course:
         self.base = self.processes.said(None if self.gap is None else self.gap.look(self.gap.base))
         marks = self._check()
         if self.run is not None:
-            self.run.chart(self.loop.step, **marks)
+            self.run.log(self.loop.step, **marks)
 
     def look(self, step: int) -> dict[str, float]:
         """Measure if it is time to; the figures for the log, where there are any."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from danceopd import heldout
 from danceopd.attention import install
+from danceopd.attention.trial import install_where_better
 from danceopd.backbone import Backbone
 from danceopd.base_model import base_fingerprint, base_folder, empty_transformer, load_base
 from danceopd.blocks import compile_blocks
@@ -42,7 +43,7 @@ from danceopd.pipelines.hollow import hollow
 from danceopd.processes import Processes
 from danceopd.recipe import Recipe
 from danceopd.reuse import refuse_reuse
-from danceopd.run import RunFolder
+from danceopd.run import RunFolder, differences
 from danceopd.samples import SampleGrid, looking
 from danceopd.saving import ROLLED, Saving
 from danceopd.sharded import Sharded, shard
@@ -101,6 +102,7 @@ def merge(recipe: Recipe, report: Report | None = None) -> Student:
     """
     began = time.monotonic()
     processes, run = Processes(recipe.device), None
+    _agree(processes, _said(recipe), "recipe")
     try:
         with processes.first():
             folder = base_folder(recipe.base)
@@ -136,9 +138,8 @@ def merge(recipe: Recipe, report: Report | None = None) -> Student:
     except _Stopped as stopped:
         if processes.main:
             print(f"\nstep {stopped.step} of {recipe.steps} is saved in {recipe.output}", file=sys.stderr, flush=True)
-        if stopped.signal == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        if processes.main:
+            if stopped.signal == signal.SIGINT:
+                raise KeyboardInterrupt from None
             print("stopped; run the same command again to continue", file=sys.stderr, flush=True)
         raise SystemExit(128 + stopped.signal) from None
     finally:
@@ -146,26 +147,31 @@ def merge(recipe: Recipe, report: Report | None = None) -> Student:
             run.close()
 
 
+def _say(line: str, processes: Processes) -> None:
+    if processes.main:
+        print(line, file=sys.stderr, flush=True)
+
+
 def _run(job: _Job, report: Report) -> Student:
     recipe, processes, run = job.recipe, job.processes, job.run
     device, split = processes.device, _split(recipe, processes)
     if processes.main:
         _warn_of_scenes(recipe)
-    fingerprint = processes.said(base_fingerprint(job.base) if processes.main else "")
+    fingerprint = base_fingerprint(job.base)
+    _agree(processes, {"base": fingerprint, "teachers": {k.teacher.name: k.sha256 for k in job.known}}, "sha256")
     with processes.first():
         whose = remember(run.path, fingerprint, job.known) if run is not None else {}
     pipe = load_base(job.base, stock(recipe))
     transformer = pipe.transformer
-    if split:  # it goes to the device block by block
-        pipe.transformer = hollow(transformer, next(transformer.parameters()))  # pipelines only record calls
-    pipe.to(device)
+    pipe.transformer = hollow(transformer, next(transformer.parameters()))  # pipelines only record calls
+    pipe.to(device)  # its encoders; the transformer follows when they have left, or goes there in shares
     family = family_of(pipe, recipe.family)
     call = call_of(job.base, recipe.call, family)
     draw = drawers(pipe, family, call, (t.capability for t in recipe.teachers), recipe.editing_base)
     backbone = Backbone(transformer, family)
     if recipe.gradient_checkpointing:
         backbone.checkpoint_gradients()
-    if recipe.kernels:
+    if recipe.kernels is True:
         install(transformer)
     if recipe.compile:
         compile_blocks(transformer)
@@ -197,7 +203,10 @@ def _run(job: _Job, report: Report) -> Student:
             }
             strengths = [at.field(backbone, null, plain) for at in at_strengths(one, recipe.gates.consensus)]
             sources.append(Source(teacher.name, field, questions, null, also, strengths))
-        grid = SampleGrid(recipe, encoder, backbone, merged=not split)
+        if recipe.kernels == "auto" and not (split or recipe.compile):
+            rows = sources[0].questions.rows([0] * min(recipe.batch, 2))
+            install_where_better(transformer, rows, device, lambda line: _say(line, processes))
+        grid = SampleGrid(recipe, encoder, backbone, device, merged=not split)
         panels, gap, bare = None, None, BaseField(backbone)
         looks = split or run is not None  # a sharded backbone answers to all processes or to none
         if recipe.gap.every and looks:
@@ -207,6 +216,8 @@ def _run(job: _Job, report: Report) -> Student:
             frozen = heldout.Fields({s.name: s.field for s in sources}, stronger, bare)
             panels = heldout.panels(recipe, encoder, job.asked, frozen, device)
     release_encoders(encoder, pipe)
+    if not split:
+        transformer.to(device)
     backbone.new_student(STUDENT, recipe.student.rank, recipe.seed, job.start.adapter)
     add = Sharded(backbone, processes, sources[0].questions.rows([0]), STUDENT).add if split else processes.add
     loop = Loop(recipe, backbone, sources, device, processes.rank, processes.count, add, processes.all)
@@ -275,6 +286,28 @@ def _run(job: _Job, report: Report) -> Student:
         over = recipe.gap.patience if course.ended else None
         run.finish(loop.step, seconds=round(seconds, 1), stopped=watching.ended, exported=step, patience=over)
     return Student(recipe.output, loop.step, seconds, processes.main)
+
+
+def _said(recipe: Recipe) -> dict[str, Any]:
+    """What several processes must have been told alike: all but where things are on their machines."""
+    told = recipe.resolved()
+    for place in ("output", "device", "base", "editing_base", "data"):
+        del told[place]
+    told["teachers"] = [{k: v for k, v in one.items() if k not in ("adapter", "data")} for one in told["teachers"]]
+    return {**told, "rows": recipe.data.rows}
+
+
+def _agree(processes: Processes, mine: dict[str, Any], what: str) -> None:
+    """UserError in the first process, and a quiet end of the others, where they have different facts."""
+    told = processes.all(mine)
+    for rank, theirs in enumerate(told):
+        for key, first, other in differences(told[0], theirs):
+            if not processes.main:
+                raise SystemExit(2)
+            raise UserError(
+                f"process {rank} was given another {what} than the first ({key} is {other!r}, not {first!r}); give "
+                "all of them the same"
+            )
 
 
 def _split(recipe: Recipe, processes: Processes) -> bool:

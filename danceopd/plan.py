@@ -8,7 +8,6 @@ the recipe. Times divide FLOPs by the speed of a plain matrix product on this ma
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import time
 from collections import Counter
@@ -23,10 +22,12 @@ from torch import Tensor, nn
 
 from danceopd.base_model import base_folder, empty_transformer
 from danceopd.cache import cache_folder
+from danceopd.captured import MOST
 from danceopd.checkpoint import is_checkpoint, open_checkpoint, scheduler_difference
-from danceopd.cost import Tokens, activation_bytes, forward_flops
+from danceopd.cost import Tokens, forward_flops
 from danceopd.data import Edits
 from danceopd.errors import UserError
+from danceopd.extract import device_of
 from danceopd.field_gap import forwards
 from danceopd.formats import DTYPES
 from danceopd.gate_cost import gate_forwards
@@ -35,6 +36,8 @@ from danceopd.pipelines.families import class_name, family_of
 from danceopd.pipelines.family import Family
 from danceopd.pipelines.generation import GenerationPipeline
 from danceopd.pipelines.hollow import hollow
+from danceopd.plan_memory import memory as memory_of
+from danceopd.plan_memory import numbers, student_modules
 from danceopd.query import draw, place
 from danceopd.recipe import Recipe, Teacher
 from danceopd.run import RunFolder
@@ -56,14 +59,18 @@ def plan(recipe: Recipe, tflops: float | None = None) -> dict[str, Any]:
     call = call_of(folder, recipe.call, family)
     teachers = {t.name: _teacher(t, folder, transformer) for t in recipe.teachers}
     asked = open_work(recipe)
-    device = _device(recipe.device)
+    device = device_of(recipe.device)
     pipe = _pipeline(folder, family, transformer)
     pictures = _pictures(recipe, asked, pipe, family, call, transformer)
     sigmas = {size: _sigmas(pipe, family, call, size, recipe.rollout.steps) for size in {p["size"] for p in pictures}}
     queries = _queries(recipe, sigmas, pictures)
-    modules = _student_modules(recipe, teachers, transformer, family)
-    memory = _memory(recipe, folder, family, transformer, teachers, modules, pictures)
+    wide = max((p["size"] for p in pictures), key=lambda size: size[0] * size[1])
+    latent = _drawer(pipe, family, call, wide, 1).noise([0]).numel() if recipe.rollout.persistent > 1 else 0
+    modules = student_modules(recipe, teachers, transformer, family)
+    memory = memory_of(recipe, folder, family, transformer, teachers, modules, pictures, latent)
     load = DTYPES[recipe.dtype]
+    if tflops is not None and not 0 < tflops < float("inf"):
+        raise UserError(f"the speed is {tflops:g} TFLOP/s; give a number above 0, or leave it out to measure it")
     speed = tflops or measure(device, dtype=load)
     passes = _passes(recipe, queries["walked"])
     flops = {c: sum(p["share"] * p["flops"] for p in pictures if p["capability"] == c) for c in asked_of(recipe)}
@@ -89,12 +96,13 @@ def plan(recipe: Recipe, tflops: float | None = None) -> dict[str, Any]:
              "drawn": len(asked[t.name].rows)}
             for t in recipe.teachers
         ],
-        "student": {"rank": recipe.student.rank, "modules": len(modules), "parameters": _numbers(recipe, modules)},
+        "student": {"rank": recipe.student.rank, "modules": len(modules), "parameters": numbers(recipe, modules)},
         "pictures": pictures, "queries": queries, "memory": memory, "peak": peak, "machine_memory": here,
         "passes": passes, "flops": work, "tflops": speed,
         "seconds": {part: flop / speed / 1e12 for part, flop in work.items()},
         "total_seconds": recipe.steps * sum(work.values()) / speed / 1e12,
         "disk": disk, "warnings": _warnings(recipe, peak, here, disk, device),
+        "notes": _notes(recipe, device),
     }  # fmt: skip
 
 
@@ -130,12 +138,6 @@ def _teacher(teacher: Teacher, folder: Path, transformer: nn.Module) -> tuple[di
     }
     adapter = Adapter(tensors)
     return {**facts, "kind": "whole model", "rank": rank, "parameters": adapter.parameters}, adapter
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, and this machine has no CUDA device that torch can use; give --device cpu")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 # -- pictures ---------------------------------------------------------------------------------------------
@@ -234,85 +236,7 @@ def _passes(recipe: Recipe, walked: float) -> dict[str, float]:
     }
 
 
-# -- memory and disk --------------------------------------------------------------------------------------
-
-
-def _student_modules(
-    recipe: Recipe, teachers: Mapping[str, tuple[Any, Adapter | None]], transformer: nn.Module, family: Family
-) -> dict[str, nn.Linear]:
-    """The layers that the student adapts: the family's targets, and those of what it starts as."""
-    init = recipe.student.init
-    if init == "blend":
-        starts = [adapter for _, adapter in teachers.values()]
-    elif init in teachers or init == "base":
-        starts = [teachers[init][1]] if init in teachers else []
-    else:
-        starts = [adapter_shapes(init, transformer)]
-    extra = {path for adapter in starts if adapter is not None for path in adapter.tensors}
-    return {
-        path: m
-        for path, m in transformer.named_modules()
-        if isinstance(m, nn.Linear) and (path in extra or re.fullmatch(family.lora_targets, path))
-    }
-
-
-def _numbers(recipe: Recipe, modules: Mapping[str, nn.Linear]) -> int:
-    return sum(recipe.student.rank * (m.in_features + m.out_features) for m in modules.values())
-
-
-def _memory(
-    recipe: Recipe, folder: Path, family: Family, transformer: nn.Module,
-    teachers: Mapping[str, tuple[dict[str, Any], Adapter | None]], modules: Mapping[str, nn.Linear],
-    pictures: list[dict[str, Any]],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Bytes by part, and when they are held."""
-    size, student = DTYPES[recipe.dtype].itemsize, 4 * _numbers(recipe, modules)
-    copy_ = size * sum(m.weight.numel() for m in modules.values())
-    both = ["training", "checkpointed"]
-    largest = max(pictures, key=lambda p: p["picture"] + p["source"])
-    tokens = Tokens(largest["picture"], largest["source"], largest["text"])
-    rows = min(recipe.batch, recipe.micro_batch or recipe.batch)
-    kept = {c: rows * activation_bytes(transformer, tokens, size, c) for c in (False, True)}
-    consensus = recipe.gates.consensus
-    parts = [("backbone", size * sum(p.numel() for p in transformer.parameters()), ["encoding", *both])]
-    if recipe.rollout.merged and recipe.objective in ("danceopd", "diffusionopd", "flowopd"):
-        parts.append(("merged copy for the walk", copy_, both))
-    parts.append(("merged copy for sample grids", copy_, both))
-    for name, (facts, _) in teachers.items():
-        parts.append((f"teacher {name}", 4 * facts["parameters"], both))
-        if consensus is not None and consensus.by == "strength":
-            parts.append((f"teacher {name}, other strengths", 4 * facts["parameters"] * (consensus.framings - 1), both))
-    parts += [
-        ("student", student, both),
-        ("student, gradient", student, both),
-        ("student, Adam", 2 * student, both),
-        ("student, average", student, both),
-        ("student, in sample grids", student, both),
-        ("student, best of the field gap", student * recipe.gap.best, both),
-        ("activations of the largest batch", kept[False], ["training"]),
-        ("the same, gradient checkpointing", kept[True], ["checkpointed"]),
-    ]
-    for name, numel in _components(folder).items():
-        if name in family.text_components:
-            parts.append((f"{name}, which then leaves", size * numel, ["encoding"]))
-        elif not name.startswith("transformer"):
-            parts.append((name, size * numel, ["encoding", *both]))
-    return [{"part": part, "bytes": int(number), "when": when} for part, number, when in parts if number]
-
-
-def _components(folder: Path) -> dict[str, int]:
-    """Numbers in each part's safetensors, by their headers; of several precisions, the plain files."""
-    from safetensors import safe_open
-
-    found: dict[str, int] = {}
-    for part in sorted(p for p in folder.iterdir() if p.is_dir()):
-        files = sorted(part.glob("*.safetensors"))
-        plain = [file for file in files if not re.search(r"\.(fp16|bf16|fp8\w*)\b", file.name)] or files
-        for file in plain:
-            with safe_open(str(file), framework="pt") as opened:
-                shapes = [opened.get_slice(key).get_shape() for key in opened.keys()]  # noqa: SIM118 - not a dict
-            found[part.name] = found.get(part.name, 0) + sum(torch.Size(shape).numel() for shape in shapes)
-    return found
+# -- disk -------------------------------------------------------------------------------------------------
 
 
 def _disk(
@@ -332,7 +256,7 @@ def _disk(
     for (_, capability), drawn in rows.items():
         for p in (p for p in pictures if p["capability"] == capability):
             cache += drawn * p["share"] * size * (p["text"] * width + p["source"] * channels)
-    student = 4 * _numbers(recipe, modules)
+    student = 4 * numbers(recipe, modules)
     return {
         "run": (recipe.keep_last + 1) * 4 * student + student, "run_free": _free(recipe.output),
         "cache": int(cache), "cache_free": _free(cache_folder()),
@@ -387,6 +311,17 @@ def _warnings(
             what = f"the run folder {recipe.output}" if part == "run" else "the cache (DANCEOPD_CACHE moves it)"
             said.append(f"{what} needs up to {gigabytes(disk[part])} and {gigabytes(disk[f'{part}_free'])} are free")
     return said
+
+
+def _notes(recipe: Recipe, device: torch.device) -> list[str]:
+    """What the figures leave out."""
+    if not (recipe.rollout.captured and device.type == "cuda"):
+        return []
+    return [
+        "the memory of the walk's CUDA graphs is not counted: one pool for all, about what the largest forward takes "
+        f"without a gradient, and a copy of the inputs for each of at most {MOST}; one that finds no room is not "
+        "recorded, and the log says so"
+    ]
 
 
 def gigabytes(number: float) -> str:

@@ -108,7 +108,7 @@ class Recipe(Part):
     micro_batch: PositiveInt | None = None  # rows of the batch at a time; None: all
     gradient_checkpointing: bool = False
     compile: bool = False  # the transformer's repeated blocks, by torch.compile
-    kernels: bool = False  # fused kernels around attention (docs/kernels.md); on a CPU plain torch
+    kernels: Literal["auto", True, False] = "auto"  # fused around attention; auto: on a GPU, where a trial says so
     parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes, each has the whole base, or a share of it
     student: Student = Student()
     optimizer: Optimizer = Optimizer()
@@ -273,7 +273,10 @@ class Recipe(Part):
     @classmethod
     def from_yaml(cls, path: str | Path, **flags: Any) -> Recipe:
         """The recipe in a YAML file; fields given in `flags` (and not None) win over the file's."""
-        return cls._with_flags(read_yaml(Path(path), "recipe"), flags, str(path))
+        fields = read_yaml(Path(path), "recipe")
+        if not fields:
+            raise UserError(f"recipe {path} is empty; write what to merge, or name no recipe for the shipped models")
+        return cls._with_flags(fields, flags, str(path))
 
     @classmethod
     def load(cls, path: str | Path | None = None, **flags: Any) -> Recipe:

@@ -8,7 +8,7 @@ files of their own, `recipe_gates`, `recipe_watch` and `recipe_gap`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
@@ -64,7 +64,9 @@ class Part(BaseModel):
     def _no_booleans(cls, data: Any) -> Any:
         for key, value in data.items() if isinstance(data, Mapping) else ():
             field = cls.model_fields.get(key)
-            if isinstance(value, bool) and field is not None and field.annotation is not bool:
+            if not isinstance(value, bool) or field is None:
+                continue
+            if field.annotation is not bool and True not in get_args(field.annotation):
                 raise PydanticCustomError("boolean", "a boolean", {"key": key, "value": value})
         return data
 

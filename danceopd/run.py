@@ -23,7 +23,7 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .disk import disk_faults, lock, replace_file, sha256, sync
+from .disk import disk_faults, lock, part_of, replace_file, sha256, sweep, sync
 from .errors import UserError
 from .random_state import RandomState
 from .recipe import Recipe
@@ -51,6 +51,7 @@ class RunFolder:
         self.path = Path(output)
         self.recipe = recipe
         self._writer: Any = None
+        self._damaged: set[Path] = set()
         with disk_faults(self.path):
             self._refuse_foreign()
             for name in ("", "checkpoints", "samples"):
@@ -59,6 +60,7 @@ class RunFolder:
             replace_file(self.path / "recipe.yaml", recipe.to_yaml().encode())
             for leftover in self._checkpoints.glob(".*"):
                 shutil.rmtree(leftover, ignore_errors=True)
+            sweep(self.path / "samples")
 
     @classmethod
     def check(cls, output: str | Path, recipe: Recipe) -> None:
@@ -87,7 +89,7 @@ class RunFolder:
                 "choose another --output"
             ) from None
         here = self.recipe.identity()
-        for key, old, new in _differences(there, here):
+        for key, old, new in differences(there, here):
             raise UserError(
                 f"output folder {self.path} holds another run ({key} is {old!r} there and {new!r} here); "
                 "choose another --output, or delete that folder to start anew"
@@ -140,13 +142,15 @@ class RunFolder:
         random: Sequence[RandomState] | None = None,
         good: bool = False,
     ) -> Path:
-        """Writes `checkpoints/step-000050` and the like, whole or not at all, and forgets all but the last `keep_last`.
+        """Writes `checkpoints/step-000050` and the like, whole or not at all, and forgets all but the last `keep_last`,
+        and those that were found damaged.
 
         `random` is the state of every process's random generators, by rank; None: there is this one. A `good` one
         stands apart, as `checkpoints/good-000050`: nothing replaces it but the next such.
         """
         final = self._checkpoints / f"{'good' if good else 'step'}-{step:06d}"
-        part, before = (final.with_name(f".{final.name}.{os.getpid()}{end}") for end in ("", ".old"))
+        part = part_of(final)
+        before = part.with_name(f"{part.name}.old")
         states = [RandomState.now()] if random is None else random
         drawn = {f"{_rng(rank)}{key}": value for rank, one in enumerate(states) for key, value in one.tensors.items()}
         facts = {
@@ -169,7 +173,11 @@ class RunFolder:
             except BaseException:
                 shutil.rmtree(part, ignore_errors=True)
                 raise
-        for old in (before, *(self._steps("good")[:-1] if good else self._steps()[: -self.recipe.keep_last])):
+        self._damaged.discard(final)
+        for old in (before, *self._damaged):  # first, for a damaged one is none of those to keep
+            shutil.rmtree(old, ignore_errors=True)
+        self._damaged.clear()
+        for old in self._steps("good")[:-1] if good else self._steps()[: -self.recipe.keep_last]:
             shutil.rmtree(old, ignore_errors=True)
         return final
 
@@ -183,6 +191,7 @@ class RunFolder:
             if fault is None:
                 return folder
             _log.warning("checkpoint %s is damaged and is passed over: %s", folder, fault)
+            self._damaged.add(folder)
         return None
 
     def load(self) -> Saved | None:
@@ -242,7 +251,7 @@ class RunFolder:
     def image(self, step: int, image: Image.Image) -> Path:
         """`samples/step-000050.png` and the like, and the same picture in TensorBoard."""
         path = self.picture(step)
-        part = path.with_name(f".{path.name}")
+        part = part_of(path)
         with disk_faults(path):
             image.save(part, format="PNG")
             os.replace(part, path)
@@ -290,16 +299,17 @@ def _rng(rank: int) -> str:
     return f"rng{rank or ''}."
 
 
-def _differences(there: Any, here: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+def differences(there: Any, here: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """Where two pieces of plain data differ: key, and what it is in each."""
     if isinstance(there, dict) and isinstance(here, dict):
         return [
             found
             for name in dict.fromkeys([*there, *here])
-            for found in _differences(there.get(name), here.get(name), f"{key}.{name}".lstrip("."))
+            for found in differences(there.get(name), here.get(name), f"{key}.{name}".lstrip("."))
         ]
     if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
         pairs = enumerate(zip(there, here))
-        return [found for i, (old, new) in pairs for found in _differences(old, new, f"{key}.{i}")]
+        return [found for i, (old, new) in pairs for found in differences(old, new, f"{key}.{i}")]
     return [] if there == here else [(key, there, here)]
 
 

@@ -7,7 +7,9 @@ guidance), one CPU generator a picture (`seed + i`), and a file name that never 
 from __future__ import annotations
 
 import json
+import logging
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from .sentences import read_yaml
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_log = logging.getLogger("danceopd")
 CALL_KEYS = ("height", "width", "num_inference_steps", "guidance_scale", "max_sequence_length")
 
 
@@ -47,6 +50,19 @@ def pictures(
 
     `editing_base` has what the base's editing pipeline may lack; `over` goes over the base's own settings.
     """
+    return list(_drawn(pipe, prompt, image, seed, count, editing_base, over))
+
+
+def _drawn(
+    pipe: Any,
+    prompt: str,
+    image: Source | None,
+    seed: int,
+    count: int,
+    editing_base: str | None,
+    over: dict[str, Any],
+) -> Iterator[Image]:
+    """One after the other, so that each can be kept before the next is drawn."""
     import torch
 
     from .pipelines.editing import editing_pipe, generation_pipe
@@ -60,11 +76,17 @@ def pictures(
         pipe = editing_pipe(pipe, editing_base, family)
         call["image"] = open_image(image)
     call = family.extra(pipe, call) | call
-    drawn = []
+    _warn_of_a_cut(pipe, family, prompt, call)
     for i in range(count):
         generator = torch.Generator("cpu").manual_seed(seed + i)
-        drawn.append(pipe(prompt=prompt, generator=generator, **call).images[0])
-    return drawn
+        yield pipe(prompt=prompt, generator=generator, **call).images[0]
+
+
+def _warn_of_a_cut(pipe: Any, family: Any, prompt: str, call: dict[str, Any]) -> None:
+    """Stock pipelines cut a prompt that is too long, some of them in silence."""
+    [length], limit = family.prompt_lengths(pipe, [prompt]), family.prompt_limit(pipe, call)
+    if length > limit:
+        _log.warning("the prompt has %d tokens and the pipeline cuts it at %d: shorten it", length, limit)
 
 
 def sample(
@@ -76,36 +98,37 @@ def sample(
     output: str | Path = "samples",
     base: str | Path | None = None,
     device: str | None = None,
+    report: Callable[[Path], object] = lambda path: None,
 ) -> list[Path]:
     """Writes `count` PNGs into `output` and says where; picture i has the seed `seed + i`.
 
-    `student` and `base` as for `load_student`; `device` None or "auto" takes a GPU where there is one.
+    `student` and `base` as for `load_student`; `device` None or "auto" takes a GPU where there is one. Each picture is
+    written, and told to `report`, before the next is drawn.
     """
     if not prompt.strip():
         raise UserError("the prompt is empty; write what the picture should show")
     if count < 1:
         raise UserError(f"{count} pictures were asked for; ask for at least one with -n")
-    if seed < 0:
-        raise UserError(f"the seed is {seed}; give a whole number from 0")
+    if not 0 <= seed <= 2**63 - count:
+        raise UserError(f"the seed is {seed}; give a whole number from 0, below 2**63")
     source = None if image is None else open_image(Path(image))
     folder = Path(output)
     with disk_faults(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
-    import torch
-
+    from .extract import device_of
     from .student import load_student
 
-    if device in (None, "auto"):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = load_student(student, base=base, device=device)
+    pipe = load_student(student, base=base, device=device_of(device or "auto"))
     pipe.set_progress_bar_config(disable=True)
-    written = []
-    for i, picture in enumerate(pictures(pipe, prompt, source, seed, count, **_trained(Path(student)))):
+    over, written = _trained(Path(student)), []
+    editing_base = over.pop("editing_base", None)
+    for i, picture in enumerate(_drawn(pipe, prompt, source, seed, count, editing_base, over)):
         path = _free(folder, prompt, seed + i)
         with disk_faults(path):
             picture.save(path)
         written.append(path)
+        report(path)
     return written
 
 

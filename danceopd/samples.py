@@ -6,6 +6,7 @@ rows; drawn by the student as it would be exported.
 
 from __future__ import annotations
 
+import torch
 from PIL import Image
 
 from danceopd.backbone import Backbone
@@ -25,7 +26,9 @@ class SampleGrid:
     Drawn with W + BA, or with `merged` False through the LoRA layers (a sharded backbone has no whole W).
     """
 
-    def __init__(self, recipe: Recipe, encoder: Encoder, backbone: Backbone, merged: bool = True) -> None:
+    def __init__(
+        self, recipe: Recipe, encoder: Encoder, backbone: Backbone, device: torch.device, merged: bool = True
+    ) -> None:
         self.backbone, self.count, self.merged = backbone, recipe.samples.count, merged
         self.parts = []
         for capability in dict.fromkeys(t.capability for t in recipe.teachers):
@@ -38,7 +41,7 @@ class SampleGrid:
             for layout in dict.fromkeys(map(questions.layout, first)):
                 rows = [row for row in first if questions.layout(row) == layout]
                 drawer = encoder.sized(capability, questions.size(rows[0]))
-                noise = drawer.noise(rows).to(backbone.transformer.device)
+                noise = drawer.noise(rows).to(device)
                 found = [data[row] for row in rows]
                 words, sources = found, list[Image.Image]()
                 if isinstance(data, Edits):

@@ -42,7 +42,10 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     if kind == "missing":
         return f"{key} is missing in {where}; add it"
     if kind == "literal_error":
-        allowed = re.findall(r"'([^']*)'", str(context["expected"]))
+        found = re.findall(r"'([^']*)'|(True|False)", str(context["expected"]))
+        allowed = [word or truth.lower() for word, truth in found]
+        if value in ("true", "false") and value in allowed:
+            return f"{key} is the word {value!r} in {where}; write it without quotes"
         return f"{key} is {value!r} in {where}{nearest(value, allowed)}"
     if kind == "boolean":
         key = f"{key}.{context['key']}" if key else context["key"]

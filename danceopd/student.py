@@ -84,7 +84,8 @@ def load_student(
         header, where = checked(folder, base)
         adapter = read_adapter(header.file, empty_transformer(where))
         pipe = load_base(where, dtype)
-        _load_lora(pipe, header.file if header.record else adapter, adapter)
+        plain = header.record and header.dialect in ("diffusers", "peft")  # others are read in other halves
+        _load_lora(pipe, header.file if plain else adapter, adapter)
     return pipe if device is None else pipe.to(device)
 
 

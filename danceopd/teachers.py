@@ -125,7 +125,13 @@ def _look(teacher: Teacher, base: Path) -> Known:
                 f"fingerprints differ ({said[:12]} and {base_fingerprint(base)[:12]}); give the base it was trained "
                 "on, or `accept: [base]` on the teacher"
             )
-        return Known(teacher, read_adapter(teacher.adapter, empty_transformer(base)))
+        adapter = read_adapter(teacher.adapter, empty_transformer(base))
+        if not any(a.any() and b.any() for a, b in adapter.tensors.values()):
+            raise UserError(
+                f"teacher {teacher.name!r} ({teacher.adapter}) changes nothing, for each layer of it has a half of "
+                "zeros; take a file that was saved after training, or write `adapter: base`"
+            )
+        return Known(teacher, adapter)
     start = open_checkpoint(base)
     checkpoint = open_checkpoint(teacher.adapter, like=start)
     odd = scheduler_difference(start, checkpoint)

@@ -6,7 +6,9 @@ A tape stands in for CUDA graphs (`tape.py`): operators repeated on the memory o
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import test_loop
@@ -17,7 +19,7 @@ from walk_cases import CASES, NAMES, afresh, walks, world
 
 from danceopd import captured
 from danceopd.attention import core, installed, using
-from danceopd.captured import CapturedField, Constants, Held, Refused, padded, walking
+from danceopd.captured import CapturedField, Constants, CudaGraphs, Held, Refused, padded, walking
 from danceopd.fields import AdapterField, GuidedField, MergedField
 from danceopd.pipelines.families import FAMILIES
 from danceopd.pipelines.family import as_it_is
@@ -276,3 +278,31 @@ def test_the_key(files):
     recipe = Recipe(**files, rollout={"captured": True})
     assert recipe.rollout.captured is True and Recipe(**files).rollout.captured is False
     assert recipe.identity() == Recipe(**files).identity() and recipe.resolved() != Recipe(**files).resolved()
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
+    """torch restores the stream only where a capture ends well; on another stream, nothing later waits for anything."""
+    here, current = SimpleNamespace(wait_stream=lambda other: None), []
+
+    @contextmanager
+    def graph(*args, **kwargs):
+        current.append("of the capture")
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    fakes = {
+        "graph_pool_handle": lambda: (0, 1),
+        "Stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
+        "CUDAGraph": SimpleNamespace,
+        "device": lambda device: nullcontext(),
+        "stream": lambda stream: nullcontext(),
+        "current_stream": lambda: here,
+        "set_stream": current.append,
+        "graph": graph,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(CudaGraphs, "_rehearse", lambda self, run: None)
+    with pytest.raises(RuntimeError, match="a previous error"):
+        CudaGraphs(torch.device("cuda", 0)).record(lambda: torch.zeros(1))
+    assert current[-1] is here

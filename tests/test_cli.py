@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import Program
 from PIL import Image
+from report_folders import scenes
 from safetensors.torch import save_file
 
 COMMANDS = (
@@ -175,3 +176,34 @@ def test_flags_reach_the_recipe(files: dict) -> None:
     command = [sys.executable, "-c", code, "merge", *flags(files), *extra]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     assert done.stdout.splitlines()[0] == "7 3 there 2.0 cpu"
+
+
+def test_what_the_terminal_cannot_show_is_no_fault(danceopd: Program, tmp_path: Path) -> None:
+    done = danceopd("report", scenes(tmp_path / "bench", each=1), PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "? 95%" in done.stdout, done.stderr
+
+
+def test_a_narrow_terminal_cuts_nothing(danceopd: Program) -> None:
+    facts = json.loads(danceopd("inspect", "generation", "--json").stdout)
+    assert facts["sha256"] in danceopd("inspect", "generation", COLUMNS="40").stdout
+    shown = danceopd("plan", "--tflops", "1", COLUMNS="40").stdout
+    assert "activations of the largest batch" in shown and "…" not in shown
+
+
+def test_inspect_leaves_out_what_training_left_and_knows_rank_0(danceopd: Program, tmp_path: Path) -> None:
+    for folder in ("vae", ".training"):
+        (tmp_path / folder).mkdir()
+        save_file({"a": torch.ones(3, 2)}, tmp_path / folder / "model.safetensors")
+    index = {"_class_name": "Flux2KleinPipeline", "vae": ["diffusers", "AutoencoderKLFlux2"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    facts = json.loads(danceopd("inspect", ".", "--json").stdout)
+    assert [weight["file"] for weight in facts["weights"]] == ["vae/model.safetensors"]
+    none = {"transformer.b.to_q.lora_A.weight": torch.ones(0, 8), "transformer.b.to_q.lora_B.weight": torch.ones(8, 0)}
+    save_file(none, tmp_path / "none.safetensors")
+    facts = json.loads(danceopd("inspect", "none.safetensors", "--json").stdout)
+    assert facts["uses"] == [] and "rank 0" in facts["refused"]
+
+
+def test_an_empty_recipe_is_no_wish(danceopd: Program, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("# nothing yet\n")
+    refused(danceopd("merge", "r.yaml"), "recipe r.yaml is empty")

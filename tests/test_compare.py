@@ -444,3 +444,12 @@ def test_a_judges_votes_are_recorded_and_counted(tmp_path: Path, capsys: pytest.
     assert "Votes of the judge, editing" in capsys.readouterr().out
     few = run(a, b, tmp_path / "few", judge=judge, limit=1)
     assert len(few["votes"]["items"]) == 3  # one of each category
+
+
+def test_one_item_of_a_category_is_certain_of_nothing() -> None:
+    lone = compare.difference({"a": {"x": 1.0}}, {"a": {"x": 3.0}}, (0.0, 10.0))
+    assert lone is not None and (lone["mean"], lone["low"], lone["high"]) == (-2.0, -10.0, 10.0)
+    both = {"a": {"x": 1.0}, "b": {k: 2.0 for k in "pq"}}, {"a": {"x": 3.0}, "b": {k: 3.0 for k in "pq"}}
+    found = compare.difference(*both, (0.0, 10.0))
+    assert found is not None and (found["mean"], found["low"], found["high"]) == (-1.5, -5.5, 4.5)
+    assert (found["categories"]["b"]["low"], found["categories"]["b"]["high"]) == (-1.0, -1.0)

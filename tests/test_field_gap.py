@@ -229,10 +229,12 @@ def test_what_was_measured_is_written_everywhere(models, looked):
     assert start["generation"]["gap"] <= 1 and min(found["base"]["editing"]) > 1e-4
     assert found["checks"][0]["gap"] == pytest.approx((start["editing"]["gap"] + start["generation"]["gap"]) / 2)
     lines = [json.loads(line) for line in (looked / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "gap" in line] == [3, 6] and lines[2]["gap"] == found["checks"][1]["gap"]
-    levels = [name for name in lines[5] if name.startswith("gap/editing sigma ")]
-    assert 1 <= len(levels) <= 4 and 0 < float(levels[0].split()[-1]) <= 1 and "gap/generation" in lines[5]
-    assert all(line["adapter"] > 0 and line["samples/s"] > 0 and line["memory"] > 1e7 for line in lines)
+    assert [line["step"] for line in lines if "gap" in line] == [0, 3, 6]
+    assert lines[3]["gap"] == found["checks"][1]["gap"] and lines[0]["gap"] == found["checks"][0]["gap"]
+    assert "gap/editing" in lines[0] and "loss" not in lines[0]
+    levels = [name for name in lines[6] if name.startswith("gap/editing sigma ")]
+    assert 1 <= len(levels) <= 4 and 0 < float(levels[0].split()[-1]) <= 1 and "gap/generation" in lines[6]
+    assert all(line["adapter"] > 0 and line["samples/s"] > 0 and line["memory"] > 1e7 for line in lines[1:])
     events = EventAccumulator(str(looked / "logs")).Reload()
     assert [e.step for e in events.Scalars("gap")] == [0, 3, 6] and events.Scalars("samples/s")
     assert f"Held-out field gap {found['checks'][2]['gap']:.3g} after step 6 (" in (looked / "README.md").read_text()

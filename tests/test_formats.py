@@ -318,6 +318,18 @@ def test_every_format_is_a_teacher(klein, tmp_path, format):
     assert backbone.adapter("teacher").sha256 == adapter.sha256
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_export_is_drawn_with_as_the_student_is(klein, tmp_path, format):
+    """Joined and split again, its halves are others than the stock loader makes; what they do is the same."""
+    pipe, adapter, folder = klein
+    done = export_as(folder / "student", tmp_path, format)
+    loaded = load_student(done.file, base=folder / "base").transformer
+    for name in adapter.tensors:
+        layer = loaded.get_submodule(name)
+        acts = layer.lora_B["student"].weight @ layer.lora_A["student"].weight * layer.scaling["student"]
+        torch.testing.assert_close(acts.detach(), adapter.delta(name), rtol=1e-5, atol=1e-5)
+
+
 # What `danceopd inspect` says of them
 
 

@@ -299,7 +299,7 @@ def test_gates_of_no_strength_end_at_the_same_file(models, tmp_path):
     """weight 1 and eta 0 are DanceOPD, to the last bit of the exported adapter; gates of some strength are not."""
     plain = sha(models, tmp_path / "plain")
     assert sha(models, tmp_path / "nothing", gates=NOTHING) == plain
-    logged = [json.loads(line) for line in (tmp_path / "nothing" / "metrics.jsonl").read_text().splitlines()]
+    logged = [json.loads(line) for line in (tmp_path / "nothing" / "metrics.jsonl").read_text().splitlines()][1:]
     assert all(line["gate/weight"] == 1 and line["gate/weight std"] == 0 for line in logged)
     assert "gate/" not in (tmp_path / "plain" / "metrics.jsonl").read_text()
     found = {sha(models, tmp_path / name, gates={name: True}) for name in ("evidence", "consensus", "skills")}
@@ -311,7 +311,8 @@ def test_strengths_are_asked_and_a_stopped_run_goes_on_to_the_same_file(models, 
     whole = sha(models, tmp_path / "whole", gates=gates)
     sha(models, tmp_path / "part", gates=gates, steps=2)
     assert sha(models, tmp_path / "part", gates=gates) == whole
-    agreed = [json.loads(line)["gate/consensus"] for line in (tmp_path / "whole" / "metrics.jsonl").open()]
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[1:]  # the first is the gap's
+    agreed = [json.loads(line)["gate/consensus"] for line in lines]
     assert min(agreed) > 0 and max(agreed) < 0.9999  # at other strengths it says something else
     with pytest.raises(UserError, match="holds another run .gates.evidence"):
         merge(recipe(models, tmp_path / "part", steps=4), lambda done, steps: None)

@@ -40,9 +40,23 @@ def test_what_cannot_run_is_refused(tmp_path, monkeypatch):
         student(tmp_path / "fused", kernels=True)
 
 
-def test_off_unless_asked_for_and_free_to_change_on_the_way():
+def test_tried_unless_told_and_free_to_change_on_the_way(tmp_path, monkeypatch):
+    """By default a trial decides, shown rows of what the merge asks; where the recipe decides, it is not asked."""
+    for word, said in (("on", "known: auto, true, false"), ("ato", "did you mean 'auto'"), ("true", "without quotes")):
+        with pytest.raises(danceopd.errors.UserError, match=said):
+            danceopd.Recipe(kernels=word)
     recipe = danceopd.Recipe()
-    assert recipe.kernels is False and "kernels" not in recipe.identity()
+    assert recipe.kernels == "auto" and "kernels" not in recipe.identity()
+    asked = []
+
+    def decide(transformer, condition, device, say):
+        asked.append((len(condition), condition.family, device.type))
+
+    monkeypatch.setattr(import_module("danceopd.merge"), "install_where_better", decide)
+    for name, fields in (("auto", {}), ("off", {"kernels": False}), ("compiled", {"compile": True})):
+        monkeypatch.setattr(import_module("danceopd.merge"), "compile_blocks", lambda transformer: None)
+        student(tmp_path / name, batch=3, **fields)
+    assert asked == [(2, "flux2-klein", "cpu")]
 
 
 def test_the_command_says_how(danceopd):

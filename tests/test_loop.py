@@ -7,6 +7,7 @@ from tiny import CALL, random_adapter, random_image, tiny_klein
 from danceopd.backbone import Backbone
 from danceopd.errors import UserError
 from danceopd.fields import AdapterField, GuidedField, MergedField
+from danceopd.lesson import Lesson
 from danceopd.loop import STUDENT, Loop, Source
 from danceopd.pipelines.editing import EditingPipeline
 from danceopd.pipelines.families import FAMILIES
@@ -56,6 +57,32 @@ def test_student_learns_its_teachers_on_its_own_states(world, files):
     assert late < 0.6 * early
     assert set(losses[0].by_teacher) == {"generation", "editing"}
     assert all(p.gradient > 0 and not p.skipped for p in losses)
+
+
+def test_what_is_logged_is_what_was_learnt(world, files, monkeypatch):
+    """The histogram of the queries, errors by noise level and losses by teacher, reckoned from the rows themselves."""
+    rows = []
+    learn = Lesson.learn
+
+    def watched(lesson, surrogate, sigma, error, *rest, **more):
+        names = ("generation", "editing")
+        rows.extend(zip([names[m] for m in lesson.routes], sigma.tolist(), surrogate.tolist(), error.tolist()))
+        learn(lesson, surrogate, sigma, error, *rest, **more)
+
+    monkeypatch.setattr(Lesson, "learn", watched)
+    loop = make(world, files, batch=12, query={"law": "uniform", "jitter": True, "count": 2, "weight": "dt2"})
+    logged = loop._update().scalars()
+    assert len(rows) == 24 and len({int(sigma * 10) for _, sigma, _, _ in rows}) > 4
+    for i in range(10):
+        share = sum(i <= sigma * 10 < i + 1 for _, sigma, _, _ in rows) / 24
+        assert logged[f"asked/sigma {i / 10:g}-{(i + 1) / 10:g}"] == pytest.approx(share)
+    for i in range(4):
+        errors = [error for _, sigma, _, error in rows if i <= sigma * 4 < i + 1]
+        wanted = pytest.approx(sum(errors) / len(errors), rel=1e-5) if errors else None
+        assert logged.get(f"error/sigma {i / 4:g}-{(i + 1) / 4:g}") == wanted
+    for name in ("generation", "editing"):
+        losses = [loss for whose, _, loss, _ in rows if whose == name]
+        assert logged[f"loss/{name}"] == pytest.approx(sum(losses) / (len(losses) / 2), rel=1e-5)
 
 
 def test_teachers_are_asked_where_the_student_stopped(world, files, monkeypatch):

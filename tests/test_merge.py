@@ -2,10 +2,11 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, Flux2Transformer2DModel
 from PIL import Image
 from tiny import random_adapter, tiny_klein
 
@@ -13,6 +14,7 @@ from danceopd.errors import UserError
 from danceopd.lora import read_adapter, write_adapter
 from danceopd.merge import merge
 from danceopd.recipe import Recipe
+from danceopd.work import Encoder, release_encoders
 
 CALL = {"height": 64, "width": 64, "steps": 4, "max_sequence_length": 24}
 
@@ -64,8 +66,13 @@ def test_everything_is_written(done):
     assert [p.name for p in sorted((output / "samples").iterdir())] == [f"step-{i:06d}.png" for i in (0, 2, 4)]
     assert Image.open(output / "samples" / "step-000004.png").size[0] > 128
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert all(line["loss/generation"] > 0 and line["loss/editing"] > 0 for line in lines)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4] and "gap" in lines[0]
+    for line in lines[1:]:
+        assert line["loss/generation"] > 0 and line["loss/editing"] > 0 and line["gradient"] > 0
+        asked = {key: line[key] for key in line if key.startswith("asked/sigma ")}
+        assert len(asked) == 10 and sum(asked.values()) == pytest.approx(1, abs=1e-5)
+        errors = [key for key in line if key.startswith("error/sigma ")]
+        assert 1 <= len(errors) <= 4 and all(line[key] > 0 for key in errors)
     assert any((output / "logs").iterdir())
     assert "guidance_scale=1.0" in (output / "README.md").read_text()
 
@@ -117,7 +124,7 @@ def test_interrupted_run_continues_to_the_same_bytes(done, models, tmp_path):
     name = "pytorch_lora_weights.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (done[0] / name).read_bytes()
     lines = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [1, 2, 3, 4]
+    assert lines == [0, 1, 2, 3, 4]
 
 
 def test_finished_run_is_left_alone(done, models):
@@ -179,7 +186,7 @@ def test_a_half_precision_backbone_with_all_that_saves_memory(models, tmp_path, 
     found, wanted = (read_adapter(tmp_path / name) for name in (dtype, "fp32"))
     assert all(t.dtype == torch.float32 for pair in found.tensors.values() for t in pair)
     assert not any(done.skipped for done in seen) and (dtype == "fp16") == (seen[0].scale is not None)
-    lines = [json.loads(line) for line in (tmp_path / "fp32" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "fp32" / "metrics.jsonl").read_text().splitlines()][1:]
     rounding = {"bf16": 0.5, "fp16": 0.1}[dtype]  # the teachers are near the student, so bf16's own noise is seen
     assert [done.loss for done in seen] == pytest.approx([line["loss"] for line in lines], rel=rounding)
     assert [p.name for p in (tmp_path / dtype / "checkpoints").iterdir()] == ["step-000002"]
@@ -214,6 +221,42 @@ def test_continued_run_encodes_nothing_anew(models, tmp_path, monkeypatch):
 
     monkeypatch.setattr("danceopd.work.Encoder._encode", refused)
     merge(recipe(models, tmp_path / "run"), silent)
+
+
+def test_the_transformer_goes_to_the_device_when_the_encoders_have_left(models, tmp_path, monkeypatch):
+    """So the two are never there together."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(progress, steps):
+        raise Stop
+
+    def told(name, done, size=lambda self: None):
+        def instead(self, *arguments, **more):
+            happened.append((name, size(self)))
+            return done(self, *arguments, **more)
+
+        return instead
+
+    def weights(module):
+        return sum(p.numel() for p in module.parameters())
+
+    happened = []
+    whole = weights(tiny_klein().transformer)
+    monkeypatch.setenv("DANCEOPD_CACHE", str(tmp_path / "cache"))
+    to, moved = DiffusionPipeline.to, Flux2Transformer2DModel.to
+    monkeypatch.setattr(DiffusionPipeline, "to", told("to device", to, lambda pipe: weights(pipe.transformer)))
+    monkeypatch.setattr(sys.modules["danceopd.merge"], "release_encoders", told("encoders leave", release_encoders))
+    monkeypatch.setattr("danceopd.work.Encoder._encode", told("encode", Encoder._encode))
+    monkeypatch.setattr(Flux2Transformer2DModel, "to", told("transformer", moved, weights))
+    with pytest.raises(Stop):
+        merge(recipe(models, tmp_path / "run"), stop)
+    began = happened.index(("to device", 0))  # its transformer holds nothing
+    left = happened.index(("encoders leave", None))
+    assert ("encode", None) in happened[began:left]
+    assert not [size for name, size in happened[began:left] if name == "transformer" and size]
+    assert happened[left + 1][0] == "transformer" and happened[left + 1][1] > whole  # with its adapters
 
 
 def test_fused_run_folder_loads_alone(done, models, tmp_path):

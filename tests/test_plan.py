@@ -16,11 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from danceopd.backbone import Backbone
+from danceopd.captured import MOST
 from danceopd.cli import app
 from danceopd.cost import Tokens, activation_bytes, forward_flops
 from danceopd.errors import UserError
 from danceopd.loop import STUDENT, Loop, Source
 from danceopd.lora import write_adapter
+from danceopd.persistent import Walk, Walks
 from danceopd.pipelines import EditingPipeline, family_of
 from danceopd.plan import plan
 from danceopd.questions import Questions
@@ -109,6 +111,40 @@ def test_student_and_teachers_weigh_what_they_weigh(models: Path, tmp_path: Path
     assert parts["merged copy for the walk"] == sum(w.nbytes for w in merged) > 0
     text = sum(t.numel() for t in load_file(next((models / "base/text_encoder").glob("*.safetensors"))).values())
     assert parts["text_encoder, which then leaves"] == 4 * text
+
+
+def test_walks_over_several_updates_hold_their_latents(models: Path, tmp_path: Path) -> None:
+    rows, lives = 4, 3
+    size = {"height": 128, "width": 128}  # the largest: edits keep their sources' sizes
+    made = recipe(models, tmp_path, rollout={"steps": 4, "persistent": lives}, batch=rows, call=size)
+    parts = {m["part"]: m["bytes"] for m in plan(made, tflops=1.0)["memory"]}
+    pipe = tiny_klein()
+    noise = EditingPipeline(pipe, family_of(pipe), {**CALL, **size}).noise([0])
+    walks = Walks(made)
+    for slot in range(rows):
+        walks.held[slot] = Walk(0, 1, noise.clone(), noise.clone())
+    held = sum(walk.behind.nbytes + walk.here.nbytes for walk in walks.held.values())
+    assert parts["latents of walks over several updates"] == held > 0
+    once = plan(recipe(models, tmp_path, rollout={"steps": 4}), tflops=1.0)
+    assert not [m for m in once["memory"] if "several updates" in m["part"]]
+
+
+def test_the_memory_of_graphs_is_left_out_in_words(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(models, tmp_path, rollout={"steps": 4, "captured": True})
+    assert plan(made, tflops=1.0)["notes"] == []  # on a CPU there are none
+    monkeypatch.setattr("danceopd.plan.device_of", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("danceopd.plan._machine_memory", lambda device: 10**11)
+    [note] = plan(made, tflops=1.0)["notes"]
+    assert "CUDA graphs is not counted" in note and f"at most {MOST}" in note
+    assert plan(recipe(models, tmp_path), tflops=1.0)["notes"] == []
+
+
+def test_a_speed_that_is_none(models: Path, tmp_path: Path) -> None:
+    for speed in (0.0, float("inf"), float("nan")):
+        with pytest.raises(UserError, match="give a number above 0"):
+            plan(recipe(models, tmp_path), tflops=speed)
 
 
 def test_pictures_queries_and_shares(models: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from danceopd.bench import standing
 from danceopd.bench.items import PAGE, in_turn, items_of
 from danceopd.bench.report import load, page
 from danceopd.bench.thumbnails import Thumbnails
+from danceopd.bench.trained import field_gap
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +92,22 @@ def test_alarms_of_the_watch_stand_on_the_first_screen(folder: Path) -> None:
     assert "step 150" not in card and "and 2 more" in card and "rolled back" in card
     quiet = page({**scores, "watch": {**watch, "alarms": [], "rolled_back": []}}, rows, Thumbnails(folder), 0)
     assert "no<small> alarms, 9 checks" in quiet
+
+
+def test_the_field_gap_of_the_run_stands_on_the_first_screen(folder: Path, tmp_path: Path) -> None:
+    scores, rows = load(folder)
+    assert 'id="field-gap"' not in page(scores, rows, Thumbnails(folder), 0)
+    gaps = ((0, 1.0, 0.8), (50, 0.4, 0.2), (100, None, 0.3))
+    checks = [{"step": s, "gap": g, "teachers": {"draws": {"gap": d, "mean_square": [1.0]}}} for s, g, d in gaps]
+    (tmp_path / "gap.json").write_text(json.dumps({"checks": checks, "rows": {"draws": 16}}))
+    assert field_gap(tmp_path) is None  # the run goes on
+    (tmp_path / "finished.json").write_text('{"step": 100, "exported": 50}')
+    found = field_gap(tmp_path)
+    html = page({**scores, "field_gap": found}, rows, Thumbnails(folder), 0)
+    card = html[html.index('id="field-gap"') : html.index("No score: it looks at no picture")]
+    assert "0.40<small> after step 50, 1.00 after step 0" in card
+    assert "<b>0.20</b> to draws <small>(0.80 after step 0)" in card
+    assert 'points="3.0,3.0 97.0,27.0 "' in card and 'cx="97.0" cy="27.0"' in card
+    (tmp_path / "finished.json").write_text('{"step": 70}')
+    assert field_gap(tmp_path) is None  # stopped between two checks: nobody measured that student
+    assert field_gap(None) is None and field_gap(tmp_path / "none") is None

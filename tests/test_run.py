@@ -139,6 +139,25 @@ def test_a_damaged_checkpoint_is_passed_over(recipe: Recipe, damage: str, caplog
     assert "step-000002 is damaged and is passed over" in caplog.text
 
 
+def test_what_is_damaged_is_not_kept_in_place_of_what_is_whole(recipe: Recipe) -> None:
+    """A later one that is damaged does not push out what is saved after it was passed over; it goes then."""
+    few = recipe.model_copy(update={"keep_last": 2})
+    with RunFolder("out", few) as folder:
+        for step in (20, 30, 40):
+            newest = folder.save(step, state(), {})
+        for broken in (newest, newest.with_name("step-000030")):
+            (broken / "state.safetensors").write_bytes(b"cut")
+        assert folder.load() is None
+        assert len(os.listdir("out/checkpoints")) == 2  # until there is another
+        folder.save(1, state(), {})
+        assert os.listdir("out/checkpoints") == ["step-000001"]
+        for step in (2, 3):
+            folder.save(step, state(), {})
+        assert sorted(os.listdir("out/checkpoints")) == ["step-000002", "step-000003"]
+    with RunFolder("out", few) as folder:
+        assert folder.load().step == 3  # type: ignore[union-attr]
+
+
 def test_a_killed_save_leaves_the_previous_checkpoint(recipe: Recipe) -> None:
     """A real process, killed between the state's arrival on the disk and the rename."""
     code = (
@@ -212,6 +231,8 @@ def test_tensorboard_and_samples(recipe: Recipe) -> None:
         folder.log(1, loss=0.25)
         path = folder.image(50, Image.new("RGB", (8, 8), "red"))
     assert path == Path("out/samples/step-000050.png") and Image.open(path).size == (8, 8)
+    Path("out/samples/.step-000051.png.99999").write_bytes(b"of a killed run")
+    RunFolder("out", recipe).close()
     assert os.listdir("out/samples") == ["step-000050.png"]
     events = EventAccumulator("out/logs").Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.25)]

@@ -68,3 +68,28 @@ def test_settings_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "danceopd.json").write_text("[64")
     with pytest.raises(UserError, match="danceopd.json is not a JSON object"):
         call_defaults(tmp_path)
+
+
+def test_each_picture_is_kept_before_the_next_is_drawn(made: Path, tmp_path: Path) -> None:
+    def stop(path: Path) -> None:
+        assert path.is_file()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(made / "student", "a fox", count=50, base=made / "base", device="cpu", output=tmp_path, report=stop)
+    assert [path.name for path in tmp_path.iterdir()] == ["a-fox-seed0.png"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"), [({"device": "gpu"}, "device is 'gpu'"), ({"seed": 2**63}, "below 2[*][*]63")]
+)
+def test_what_torch_would_refuse(made: Path, tmp_path: Path, bad: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        sample(made / "student", "a fox", base=made / "base", output=tmp_path, **bad)
+
+
+def test_a_prompt_that_the_pipeline_cuts(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = "fox " * 40
+    sample(made / "student", words, count=2, base=made / "base", device="cpu", output=tmp_path)
+    said = [record.getMessage() for record in caplog.records if "the pipeline cuts it at 24" in record.getMessage()]
+    assert len(said) == 1

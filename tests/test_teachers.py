@@ -209,6 +209,14 @@ def run(models, output, editing, **fields):
     return Recipe(**{**given, **fields})
 
 
+def test_a_lora_that_was_never_trained_is_refused(models, tmp_path):
+    fresh = random_adapter(tiny_klein().transformer)
+    fresh.tensors = {name: (a, torch.zeros_like(b)) for name, (a, b) in fresh.tensors.items()}
+    write_adapter(fresh, tmp_path / "fresh")
+    with pytest.raises(UserError, match="changes nothing"):
+        look([Teacher(name="edits", adapter=str(tmp_path / "fresh"), capability="editing")], models / "base")
+
+
 @pytest.mark.parametrize(
     ("editing", "kind"),
     [({"rank": 4}, "low-rank"), ({"residual": 0, "guidance": 2.0}, "streamed")],

@@ -363,7 +363,7 @@ def test_an_alarm_brings_the_first_state_back_and_goes_on_plainly(models, tmp_pa
     assert run(models, tmp_path / "run", gates=gates, watch=knobs) == [3, 4]
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (plain / WEIGHTS).read_bytes()
     assert "watch, step 2: the state after step 0 is brought back, and the run goes on without gates" in caplog.text
-    assert [line["step"] for line in lines_of(tmp_path / "run", "metrics.jsonl")] == [0, 0, 1, 2, 3, 4]
+    assert [line["step"] for line in lines_of(tmp_path / "run", "metrics.jsonl")] == [0, 0, 0, 1, 2, 3, 4]
     checks = lines_of(tmp_path / "run")
     assert [line["step"] for line in checks] == [0, 2, 2, 2, 4] and checks[2]["rolled_back_to"] == 0
     card = (tmp_path / "run" / "README.md").read_text()

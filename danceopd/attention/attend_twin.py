@@ -85,6 +85,11 @@ def _attend(q, k, v, source_k, source_v, out, cumulative, tokens,
 BM, BN = 64, 64
 
 
+def stages(like: Tensor, prologue: bool = False) -> int:
+    """How many tiles of keys are on their way at once: as many as 99 KB of shared memory (sm_89, sm_120) hold."""
+    return 1 if prologue or like.element_size() == 4 else 2
+
+
 def ragged_attention(
     out: Tensor,
     q: Tensor,
@@ -105,5 +110,5 @@ def ragged_attention(
         q, k, v, _or(source_k, k), _or(source_v, v), out, _or(cumulative, q), _or(tokens, q), *strides,
         heads, length, 0 if source_k is None else source_k.shape[1], scale * math.log2(math.e),
         RAGGED=cumulative is not None, LISTED=tokens is not None, SOURCE=source_k is not None, D=head_dim,
-        BD=triton.next_power_of_2(head_dim), BM=BM, BN=BN,
+        BD=triton.next_power_of_2(head_dim), BM=BM, BN=BN, num_stages=stages(q),
     )  # fmt: skip

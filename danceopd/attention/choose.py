@@ -102,7 +102,12 @@ def active(device: str) -> str:
 
 
 def give_up(name: str, reason: str) -> None:
-    """Take a backend out of `auto`, for this process. UserError if it was asked for by name."""
+    """Take a backend out of `auto`, for this process. UserError if it was asked for by name.
+
+    CannotBuild inside `using`, which leaves no other backend to go on with.
+    """
+    if _forced and _forced[-1] != "auto":
+        raise build.CannotBuild(reason)
     if requested() == name:
         raise UserError(f"{VARIABLE}={name}, but {reason}; use auto")
     _given_up[name] = reason
@@ -165,7 +170,7 @@ def _outside(backend: str, tensors: list[Tensor], wide: list[Tensor]) -> str:
             return "a last dimension is not contiguous"
         step = 16 // tensor.element_size()
         if backend == "cuda" and (
-            tensor.storage_offset() % step
+            _misplaced(tensor)
             or tensor.shape[-1] % step
             or any(stride % step for stride, size in zip(tensor.stride()[:-1], tensor.shape) if size > 1)
         ):
@@ -175,9 +180,17 @@ def _outside(backend: str, tensors: list[Tensor], wide: list[Tensor]) -> str:
             return f"{_name(first)} is mixed with {_name(tensor)}"
         if tensor.stride(-1) != 1:
             return "a weight or a table is not contiguous"
-        if backend == "cuda" and tensor.storage_offset() * tensor.element_size() % 16:
+        step = 16 // tensor.element_size()
+        if backend == "cuda" and (
+            _misplaced(tensor) or any(n % step for n, size in zip(tensor.stride()[:-1], tensor.shape) if size > 1)
+        ):
             return "a weight or a table does not start at a multiple of 16 bytes"
     return ""
+
+
+def _misplaced(tensor: Tensor) -> bool:
+    """Whether a tensor starts off 16 bytes. A trace cannot ask; there the kernel's caller copies such a tensor."""
+    return not torch.compiler.is_compiling() and tensor.storage_offset() * tensor.element_size() % 16 != 0
 
 
 def _name(tensor: Tensor) -> str:

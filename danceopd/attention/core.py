@@ -67,6 +67,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, source: 
     call = asked(Call(q, k, v, mask, None, source))
     if runs_plain(call):
         return sdpa(call)
+    with torch.cuda.device_of(call.q):  # events are timed, and FlashAttention-4 launches, on the current device
+        return _attended(call)
+
+
+def _attended(call: Call) -> Tensor:
     name = _core(call)
     try:
         return CORES[name](call)
@@ -154,7 +159,7 @@ def measure(call: Call, seconds: Callable[[Callable[[], object]], float] | None 
                 reason = _differs(run(name), exact, call)
             if not reason:
                 times[name] = seconds(functools.partial(run, name))
-        except (RuntimeError, ImportError, AssertionError, TypeError) as error:  # what a library refuses a shape with
+        except Exception as error:  # libraries refuse a shape with errors of their own: Triton's, FlashAttention-4's
             reason = _line(error)
         refused[name] = reason
     best = min(times, key=lambda name: times[name] * (1 if name == "sdpa" else MARGIN))

@@ -1,95 +1,25 @@
 """The CUDA kernels of `csrc/` behind the same functions as `reference`: pointers and strides out, one launch each.
 
-The structs here are those of the sources, field for field (a test compiles the comparison). Inputs have passed the
-envelope of `choose.py`; outputs are dense, except gradients, which go where the caller wants them.
+Inputs have passed the envelope of `choose.py`, but for where they start (`_placed`); outputs are dense, except
+gradients, which go where the caller wants them. The structs are those of `structs.py`.
 """
 
 from __future__ import annotations
 
 import math
-from ctypes import Structure, c_float, c_int, c_longlong, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import driver
 from .parts import Part, first_rows
+from .structs import Attend, AttendStream, CStream, Prep, Site, Strides, Strides4, Swiglu
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WEIGHT_FP32, ROUND_FIRST, NO_NORM = 1, 2, 4
 NORM = {"none": 0, "layer": 1, "rms": 2}
 SITE_WEIGHT_FP32, SITE_Y_WEIGHT_FP32, SITE_ROUND_FIRST, SITE_Y_RMS = 4, 8, 16, 32
-
-
-class Strides(Structure):
-    _fields_ = [("batch", c_longlong), ("token", c_longlong)]
-
-
-class Strides4(Structure):
-    _fields_ = [("batch", c_longlong), ("token", c_longlong), ("head", c_longlong)]
-
-
-class CStream(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in "q k v weight_q weight_k cos sin dq dk dv partial".split()),
-        *((name, Strides) for name in "q_at k_at v_at rope_at dq_at dk_at dv_at".split()),
-        *((name, c_int) for name in "tokens first flags unused".split()),
-    ]
-
-
-class Prep(Structure):
-    _fields_ = [
-        ("image", CStream),
-        ("text", CStream),
-        *((name, c_void_p) for name in "q k v grad_q grad_k grad_v".split()),
-        *((name, Strides4) for name in "grad_q_at grad_k_at grad_v_at".split()),
-        ("heads", c_int),
-        ("tokens", c_int),
-        ("eps", c_float),
-        ("unused", c_int),
-    ]
-
-
-class Site(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in "x y gate y_weight weight scale shift grad_sum grad_normed".split()),
-        *((name, c_void_p) for name in "sum normed dx dy".split()),
-        *((f"{n}_at", Strides) for n in "x y gate scale shift grad_sum grad_normed".split()),
-        ("out_batch", c_longlong),
-        ("width", c_int),
-        ("flags", c_int),
-        ("eps", c_float),
-        ("y_eps", c_float),
-    ]
-
-
-class Swiglu(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in "gate up passed grad out dgate dup".split()),
-        *((f"{name}_at", Strides) for name in "gate up passed grad out dgate dup".split()),
-        ("width", c_int),
-        ("passed_width", c_int),
-    ]
-
-
-class AttendStream(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in "q k v weight_q weight_k cos sin".split()),
-        *((f"{name}_at", Strides) for name in "q k v rope".split()),
-        *((name, c_int) for name in "tokens first flags unused".split()),
-    ]
-
-
-class Attend(Structure):
-    _fields_ = [
-        ("image", AttendStream),
-        ("text", AttendStream),
-        *((name, c_void_p) for name in "source_k source_v out cumulative tokens".split()),
-        *((f"{name}_at", Strides) for name in "source_k source_v out".split()),
-        *((name, c_int) for name in "heads length source unused".split()),
-        ("scale", c_float),
-        ("eps", c_float),
-    ]
 
 
 def _at(x: Tensor | None) -> Strides:
@@ -101,6 +31,18 @@ def _at(x: Tensor | None) -> Strides:
 
 def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
+
+
+def _placed(x: Any) -> Any:
+    """`x`, or a copy where it starts off 16 bytes: a trace could not ask, and memory may come from elsewhere.
+
+    Hold what it returns until the launch.
+    """
+    return x if x is None or x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _part(part: Part) -> Part:
+    return Part(*map(_placed, part))
 
 
 # Attention inputs
@@ -166,6 +108,7 @@ def qkv_prep(
     text_first: bool,
 ) -> None:
     """See `reference.qkv_prep`; `out` is dense."""
+    image, text = _part(image), None if text is None else _part(text)
     argument, image_first, first = _prep(image, text, eps, text_first)
     argument.image = _stream(image, None, image_first, round_first, None)
     if text is not None:
@@ -185,6 +128,7 @@ def qkv_prep_backward(
     weights: bool,
 ) -> list[tuple[Tensor, Tensor]]:
     """See `reference.qkv_prep_backward`."""
+    image, text = _part(image), None if text is None else _part(text)
     argument, image_first, first = _prep(image, text, eps, text_first)
     aligned = [None if grad is None else _rows(grad) for grad in grads]
     partials = []
@@ -264,6 +208,7 @@ def norm_site(
     y_eps: float,
 ) -> None:
     """See `reference.norm_site`; `total` and `out` are dense."""
+    x, y, gate, y_weight, weight, scale, shift = map(_placed, (x, y, gate, y_weight, weight, scale, shift))
     argument = _site(x, y, gate, y_weight, weight, scale, shift, kind, rms_y, eps, y_eps)
     argument.sum, argument.normed = _pointer(total), _pointer(out)
     _run_site("norm_site_forward", x, argument)
@@ -287,6 +232,7 @@ def norm_site_backward(
 ) -> None:
     """See `reference.norm_site_backward`; `dx` and `dy` are dense."""
     kind = "none" if grad_out is None else kind
+    total, y, gate, y_weight, weight, scale = map(_placed, (total, y, gate, y_weight, weight, scale))
     argument = _site(total, y, gate, y_weight, weight, scale, None, kind, rms_y, eps, y_eps)
     grads = [None if grad is None else _rows(grad) for grad in (grad_total, grad_out)]
     argument.grad_sum, argument.grad_normed = (_pointer(grad) for grad in grads)
@@ -299,6 +245,7 @@ def norm_site_backward(
 
 
 def _run_swiglu(entry: str, **tensors: Tensor | None) -> None:
+    tensors |= {name: _placed(tensors.get(name)) for name in ("gate", "up", "passed")}
     gate, passed = tensors["gate"], tensors.get("passed")
     assert gate is not None
     argument = Swiglu(width=gate.shape[2], passed_width=0 if passed is None else passed.shape[2])
@@ -342,6 +289,7 @@ def _run_attend(
 ) -> None:
     batch, length, heads, head_dim = out.shape
     samples = batch if cumulative is None else len(cumulative) - 1
+    source_k, source_v = _placed(source_k), _placed(source_v)
     for name, tensor in (("source_k", source_k), ("source_v", source_v), ("out", out)):
         setattr(argument, name, _pointer(tensor))
         setattr(argument, f"{name}_at", _at(tensor))
@@ -366,7 +314,8 @@ def ragged_attention(
     scale: float,
 ) -> None:
     """See `reference.ragged_attention`; `out` is dense."""
-    argument = Attend(image=_attend_stream(Part(q, k, v), 0, False))
+    part = _part(Part(q, k, v))
+    argument = Attend(image=_attend_stream(part, 0, False))
     _run_attend("ragged_attention", out, argument, cumulative, tokens, source_k, source_v, longest, scale)
 
 
@@ -385,6 +334,7 @@ def prepared_attention(
     scale: float,
 ) -> None:
     """See `reference.prepared_attention`; `out` is dense."""
+    image, text = _part(image), None if text is None else _part(text)
     first, of_text = first_rows(image, text, text_first)
     argument = Attend(image=_attend_stream(image, first, round_first), eps=eps)
     if text is not None:

@@ -1,7 +1,8 @@
 """Loading machine code and launching it, through the CUDA driver by ctypes: no compiler, no torch headers.
 
 Modules are loaded once for a device, into torch's own context; kernels run on torch's current stream, so CUDA
-graphs capture them. Load (one launch) before a capture begins: loading itself cannot be captured.
+graphs capture them. Load (one launch) before a capture begins: loading itself cannot be captured. A thread of
+autograd that has run nothing on the device yet has no context; it is given torch's.
 """
 
 from __future__ import annotations
@@ -28,6 +29,23 @@ def _check(status: int, what: str) -> None:
         text = ctypes.c_char_p()
         _library().cuGetErrorString(status, ctypes.byref(text))
         raise RuntimeError(f"{what}: CUDA error {status}, {(text.value or b'unknown').decode()}")
+
+
+@functools.cache
+def _context(device: int) -> ctypes.c_void_p:
+    """The context of a device that the runtime, and so torch, uses; held, so that modules outlive no context."""
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    _check(_library().cuDeviceGet(ctypes.byref(handle), device), "finding the device")
+    _check(_library().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "finding the device's context")
+    return context
+
+
+def _enter(device: int) -> None:
+    """Give this thread the device's context if it has none: the runtime does so only at its own first launch."""
+    context = ctypes.c_void_p()
+    _check(_library().cuCtxGetCurrent(ctypes.byref(context)), "asking for the context")
+    if not context.value:
+        _check(_library().cuCtxSetCurrent(_context(device)), "entering the context")
 
 
 @functools.cache
@@ -59,6 +77,7 @@ def launch(
     """Run `entry` of `csrc/<name>.cu` on the device of `like`: `grid` blocks of `threads`, one struct by value."""
     device = like.device.index
     with torch.cuda.device(device):
+        _enter(device)
         function = _function(device, name, tuple(sorted(defines.items())), entry)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
         stream = torch.cuda.current_stream(device).cuda_stream

@@ -87,6 +87,8 @@ def parallel_qkv(
     backend = choose.active(packed.device.type)
     stream = Stream(packed, None, None, weight_q, weight_k, cos, sin)
     problem = _heads_problem(backend, head_dim, [stream])
+    if backend == "cuda" and (packed.shape[-1] - 3 * width) * packed.element_size() % 32:
+        problem = "rows do not start at multiples of 16 bytes"  # those of up, behind gate
     fused = choose.fused("parallel_prep", backend, [packed], list(stream[3:]), problem)
     if fused and torch.is_grad_enabled() and packed.requires_grad:
         fixed = head_dim, width, eps, round_first

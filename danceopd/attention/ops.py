@@ -25,7 +25,8 @@ def _run(function: str, like: Tensor, *arguments: Any) -> Any:
     while True:
         name = choose.active(like.device.type)
         try:
-            return getattr(_backend(name), function)(*arguments)
+            with torch.cuda.device_of(like):  # Triton launches on the current device
+                return getattr(_backend(name), function)(*arguments)
         except build.CannotBuild as error:
             choose.give_up(name, str(error))
 

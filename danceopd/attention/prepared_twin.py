@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attend_twin import BM, BN, _over, _step
+from .attend_twin import BM, BN, _over, _step, stages
 from .head_twins import _factors, _prepare, _rope_at
 from .parts import Part, first_rows
 from .row_twins import _at, _or
@@ -143,4 +143,5 @@ def prepared_attention(
         RAGGED=cumulative is not None, LISTED=tokens is not None, SOURCE=source_k is not None, TEXT=text is not None,
         NORM=image.weight_q is not None, ROUND_FIRST=round_first and not wide, ROTATE=image.cos is not None,
         PAIRS=image.sin is None, D=head_dim, BD=triton.next_power_of_2(head_dim), BM=BM, BN=BN,
+        num_stages=stages(out, prologue=True),
     )  # fmt: skip

@@ -162,3 +162,25 @@ def matrix(scores: Mapping[str, Any]) -> dict | None:
             rows.append({"name": name, "head": head, "gain": row["gain"], "teacher": row["teacher"], "cells": cells})
     words = {SIGNS[key]: text for key, text in found["verdicts"].items() if key in SIGNS}
     return {"columns": found["models"], "rows": rows, "words": words}
+
+
+def course(found: Mapping[str, Any] | None) -> dict | None:
+    """The held-out field gap of the student's run: its first and its exported check, and a line on a log scale.
+
+    The line lies in a box of 100 x 30, 0 at its top. A check without a gap has no place on it.
+    """
+    if not found:
+        return None
+    checks = found["checks"]
+    chosen = next(check for check in checks if check["step"] == found["exported"])
+    placed = [(check["step"], math.log10(check["gap"])) for check in checks if check["gap"]]
+    steps, heights = [step for step, _ in placed], [height for _, height in placed]
+
+    def at(step: int, height: float) -> tuple[float, float]:
+        across = (step - steps[0]) / max(1, steps[-1] - steps[0])
+        up = (height - min(heights)) / (max(heights) - min(heights) or 1.0)
+        return round(3 + 94 * across, 1), round(27 - 24 * up, 1)
+
+    line = [at(*place) for place in placed] if len(placed) > 1 else []
+    ring = at(chosen["step"], math.log10(chosen["gap"])) if line and chosen["gap"] else None
+    return {"first": checks[0], "chosen": chosen, "checks": len(checks), "line": line, "ring": ring}

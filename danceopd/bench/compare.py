@@ -4,8 +4,8 @@ Input is rows: one plain dict an item and model, with `model`, `capability`, `ca
 there is none: a picture is missing, an answer cannot be read). The overall score is the unweighted mean of the
 category means, as in the paper. Failures are in no mean and in every count; `lower` and `upper` are the mean with each
 failure at the lowest and the highest score. Intervals are 95 %: Wilson's for shares, bootstrap percentiles for the
-rest; differences are paired by item and resampled within each category. Equal rows give equal numbers. Probes and
-held-out items stand apart from the rest.
+rest; differences are paired by item and resampled within each category, and a category's only item may differ by the
+whole scale. Equal rows give equal numbers. Probes and held-out items stand apart from the rest.
 """
 
 from __future__ import annotations
@@ -198,6 +198,8 @@ def _difference(pairs: Mapping[str, list[tuple[float | None, float | None]]], sc
     values = {c: [None if a is None or b is None else a - b for a, b in pair] for c, pair in pairs.items()}
     arrays = [array for found in values.values() if len(array := _scored(found))]
     low, high = _bounds(_resampled(arrays)) if arrays else (0.0, 0.0)
+    for lone in (a[0] / len(arrays) for a in arrays if len(a) == 1):  # resampling one item would claim certainty
+        low, high = low - lone - width / len(arrays), high - lone + width / len(arrays)
     centre = np.mean([a.mean() for a in arrays]) if arrays else None
     figure = _figure(list(values.values()), centre, low, high, (-width, width))
     every = np.concatenate(arrays) if arrays else np.zeros(0)

@@ -28,7 +28,7 @@ FAILURES = 500
 """Failures that the page lists."""
 OPTIONAL = (
     *("judge", "judging", "subsets", "metrics", "pictures", "ceiling", "probes", "blend_grid", "base", "seed", "call"),
-    *("limit", "categories", "machine", "seconds", "versions", "command", "watch"),
+    *("limit", "categories", "machine", "seconds", "versions", "command", "watch", "field_gap"),
 )
 """Keys of `scores.json` that an older bench, or another maker, may have left out."""
 
@@ -95,6 +95,7 @@ def page(scores: dict, rows: Sequence[dict], pictures: Thumbnails, budget: int =
         "lines": {c: standing.lines(scores, c) for c in capabilities},
         "unscored": {c: standing.unscored(scores, c) for c in capabilities},
         "matrix": charts.matrix(scores),
+        "course": charts.course(scores["field_gap"]),
         "subsets": standing.subsets(scores),
         "apart": standing.apart(scores),
         "metrics": [*standing.metrics(scores), *standing.sets(scores)],

@@ -24,8 +24,10 @@ from danceopd.bench.report import report as write_report
 from danceopd.bench.score import Scoring
 from danceopd.bench.scores import summarise
 from danceopd.bench.suites import Item, judged, suite_items, suite_named
+from danceopd.bench.trained import field_gap, watched
 from danceopd.disk import disk_faults, lock, replace_file, sweep
 from danceopd.errors import UserError
+from danceopd.extract import device_of
 from danceopd.machine import describe
 from danceopd.pipelines.families import family_of
 from danceopd.processes import Processes
@@ -120,10 +122,11 @@ class Bench:
     def __post_init__(self) -> None:
         for name, value, least in (
             ("limit", self.limit, 1), ("batch", self.batch, 1), ("seed", self.seed, 0), ("samples", self.samples, 1),
+            ("repeats", self.repeats, 1),
         ):  # fmt: skip
             if value is not None and value < least:
                 hint = ", or leave it out for the whole suite" if name == "limit" else ""
-                raise UserError(f"the {name} is {value}; give {least} or more{hint}")
+                raise UserError(f"--{name} is {value}; give {least} or more{hint}")
         if self.student is None and not self.images:
             raise UserError("there is nothing to score; give a student, or --images NAME=FOLDER")
 
@@ -255,7 +258,7 @@ class Bench:
             return ()
         from danceopd.bench.features import networks
 
-        return networks(self.features, "cuda" if self.device.startswith("cuda") else "cpu")
+        return networks(self.features, device_of(self.device).type)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -304,8 +307,8 @@ class Bench:
             if not other:
                 return
             raise UserError(
-                f"output folder {self.folder} holds another bench ({', '.join(other)} differ); choose "
-                "another --output, or delete that folder"
+                f"output folder {self.folder} holds another bench (of other {', '.join(other)}); choose another "
+                "--output, or delete that folder"
             )
         raise UserError(
             f"output folder {self.folder} holds a bench whose {MARK} is damaged; choose another "
@@ -353,7 +356,8 @@ class Bench:
             "judge": self.session and self.session.judge.identity,
             "judging": self.session and self._judging(),
             "pictures": self._sets(rows),
-            "watch": self._watched(),
+            "watch": watched(self.student),
+            "field_gap": field_gap(self.student),
             "ceiling": json.loads(ceiling.read_text(encoding="utf-8")) if ceiling.is_file() else None,
             "machine": describe(str(processes.device)),
             "seconds": seconds | {"total": round(time.perf_counter() - started, 2)},
@@ -363,14 +367,6 @@ class Bench:
         found = BenchResult(self.folder, scores, rows, write_report(self.folder))
         self.progress(1, 1, "report")
         return found
-
-    def _watched(self) -> dict | None:
-        """What the watch saw while the student was trained, where its run was watched."""
-        file = Path(self.student or "") / "watch.json"
-        with suppress(OSError, ValueError):
-            found = json.loads(file.read_text(encoding="utf-8"))
-            return {key: found[key] for key in ("judge", "alarms", "rolled_back")} | {"checks": len(found["checks"])}
-        return None
 
     def _judging(self) -> dict:
         found = {"repeats": self.session.repeats, "usage": self.session.usage, "stopped": self.session.stopped}

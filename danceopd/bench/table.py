@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from danceopd.bench import standing
+from danceopd.console import wide
 from danceopd.progress import clock
 
 SHORT = {
@@ -200,7 +201,7 @@ def table(scores: dict) -> RenderableType:
 
 def print_table(scores: dict, console: Console | None = None) -> None:
     """Print the tables to a console (standard output)."""
-    (console or Console(markup=False)).print(table(scores), highlight=False)
+    (console or wide(soft_wrap=False)).print(table(scores), highlight=False)
 
 
 @contextmanager

@@ -23,10 +23,10 @@ def bench(
         str, typer.Option(help='Of base, blend and teachers\' names, with commas; or "none". Default: all of them.')
     ] = "",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: bench, in the student's.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many prompts and so many edits.")] = None,
-    categories: Annotated[str, typer.Option(help="Only these, with commas.")] = "",
+    limit: Annotated[int | None, typer.Option(help="At most so many prompts and so many edits; default: all.")] = None,
+    categories: Annotated[str, typer.Option(help="Only these, with commas; default: all.")] = "",
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same machine: the same bytes.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     batch: Annotated[int | None, typer.Option(help="Pictures drawn at once; default: what their size allows.")] = None,
     probes: Annotated[bool, typer.Option("--probes", help="Also held-out and compound items.")] = False,
     only_score: Annotated[bool, typer.Option("--only-score", help="Draw nothing; score what is there.")] = False,
@@ -90,7 +90,7 @@ def bench(
 ) -> None:
     """Score a student, and what it came from, on the same prompts, edits and seeds; write a report.
 
-    Running the same command again continues. `accelerate launch -m danceopd bench …` shares the drawing.
+    Running the same command again continues. `accelerate launch --multi_gpu -m danceopd bench …` shares the drawing.
     """
     folders = pairs(images or (), "--images", "mine=results/mine")
     weights = pairs(words(blend_weights), "--blend-weights", "generation=0.7")
@@ -189,7 +189,7 @@ def about(suite: Any) -> str:
     """The first line of the suite's module, without its name."""
     line = (sys.modules[suite.__module__].__doc__ or "").partition("\n")[0]
     words = line.partition(" suite: ")[2] or line
-    return f"{words[:1].upper()}{words[1:]}"
+    return f"{words[:1].upper()}{words[1:]}".replace("``", "")
 
 
 def data_sentence(suite: Any) -> str:

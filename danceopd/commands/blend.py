@@ -77,10 +77,11 @@ def _base_of(headers: Sequence[Header], given: str | os.PathLike | None) -> dict
 
 def show(found: Blended) -> None:
     """Prints what the rank lost: the layers that lost most, and all together."""
-    from rich.console import Console
     from rich.table import Table
 
-    console, ranks = Console(soft_wrap=True, markup=False), found.adapter.ranks
+    from ..console import wide
+
+    console, ranks = wide(), found.adapter.ranks
     lossy: list[tuple[str, Any]] = sorted(found.residuals.items(), key=lambda pair: -pair[1])
     lossy = [pair for pair in lossy if pair[1] > 0]
     if lossy:

@@ -92,10 +92,10 @@ def _first(found: Sequence[Pair], limit: int | None) -> list[Pair]:
 
 def judges(one: Path, other: Path) -> None:
     """Prints how far two files of answers agree, by what was asked."""
-    from rich.console import Console
     from rich.table import Table
 
     from ..bench.judges import agreement_of_files
+    from ..console import wide
 
     found = agreement_of_files(one, other)
     table = Table(box=None, pad_edge=False)
@@ -105,7 +105,7 @@ def judges(one: Path, other: Path) -> None:
     for aspect, figures in found.items():
         counts = [str(figures[head]) for head in heads[:2]]
         table.add_row(aspect, *counts, *(_number(figures.get(head)) for head in heads[2:]))
-    Console(markup=False).print(table, highlight=False)
+    wide().print(table, highlight=False)
 
 
 def _session(
@@ -208,10 +208,11 @@ def markdown(found: dict) -> str:
 def show(found: dict) -> None:
     """Prints the tables and the lines; a dry run prints what the votes would take."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(soft_wrap=True, markup=False)
+    from ..console import wide
+
+    console = wide()
     if "estimate" in found:
         of = found["estimate"]
         cost = "at a price that is not known" if of["cost"] is None else f"about ${of['cost']:.2f}"

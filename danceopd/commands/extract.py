@@ -27,10 +27,11 @@ def run(
 
 def show(found: Extraction) -> None:
     """Prints the table: what each layer lost, and what changed without a place in the LoRA."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(soft_wrap=True, markup=False)
+    from ..console import wide
+
+    console = wide()
     table = Table(box=None)
     for head in ("layer", "rank", "change", "residual"):
         table.add_column(head, justify="left" if head == "layer" else "right")

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from ..dialects import split_prefix
 from ..disk import sha256
 from ..errors import UserError
@@ -52,36 +54,35 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def show(facts: dict[str, Any], names: bool = False) -> None:
-    """Prints what `describe` found as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None)
-    for _ in range(2):
-        table.add_column(overflow="fold")
+    """Prints what `describe` found, a fact a line: nothing is cut or folded, so that hashes can be copied."""
+    rows: list[tuple[str, str]] = []
     for key, value in facts.items():
         if key in LONG or value is None or value == []:
             continue
-        joint = "; " if key == "uses" else ", "
-        table.add_row(key.replace("_", " "), joint.join(value) if isinstance(value, list) else str(value))
-    for name, count in facts.get("targets", {}).items():
-        table.add_row(f"{count} x", name)
-    for name, kind in facts.get("parts", {}).items():
-        table.add_row(name, kind)
+        if key == "uses":
+            rows += [(key if number == 0 else "", use) for number, use in enumerate(value)]
+        else:
+            shown = f"{value:,}" if key == "parameters" else str(value)
+            rows.append((key.replace("_", " "), ", ".join(value) if isinstance(value, list) else shown))
+    rows += [(f"{count} x", name) for name, count in facts.get("targets", {}).items()]
+    rows += facts.get("parts", {}).items()
+    wide = max(len(key) for key, _ in rows)
+    for key, shown in rows:
+        typer.echo(f"{key:<{wide}}  {shown}")
     for file in facts.get("weights", []):
-        table.add_row(file["file"], f"{file['parameters']:,} parameters, sha256 {file['sha256']}")
-    console = Console(soft_wrap=True, markup=False)
-    console.print(table, highlight=False)
+        typer.echo(f"{file['file']}: {file['parameters']:,} parameters, sha256 {file['sha256']}")
     for name in facts.get("names", []) if names else []:
-        console.print(f"  {name}", markup=False, highlight=False)
+        typer.echo(f"  {name}")
 
 
 def _lora(header: Header) -> dict[str, Any]:
     layers = [split_prefix(layer)[1] for layer in header.ranks]
     base = _base(header)
     found = _architectures(layers, _of_base(base))
-    refused = _refusal(header)
     ranks = sorted(header.ranks.values())
+    refused = _refusal(header)
+    if not refused and ranks and ranks[0] < 1:
+        refused = "it has layers of rank 0, which no reader takes; save it again"
     facts: dict[str, Any] = {
         "kind": "LoRA",
         "file": str(header.file),
@@ -279,6 +280,8 @@ def _weights(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
     found, dtypes = [], set()
     for file in sorted(path.rglob("*.safetensors")):
+        if any(part.startswith(".") for part in file.relative_to(path).parts):  # its trainer's, not the model's
+            continue
         try:
             with safe_open(file, framework="numpy") as tensors:
                 slices = [tensors.get_slice(name) for name in tensors.keys()]  # noqa: SIM118

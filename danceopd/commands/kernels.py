@@ -42,7 +42,10 @@ def describe() -> dict[str, str]:
     except PackageNotFoundError:
         facts["triton version"] = "not installed"
     facts["kept in"] = str(cache_folder() / "kernels")
-    facts["switched on by"] = "kernels: true in a recipe, or danceopd.attention.install(pipe.transformer)"
+    facts["switched on by"] = (
+        "a merge, where a trial finds them right and faster (kernels: true in a recipe: in any case), or "
+        "danceopd.attention.install(pipe.transformer)"
+    )
     facts["head dims"] = ", ".join(map(str, choose.HEAD_DIMS))
     facts["attention core"] = "measured once a shape, on first use" if cuda else "SDPA: on a CPU nothing is measured"
     facts["FlashAttention-4"] = cores.flash4_version() or "not installed (pip install 'danceopd[flash]')"
@@ -53,10 +56,11 @@ def describe() -> dict[str, str]:
 
 def show(facts: dict[str, str]) -> None:
     """Prints what `describe` found as a table."""
-    from rich.console import Console
     from rich.table import Table
+
+    from ..console import wide
 
     table = Table(show_header=False, box=None)
     for key, value in facts.items():
         table.add_row(key, value)
-    Console(soft_wrap=True, markup=False).print(table, highlight=False)
+    wide().print(table, highlight=False)

@@ -9,15 +9,16 @@ from ..plan import gigabytes
 
 def show(facts: dict[str, Any]) -> None:
     """Prints what `plan.plan` found."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(soft_wrap=True, markup=False)
+    from ..console import wide
+
+    console = wide()
 
     def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         made = Table(title=title, title_justify="left", box=None, header_style="bold", title_style="bold")
         for i, column in enumerate(columns):
-            made.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+            made.add_column(column, justify="right" if i and column else "left", no_wrap=True)
         for row in rows:
             made.add_row(*row)
         console.print(made, highlight=False)
@@ -86,6 +87,8 @@ def show(facts: dict[str, Any]) -> None:
         f"{gigabytes(disk['cache'])} of {gigabytes(disk['cache_free'])} free",
         highlight=False,
     )
+    for note in facts["notes"]:
+        console.print(f"note: {note}", highlight=False)
     for warning in facts["warnings"]:
         console.print(f"warning: {warning}", style="yellow", highlight=False)
 

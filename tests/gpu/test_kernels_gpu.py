@@ -6,6 +6,7 @@ One command, under two minutes: `python -m pytest tests/gpu`. Without a CUDA dev
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def test_whole_transformers(name, dtype, backend):
         with installed(model), using(backend):
             fused = forward(model, call)
     error, eager = ((out.float().cpu() - exact).norm() / exact.norm() for out in (fused, stock))
-    assert error <= 1.1 * eager + 1e-5
+    assert error <= 1.1 * eager + (1e-5 if dtype == torch.float32 else 1e-3)  # half types: the core may be another
 
 
 def moved(value, dtype, key):
@@ -131,6 +132,25 @@ def test_captured_and_replayed(backend):
         y.copy_(torch.randn_like(y))
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, run()))
+
+
+ALONE = """
+import torch
+from danceopd.attention import using
+from danceopd.attention.front import swiglu_behind
+x = torch.randn(1, 64, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+with using("cuda"):
+    out = swiglu_behind(x)
+(grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+print("finite", bool(grad.isfinite().all()))
+"""
+
+
+def test_first_on_autograd_s_thread():
+    """A gradient whose first work on the device is ours: its thread has no context of CUDA yet."""
+    needs("cuda")
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "finite True", done.stderr
 
 
 def test_compiled_without_a_break():
@@ -240,7 +260,13 @@ def test_every_core_agrees_with_sdpa(name, shape):
         pytest.skip(reason)
     with torch.no_grad():
         exact = core.CORES["sdpa"](call._replace(q=q.float(), k=k.float(), v=v.float()))
-        eager, found = (core.CORES[one](call) for one in ("sdpa", name))
+        eager = core.CORES["sdpa"](call)
+        try:
+            found = core.CORES[name](call)
+        except Exception as error:
+            if name == "ours":
+                raise
+            pytest.skip(f"{name} refuses this form, as `measure` would find: {error}")
     there = over(mask, shape[0])
     error, allowed = ((out.float() - exact)[there].norm() for out in (found, eager))
     assert error <= 1.2 * allowed + 1e-3 * exact[there].norm()

@@ -1,0 +1,196 @@
+"""The ways to start several processes, each really taken, with gloo: all make the student of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file
+from test_distributed import check, made
+from test_resume import WEIGHTS, models
+
+from danceopd.errors import UserError
+from danceopd.merge import merge
+from danceopd.processes import Processes
+from danceopd.recipe import Recipe
+
+__all__ = ["models"]  # the fixture
+
+ROOT = Path(__file__).parents[1]
+ONE = "accelerate launch --multi_gpu --num_processes 2 -m danceopd merge recipe.yaml"
+TWO = (
+    "accelerate launch --multi_gpu --num_processes 2 --num_machines 2 --machine_rank 0 "
+    "--main_process_ip 10.0.0.1 --main_process_port 29500 -m danceopd merge recipe.yaml"
+)
+"""As docs/method.md has them."""
+
+
+def spare() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as there:
+        there.bind(("127.0.0.1", 0))
+        return int(there.getsockname()[1])
+
+
+def begin(command: str, folder: Path, **environment: object) -> subprocess.Popen[str]:
+    """A command of the documents, in `folder`, by this interpreter."""
+    words = shlex.split(command)
+    program = ["-m", "accelerate.commands.launch", *words[2:]] if words[0] == "accelerate" else ["-m", *words]
+    surroundings = {**os.environ, "COLUMNS": "200", "HF_HOME": str(folder / "hf")}
+    return subprocess.Popen(
+        [sys.executable, *program], cwd=folder, env=surroundings | {k: str(v) for k, v in environment.items()},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def ends(process: subprocess.Popen[str]) -> tuple[int, str]:
+    said = process.communicate(timeout=200)[0]
+    return process.returncode, said
+
+
+def told(rank: int, port: int) -> Mapping[str, object]:
+    """What torchrun tells a process of two."""
+    return {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def written(models: Path, folder: Path, **fields: object) -> Recipe:
+    folder.mkdir()
+    here = made(models, Path("run"), **{"steps": 2, "gap": {"every": 0}, **fields})
+    (folder / "recipe.yaml").write_text(here.to_yaml())
+    return here
+
+
+def of_two(folder: Path) -> bool:
+    """Whether the checkpoint has the random states of two processes."""
+    facts = json.loads((folder / "run" / "checkpoints" / "step-000002" / "meta.json").read_text())
+    return len(facts["others"]) == 1
+
+
+@pytest.fixture(scope="module")
+def wanted(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The student of one process."""
+    output = tmp_path_factory.mktemp("one") / "run"
+    merge(made(models, output, steps=2, gap={"every": 0}), lambda done, steps: None)
+    return load_file(output / WEIGHTS)
+
+
+def test_the_documents_have_these_commands() -> None:
+    method = (ROOT / "docs" / "method.md").read_text()
+    assert ONE in method and TWO in method and ONE in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_accelerate_launch(models: Path, wanted: dict, tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    written(models, here)
+    status, said = ends(begin(ONE.replace("launch", f"launch --main_process_port {spare()}"), here))
+    assert status == 0 and said.count("student:") == 1, said
+    check(here / "run", wanted)
+    assert of_two(here)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_on_two_machines_that_share_no_disk(models: Path, wanted: dict, tmp_path: Path) -> None:
+    """Two launchers, each with a folder and a cache of its own; only the first writes a run."""
+    command = TWO.replace("10.0.0.1", "127.0.0.1").replace("29500", str(spare()))
+    machines = []
+    for rank in (0, 1):
+        here = tmp_path / str(rank)
+        written(models, here)
+        mine = command.replace("machine_rank 0", f"machine_rank {rank}")
+        machines.append(begin(mine, here, DANCEOPD_CACHE=here / "cache"))
+    for process in machines:
+        status, said = ends(process)
+        assert status == 0, said
+    check(tmp_path / "0" / "run", wanted)
+    assert of_two(tmp_path / "0") and not (tmp_path / "1" / "run").exists()
+
+
+def test_mpi_on_cpus(tmp_path: Path) -> None:
+    """By what Open MPI tells its processes, as `accelerate launch --cpu --mpirun_hostfile` starts them."""
+    code = (
+        "import torch\nfrom danceopd.processes import Processes\nhere = Processes('cpu')\n"
+        "rank = torch.tensor(float(here.rank + 1))\nhere.add(rank)\nprint(here.rank, here.count, rank.item())\n"
+    )
+    (tmp_path / "sum.py").write_text(code)
+    names, port, both = ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE"), spare(), []
+    for rank in (0, 1):
+        mine = {f"OMPI_COMM_WORLD_{name}": 2 if "SIZE" in name else rank for name in names}
+        both.append(begin("sum", tmp_path, **mine, MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
+    for rank, process in enumerate(both):
+        status, said = ends(process)
+        assert status == 0 and said.splitlines()[-1] == f"{rank} 2 3.0", said
+
+
+def test_a_launch_that_quietly_starts_one_process_is_refused(models: Path, tmp_path: Path) -> None:
+    """With --cpu accelerate starts one process, whatever it was asked for."""
+    here = tmp_path / "here"
+    written(models, here)
+    status, said = ends(begin(ONE.replace("--multi_gpu", "--cpu"), here))
+    assert status != 0 and "started only one; start them with --multi_gpu" in said, said
+    assert not (here / "run").exists()
+
+
+ALONE = {"ACCELERATE_USE_CPU": "False", "MASTER_ADDR": "10.0.0.1"}
+LOST = {"PMI_SIZE": "2", "PMI_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("said", "device", "says"),
+    [
+        (ALONE, "cpu", "accelerate launch was asked for several processes and started only one"),
+        (LOST, "cpu", "2 processes were started and do not find each other .*MASTER_ADDR"),
+        (LOST, "cuda", "2 processes were started, and each would run alone"),
+    ],
+)
+def test_processes_that_would_each_run_alone(monkeypatch, said: dict, device: str, says: str) -> None:
+    monkeypatch.setattr("danceopd.processes.device_of", torch.device)
+    monkeypatch.setattr(os, "environ", {**os.environ, **said})  # accelerate writes to it
+    with pytest.raises(UserError, match=says):
+        Processes(device)
+    PartialState._reset_state()
+
+
+def test_one_process_of_a_launcher_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "10.0.0.1", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert Processes("cpu").count == 1
+
+
+@pytest.mark.slow
+def test_processes_that_were_told_otherwise_are_refused(models: Path, tmp_path: Path) -> None:
+    """Another recipe would never end; another teacher would spoil the student in silence."""
+    port = spare()
+    for rank, steps in enumerate((2, 3)):
+        written(models, tmp_path / str(rank), steps=steps)
+    both = [begin("danceopd merge recipe.yaml", tmp_path / str(r), **told(r, port)) for r in (0, 1)]
+    (first, said), (second, quiet) = (ends(process) for process in both)
+    assert first == second == 2 and "error:" not in quiet
+    assert "error: process 1 was given another recipe than the first (steps is 3, not 2)" in said
+    assert not (tmp_path / "0" / "run").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_both_and_is_said_once(models: Path, tmp_path: Path) -> None:
+    """It reaches one process alone: both end the update at hand, the first saves it and says how to go on."""
+    here, port = tmp_path / "here", spare()
+    written(models, here, steps=5000, save_every=1)
+    both = [begin("danceopd merge recipe.yaml", here, **told(r, port)) for r in (0, 1)]
+    while not list((here / "run" / "checkpoints").glob("step-*")):
+        assert both[0].poll() is None, both[0].communicate()[0]
+        time.sleep(0.01)
+    both[1].send_signal(signal.SIGINT)
+    (first, said), (second, quiet) = (ends(process) for process in both)
+    assert first == second == 130
+    assert "is saved in" in said and said.count("run the same command again to continue") == 1 and "again" not in quiet
