@@ -100,9 +100,16 @@ def held_rows(recipe: Recipe, teacher: Teacher, asked: Asked, count: int) -> lis
             found.setdefault(words, Row(words, source, None, other_words(data, row)))
         except UserError:
             continue
-    if len(found) < count or drawn.issuperset(looked):
-        what = "no row" if drawn.issuperset(looked) else f"{len(found)} of the {count} rows"
-        _log.warning("the run finds %s to hold out for %s in %s: it draws the others", what, teacher.name, spec)
+    if drawn.issuperset(looked):
+        _log.warning(
+            "teacher %s: the updates learn from every row of %s, so it is watched on rows that are learnt from; a few "
+            "rows more would be held out", teacher.name, spec,
+        )  # fmt: skip
+    elif len(found) < count:
+        _log.warning(
+            "teacher %s: of %s only %d rows are not learnt from, where %d were to be held out to watch it by",
+            teacher.name, spec, len(found), count,
+        )  # fmt: skip
     return list(found.values())
 
 

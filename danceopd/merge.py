@@ -203,9 +203,6 @@ def _run(job: _Job, report: Report) -> Student:
             }
             strengths = [at.field(backbone, null, plain) for at in at_strengths(one, recipe.gates.consensus)]
             sources.append(Source(teacher.name, field, questions, null, also, strengths))
-        if recipe.kernels == "auto" and not (split or recipe.compile):
-            rows = sources[0].questions.rows([0] * min(recipe.batch, 2))
-            install_where_better(transformer, rows, device, lambda line: _say(line, processes))
         grid = SampleGrid(recipe, encoder, backbone, device, merged=not split)
         panels, gap, bare = None, None, BaseField(backbone)
         looks = split or run is not None  # a sharded backbone answers to all processes or to none
@@ -218,6 +215,10 @@ def _run(job: _Job, report: Report) -> Student:
     release_encoders(encoder, pipe)
     if not split:
         transformer.to(device)
+    if recipe.kernels == "auto" and not (split or recipe.compile):
+        with processes.first():
+            rows = sources[0].questions.rows([0] * min(recipe.batch, 2))
+            install_where_better(transformer, rows, device, lambda line: _say(line, processes))
     backbone.new_student(STUDENT, recipe.student.rank, recipe.seed, job.start.adapter)
     add = Sharded(backbone, processes, sources[0].questions.rows([0]), STUDENT).add if split else processes.add
     loop = Loop(recipe, backbone, sources, device, processes.rank, processes.count, add, processes.all)

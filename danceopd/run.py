@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 STATE, META, MANIFEST = "state.safetensors", "meta.json", "manifest.json"
+FINISHED = "finished.json"
+LEARNING = ("data.json", "teachers.json", "gap.json", "gap.png", "watch.json")
+"""What a run writes as it begins, which says nothing where nothing was learnt. (`load` drops the metrics.)"""
 _log = logging.getLogger("danceopd")
 
 
@@ -57,6 +60,11 @@ class RunFolder:
             for name in ("", "checkpoints", "samples"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.path / ".lock")
+            if (self.path / "recipe.yaml").is_file():
+                self._refuse_foreign()  # whoever held the lock may have learnt something
+            if not self._learnt:
+                for name in LEARNING:
+                    (self.path / name).unlink(missing_ok=True)
             replace_file(self.path / "recipe.yaml", recipe.to_yaml().encode())
             for leftover in self._checkpoints.glob(".*"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -73,7 +81,14 @@ class RunFolder:
     def _checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def _learnt(self) -> bool:
+        """Whether a run got as far as its first checkpoint here, or a student stands here."""
+        saved = any(self._steps(kind) for kind in ("step", "good"))
+        return saved or any((self.path / name).exists() for name in (FINISHED, "pytorch_lora_weights.safetensors"))
+
     def _refuse_foreign(self) -> None:
+        """UserError for what is no run, and for the run of another recipe that has learnt something."""
         if not self.path.is_dir() or not any(p.name != ".lock" for p in self.path.iterdir()):
             return
         theirs = self.path / "recipe.yaml"
@@ -81,6 +96,8 @@ class RunFolder:
             raise UserError(
                 f"output folder {self.path} holds files that are not a run of danceopd; choose another --output"
             )
+        if not self._learnt:  # refused on its way to the first step, most likely: the next one may be mended
+            return
         try:
             there = Recipe.from_yaml(theirs).identity()
         except UserError as error:
@@ -101,7 +118,7 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether a run of at least as many steps, or one that the watch or the gap ended, has been exported here."""
         try:
-            done = json.loads((self.path / "finished.json").read_text())
+            done = json.loads((self.path / FINISHED).read_text())
         except (OSError, ValueError):
             return False
         ended = done.get("stopped") is True and self.recipe.watch.rollback == "stop"
@@ -114,7 +131,7 @@ class RunFolder:
     def finish(self, step: int, **facts: Any) -> None:
         """Marks the run as finished after `step` updates (its export already stands in the folder)."""
         with disk_faults(self.path):
-            replace_file(self.path / "finished.json", json.dumps({"step": step, **facts}, indent=1).encode())
+            replace_file(self.path / FINISHED, json.dumps({"step": step, **facts}, indent=1).encode())
         self.close()
 
     def close(self) -> None:

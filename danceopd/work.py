@@ -32,7 +32,7 @@ from danceopd.objectives import needs_targets
 from danceopd.pipelines.editing import EditingPipeline, editing_pipe, generation_pipe
 from danceopd.pipelines.families import family_of
 from danceopd.pipelines.family import Family
-from danceopd.pipelines.generation import GenerationPipeline
+from danceopd.pipelines.generation import GenerationPipeline, check_prompts
 from danceopd.pipelines.record import Condition, stack
 from danceopd.recipe import Recipe
 from danceopd.routing import pick
@@ -268,6 +268,8 @@ class Encoder:
         return size, shape, [words, source, {**fixed, "height": size[0], "width": size[1]}]
 
     def _encode(self, drawer: GenerationPipeline, data: Prompts, rows: list[int]) -> Condition:
+        names = [data.where(row) for row in rows]
+        check_prompts(drawer.pipe, drawer.family, [data.words(row) for row in rows], drawer.call, names)
         if not isinstance(drawer, EditingPipeline):
             return drawer.conditions([data[row] for row in rows])
         pairs = [(row, *data[row]) for row in rows]

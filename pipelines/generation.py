@@ -7,7 +7,7 @@ fp32. Nothing here keeps a text encoder alive: noise and schedule need none, con
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,17 +115,23 @@ class GenerationPipeline:
         return {**self.call, **self.family.blank(self._plain, rows, **self.call)}
 
 
-def check_prompts(pipe: Any, family: Family, prompts: list[str], call: dict[str, Any]) -> None:
-    """UserError for no prompt, an empty one, or one the tokenizer would cut at `max_sequence_length`."""
+def check_prompts(
+    pipe: Any, family: Family, prompts: list[str], call: dict[str, Any], names: Sequence[str] | None = None
+) -> None:
+    """UserError for no prompt, an empty one, or one the tokenizer would cut at `max_sequence_length`.
+
+    `names`: what it calls each prompt, a file and a line for example.
+    """
     if not prompts:
         raise UserError("there is no prompt; give at least one")
-    for number, prompt in enumerate(prompts, start=1):
+    names = names or [f"prompt {number} of {len(prompts)}" for number in range(1, len(prompts) + 1)]
+    for name, prompt in zip(names, prompts, strict=True):
         if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"prompt {number} of {len(prompts)} is empty; write what the picture should show")
+            raise UserError(f"{name} is empty; write what the picture should show")
     limit = family.prompt_limit(pipe, call)
-    for number, length in enumerate(family.prompt_lengths(pipe, prompts), start=1):
+    for name, prompt, length in zip(names, prompts, family.prompt_lengths(pipe, prompts), strict=True):
         if length > limit:
             raise UserError(
-                f"prompt {number} of {len(prompts)} has {length} tokens and would be cut at {limit} "
-                f"({prompts[number - 1][:40]!r}…); shorten it or raise max_sequence_length"
+                f"{name} has {length} tokens and would be cut at {limit} ({prompt[:40]!r}…); shorten it or raise "
+                "max_sequence_length"
             )

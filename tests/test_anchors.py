@@ -174,9 +174,9 @@ def test_held_out_rows_are_not_drawn(world, caplog):
         held = held_rows(recipe, draws, asked["generation"], 2)
         assert sorted(row.words for row in held) == ["a blue square", "a white square"] and not caplog.text
         assert len(held_rows(recipe, draws, asked["generation"], 5)) == 2
-    assert "finds 2 of the 5 rows to hold out for generation" in caplog.text
+    assert "teacher generation: of " in caplog.text and "only 2 rows are not learnt from, where 5 were" in caplog.text
     assert len(held_rows(recipe, edit, asked["editing"], 4)) == 2  # all are drawn: better these than none
-    assert "finds no row to hold out for editing" in caplog.text
+    assert "teacher editing: the updates learn from every row" in caplog.text
     made = recipe.model_copy(update={"data": recipe.data.model_copy(update={"editing": "scenes:style_change"})})
     assert {row.task.task_type for row in held_rows(made, edit, asked["editing"], 4)} == {"style_change"}
 

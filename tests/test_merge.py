@@ -154,6 +154,17 @@ def test_foreign_adapter_is_refused_before_anything_is_written(models, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+def test_a_prompt_that_would_be_cut_is_named_and_the_mended_run_may_start(models, tmp_path):
+    words, output = tmp_path / "words.txt", tmp_path / "out"
+    words.write_text("\n".join(["a red circle", "a star " * 30] * 12))
+    fields = {"data": {"rows": 24, "generation": str(words)}, "gap": {"every": 0}}
+    with pytest.raises(UserError, match=r"words.txt, line \d*[02468] has 65 tokens and would be cut at 24"):
+        merge(recipe(models, output, **fields), silent)
+    words.write_text("\n".join(["a red circle", "a star"] * 12))
+    fields["student"] = {"rank": 12}  # and something else is changed, too
+    assert merge(recipe(models, output, **fields), silent).steps == 4
+
+
 def test_init_is_where_the_student_starts(models, tmp_path):
     """With no learning to speak of, a student initialised as a teacher exports that teacher."""
     fields = {"steps": 1, "optimizer": {"lr": 1e-12}, "student": {"rank": 8, "init": "editing"}}

@@ -240,11 +240,29 @@ def test_tensorboard_and_samples(recipe: Recipe) -> None:
 
 
 def test_another_run_is_left_alone(recipe: Recipe, files: dict) -> None:
-    RunFolder("out", recipe).close()
+    with RunFolder("out", recipe) as folder:
+        folder.save(1, {"w": torch.zeros(1)}, {})
     before = Path("out/recipe.yaml").read_bytes()
     with pytest.raises(UserError, match=r"holds another run \(seed is 0 there and 5 here\); choose another"):
         RunFolder("out", Recipe(**files, output="out", seed=5))
     assert Path("out/recipe.yaml").read_bytes() == before
+
+
+def test_a_run_that_learnt_nothing_makes_room(recipe: Recipe, files: dict) -> None:
+    """Refused for its data, say, when it had taken the folder: the mended recipe may have it; nothing old counts."""
+    with RunFolder("out", recipe) as folder:
+        folder.log(0, gap=0.5)
+        Path("out/data.json").write_text("{}")
+        Path("out/thesis.txt").write_text("x")
+        other = Recipe(**files, output="out", seed=5)
+        RunFolder.check("out", other)
+        with pytest.raises(UserError, match="in use|another process"):
+            RunFolder("out", other)
+        assert Path("out/data.json").exists()
+    RunFolder("out", other).close()
+    assert Recipe.from_yaml("out/recipe.yaml").seed == 5
+    assert not Path("out/data.json").exists()
+    assert Path("out/thesis.txt").read_text() == "x"
 
 
 def test_the_same_run_may_be_given_more_steps(recipe: Recipe, files: dict) -> None:

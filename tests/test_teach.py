@@ -199,3 +199,11 @@ def test_bad_stage_and_steps(tmp_path):
         teach("edit", tmp_path)
     with pytest.raises(UserError, match="steps is 0"):
         teach("base", tmp_path, steps=0)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_training(tmp_path):
+    (tmp_path / "file").write_text("x")
+    steps = []
+    with pytest.raises(UserError, match="cannot write .*file"):
+        teach("generation", tmp_path / "file", steps=1, report=lambda *step: steps.append(step))
+    assert not steps and (tmp_path / "file").read_text() == "x"

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKLFlux2
 
 from danceopd.base_model import base_fingerprint, base_folder, load_base
+from danceopd.disk import disk_faults, replace_file
 from danceopd.errors import UserError
 from danceopd.lora import write_adapter
 from danceopd.machine import describe
@@ -74,7 +75,7 @@ def teach(
     ``output`` is the pipeline's folder for ``autoencoder`` and ``base`` (made in either order) and the LoRA's for
     the teachers; default ``checkpoints/<stage>``. State is kept in ``<output>/.training`` and the same call
     continues from it. ``report(step, steps, loss)`` is called after every step. UserError for a bad stage or
-    steps.
+    steps, and for a folder that cannot be written.
     """
     if stage not in STAGES:
         raise UserError(f"no stage is named {stage!r}{nearest(stage, STAGES)}")
@@ -85,6 +86,8 @@ def teach(
     pipeline = stage in ("autoencoder", "base")
     folder = Path(output) if output is not None else Path("checkpoints") / ("base" if pipeline else stage)
     state = folder / ".training" / stage
+    with disk_faults(folder):  # now, not after hours of training
+        state.mkdir(parents=True, exist_ok=True)
 
     def told(step: int, loss: float) -> None:
         if report is not None:
@@ -107,7 +110,8 @@ def teach(
         _teach_lora(plan, base, folder, state, total, seed, told)
     machine = f"{describe()}, torch {torch.__version__}"
     note = {"stage": stage, "seed": seed, "steps": total, "machine": machine}
-    (folder / f"{stage}.json").write_text(json.dumps(note, indent=1) + "\n")
+    with disk_faults(folder):
+        replace_file(folder / f"{stage}.json", (json.dumps(note, indent=1) + "\n").encode())
     return folder
 
 
