@@ -67,7 +67,7 @@ def rollout(
         between = None if between is None else between[order]
         order = order.to(x.device)
         x, condition = x[order], condition.rows(order)
-    grid, index = sigmas.to(x.device, torch.float32), None if start is None else begins.to(x.device)
+    grid, index = sigmas.to(x.device, torch.float32), begins.to(x.device) if begins.any() else None
     known = sigmas.tolist()
     solver = Euler() if solver is None else solver
     seen = x.unsqueeze(1).repeat(1, stops.shape[1], *[1] * (x.ndim - 1))

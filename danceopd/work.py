@@ -269,11 +269,14 @@ class Encoder:
 
     def _encode(self, drawer: GenerationPipeline, data: Prompts, rows: list[int]) -> Condition:
         names = [data.where(row) for row in rows]
-        check_prompts(drawer.pipe, drawer.family, [data.words(row) for row in rows], drawer.call, names)
         if not isinstance(drawer, EditingPipeline):
-            return drawer.conditions([data[row] for row in rows])
-        pairs = [(row, *data[row]) for row in rows]
-        return drawer.conditions([w for _, w, _ in pairs], [open_image(p, data.where(row)) for row, _, p in pairs])
+            words = [data[row] for row in rows]
+            check_prompts(drawer.pipe, drawer.family, words, drawer.call, names)
+            return drawer.conditions(words)
+        edits = [data[row] for row in rows]
+        check_prompts(drawer.pipe, drawer.family, [words for words, _ in edits], drawer.call, names)
+        sources = [open_image(source, name) for name, (_, source) in zip(names, edits, strict=True)]
+        return drawer.conditions([words for words, _ in edits], sources)
 
 
 def release_encoders(encoder: Encoder, *pipes: Any) -> None:

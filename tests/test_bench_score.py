@@ -154,7 +154,7 @@ def test_categories(models: Path, tmp_path: Path) -> None:
     found = bench(models / "student", "dots", ["none"], tmp_path / "out", categories=["cut", "many"], limit=1)
     assert [r["key"] for r in found.rows] == ["g1", "e0"]  # the first of each, not what is left of the first
     assert found.scores["categories"] == ["cut", "many"]
-    with pytest.raises(UserError, match="categories differ"):
+    with pytest.raises(UserError, match="of other categories"):
         bench(models / "student", "dots", ["none"], tmp_path / "out", categories=["cut"], limit=1)
 
 
