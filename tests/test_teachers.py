@@ -246,12 +246,16 @@ def test_a_run_is_not_continued_with_other_weights(models, tmp_path):
         raise Stop
 
     changing = shutil.copytree(models / "near", tmp_path / "changing")
+    teacher = {"adapter": str(changing), "residual": 0}
     with pytest.raises(Stop):
-        merge(run(models, tmp_path / "run", {"adapter": str(changing), "residual": 0}), stop)
+        merge(run(models, tmp_path / "run", teacher, save_every=1), stop)
     shutil.rmtree(changing / "transformer")
     shutil.copytree(models / "far" / "transformer", changing / "transformer")
     with pytest.raises(UserError, match="teacher 'edits' is no longer what the run in .* began with"):
-        merge(run(models, tmp_path / "run", {"adapter": str(changing), "residual": 0}), stop)
+        merge(run(models, tmp_path / "run", teacher, save_every=1), stop)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000001")
+    with pytest.raises(Stop):  # where nothing was learnt yet, nothing is mixed
+        merge(run(models, tmp_path / "run", teacher, save_every=1), stop)
 
 
 def test_every_further_teacher_costs_its_adapter_and_nothing_else(models):
