@@ -21,16 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from danceopd.backbone import Backbone
 from danceopd.base_model import base_folder, load_base
-from danceopd.fields import BaseField, VelocityField
+from danceopd.fields import BaseField
 from danceopd.machine import describe
 from danceopd.pipelines import GenerationPipeline, family_of
 from danceopd.pipelines.families import FAMILIES
 from danceopd.rollout import rollout
-from danceopd.steady import anew
 from danceopd.work import call_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from tinies import TINYS  # noqa: E402
+from walk_cases import afresh  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "steady.md"
 STEPS, WORDS = 8, ["a red circle", "a white ring", "a blue square", "a green star"]
@@ -46,16 +46,6 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += not func.is_view
         return func(*args, **(kwargs or {}))
-
-
-def afresh(field: VelocityField) -> VelocityField:
-    """The field, computing everything at every step."""
-
-    def ask(*inputs: Any) -> torch.Tensor:
-        with anew():
-            return field(*inputs)
-
-    return ask
 
 
 def walks(pipe: Any, call: dict[str, Any], rows: int) -> dict[str, Callable[[], Any]]:
