@@ -30,7 +30,6 @@ from rich.console import Console
 
 from danceopd.base_model import base_folder, empty_transformer
 from danceopd.blend import blend
-from danceopd.exporting import EXPORTED
 from danceopd.fields import AdapterField, MergedField
 from danceopd.loop import STUDENT
 from danceopd.lora import Adapter, read_adapter, write_adapter
@@ -38,7 +37,7 @@ from danceopd.machine import describe
 from danceopd.merge import merge
 from danceopd.progress import clock
 from danceopd.recipe import Recipe
-from danceopd.samples import LOOK
+from danceopd.samples import EMA
 
 PLAIN = "plain"
 ARMS: dict[str, dict[str, Any]] = {
@@ -163,7 +162,7 @@ def measure(run: Run, teachers: list[dict[str, Any]], judge: Judge) -> Done:
     with tempfile.TemporaryDirectory() as folder, counted() as asked:
         student = merge(recipe_of(run, teachers, Path(folder) / "run"), lambda *_: moments.append(time.monotonic()))
         scores = judge(read_adapter(student.folder))
-    forwards = sum(rows for name, rows in asked.items() if name not in (STUDENT, LOOK, EXPORTED))
+    forwards = sum(rows for name, rows in asked.items() if name not in (STUDENT, EMA))
     pace = statistics.median(b - a for a, b in zip(moments[1:], moments[2:])) if run.steps > 1 else 0.0
     return Done(forwards, round(pace * run.steps, 2), round(time.monotonic() - began, 2), *scores)
 

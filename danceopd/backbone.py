@@ -4,18 +4,16 @@ PEFT injects the layers; from then on only their active-adapter marks change, ne
 teacher call between the student's forward and backward cannot silence the student. Under gradient
 checkpointing the recompute runs under the adapter of its forward. `merged` swaps in weights W + BA kept in
 buffers that never move (a CUDA graph stays valid), so a rollout pays nothing for being adapted; `formed` makes
-W + BA with a gradient, which is cheaper than LoRA layers where the rank is wide. Rows of one batch may act under
-different adapters: the base runs once for all, each row's own adapter is added to it.
+W + BA with a gradient, which is cheaper than LoRA layers where the rank is wide.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -35,16 +33,11 @@ from danceopd.steady import Steady
 
 
 class State(NamedTuple):
-    """Who is acting: the adapter in the LoRA layers, in the weights (merged, or formed), or one for each row."""
+    """Who is acting: the adapter in the LoRA layers, or in the weights (merged, or formed)."""
 
     adapter: str | None = None
     merged: str | None = None
-    rows: tuple[str | None, ...] = ()
     formed: str | None = None
-
-
-class _NotRows(Exception):
-    """A layer whose input has no row for each row of the batch cannot tell the rows' adapters apart."""
 
 
 @dataclass
@@ -87,9 +80,7 @@ class Backbone:
         self._adapted: dict[str, list[str]] = {}  # adapter -> module paths
         self._parameters: dict[str, list[Parameter]] = {}  # adapter -> A, B of each module
         self._state = State()
-        self._mixing: list[Any] = []  # hooks of the LoRA layers while rows act under different adapters
         self._steady = Steady(transformer, family)
-        self._rowless: set[str] = set()  # module paths that were seen without rows
         if getattr(transformer, "is_gradient_checkpointing", False):
             self.checkpoint_gradients()
 
@@ -246,37 +237,13 @@ class Backbone:
                 merged.weights[path].copy_(torch.addmm(weight.float(), b, a, alpha=layer.scaling[name]))
         merged.versions = self._versions(name)
 
-    def velocity(
-        self, x: Tensor, sigma: Tensor, condition: Condition, names: Sequence[str | None] | None = None
-    ) -> Tensor:
-        """Velocity `v = ε − x0` under whoever is acting: `x (B, …)`, `sigma (B,)` -> shape of `x`, fp32.
-
-        `names` gives each row its own adapter (None: the bare base), whoever is acting: one forward for all,
-        equal to each row's own, and a gradient reaches an adapter from its own rows only. ValueError unless there
-        is one name a row, KeyError for an adapter that is not there.
-        """
+    def velocity(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """Velocity `v = ε − x0` under whoever is acting: `x (B, …)`, `sigma (B,)` -> shape of `x`, fp32."""
         if getattr(self.transformer, "gradient_checkpointing", False) and torch.is_grad_enabled():
             self.checkpoint_gradients()
-        if names is None:
-            acting = self._state.adapter or self._state.merged or self._state.formed
-            with self._steady.forward(x, sigma, condition, self._state, self._paths(acting) if acting else ()):
-                return self.family.velocity(self.transformer, x, sigma, condition)
-        if len(names) != len(x):
-            raise ValueError(f"there are {len(names)} adapter names for {len(x)} rows")
-        groups = {name: [row for row, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}
-        adapted = {path for name in groups if name is not None for path in self._paths(name)}
-        if len(groups) > 1 and not adapted & self._rowless:
-            try:
-                with _As(self, State(rows=tuple(names))):
-                    return self.family.velocity(self.transformer, x, sigma, condition)
-            except _NotRows:
-                pass
-        parts = []
-        for name, rows in groups.items():
-            with self.acting_as(name):
-                parts.append(self.family.velocity(self.transformer, x[rows], sigma[rows], condition.rows(rows)))
-        place = torch.tensor([row for rows in groups.values() for row in rows], device=x.device).argsort()
-        return torch.cat(parts)[place]
+        acting = self._state.adapter or self._state.merged or self._state.formed
+        with self._steady.forward(x, sigma, condition, self._state, self._paths(acting) if acting else ()):
+            return self.family.velocity(self.transformer, x, sigma, condition)
 
     def checkpoint_gradients(self, enable: bool = True) -> None:
         """Blocks recompute in backward, each under the adapter of its forward: time for memory."""
@@ -304,8 +271,6 @@ class Backbone:
             self._form(old.formed, state.formed)
         if state.adapter != old.adapter:
             self._mark(state.adapter)
-        if state.rows != old.rows:
-            self._mix(state.rows)
         self._state = state
 
     def _form(self, old: str | None, new: str | None) -> None:
@@ -315,38 +280,6 @@ class Backbone:
         for layer in (self._layers[path] for path in (self._paths(new) if new else ())):
             base, a, b = layer.base_layer, layer.lora_A[new].weight, layer.lora_B[new].weight
             base.__dict__["weight"] = torch.addmm(base.weight, b, a, alpha=layer.scaling[new])
-
-    def _mix(self, names: tuple[str | None, ...]) -> None:
-        """Hook the layers that any of these rows adapts; no names: unhook."""
-        for handle in self._mixing:
-            handle.remove()
-        self._mixing = []
-        rows: dict[str, list[int]] = {}
-        for row, name in enumerate(names):
-            if name is not None:
-                rows.setdefault(name, []).append(row)
-        groups: dict[str, dict[str, Tensor]] = {}  # module path -> adapter -> its rows
-        for name, mine in rows.items():
-            index = torch.tensor(mine, device=self._parameters[name][0].device)
-            for path in self._adapted[name]:
-                groups.setdefault(path, {})[name] = index
-        for path, group in groups.items():
-            hook = partial(self._add_rows, path, len(names), group)
-            self._mixing.append(self._layers[path].register_forward_hook(hook))
-
-    def _add_rows(
-        self, path: str, count: int, group: dict[str, Tensor], layer: Any, inputs: tuple[Tensor, ...], out: Tensor
-    ) -> Tensor:
-        """Add each adapter's B·A x to its own rows of the bare layer's output, as PEFT adds one to all."""
-        x = inputs[0]
-        if len(x) != count:
-            self._rowless.add(path)
-            raise _NotRows
-        for name, rows in group.items():
-            a, b = layer.lora_A[name], layer.lora_B[name]
-            part = b(a(x[rows].to(a.weight.dtype))) * layer.scaling[name]
-            out.index_copy_(0, rows, (out[rows] + part).to(out.dtype))  # the bare layer's own output, fresh
-        return out
 
     def _mark(self, adapter: str | None) -> None:
         adapted, active = set(self._adapted[adapter] if adapter else ()), [adapter or ""]

@@ -21,7 +21,7 @@ from danceopd.lora import Adapter
 from danceopd.lora_file import few
 from danceopd.sentences import nearest
 
-__all__ = ["METHODS", "Blended", "blend", "blended", "norm", "residual", "scaled", "shrink", "truncate"]
+__all__ = ["METHODS", "Blended", "blend", "blended", "norm", "scaled", "shrink"]
 
 SMALL = 1024
 """Up to this many rows or columns a dense SVD is exact; above it is randomised."""
@@ -165,11 +165,6 @@ def shrink(a: Tensor, b: Tensor, rank: int) -> tuple[Factors, float, float]:
     return pair, float(s[rank:].square().sum()), float(s.square().sum())
 
 
-def truncate(a: Tensor, b: Tensor, rank: int) -> Factors:
-    """`shrink` without what it lost."""
-    return shrink(a, b, rank)[0]
-
-
 def truncate_dense(delta: Tensor, rank: int, draw: torch.Generator) -> tuple[Factors, float, float]:
     """(A (rank, in), B (out, rank) closest to delta (out, in), ‖lost‖², ‖delta‖²), Frobenius.
 
@@ -206,18 +201,6 @@ def _generator(seed: int, module: str, index: int) -> torch.Generator:
 
 def _share(lost: float, whole: float) -> float:
     return (lost / whole) ** 0.5 if whole else 0.0
-
-
-def residual(whole: Adapter, part: Adapter) -> float:
-    """‖Δ_whole − Δ_part‖ / ‖Δ_whole‖ over all modules together, Frobenius: 0 exact, 1 nothing kept.
-
-    Raises ValueError when `whole` changes nothing.
-    """
-    gap = norm(blend([whole, part], [1.0, -1.0]))
-    size = norm(whole)
-    if size == 0:
-        raise ValueError("the adapter changes nothing, so nothing can be lost")
-    return gap / size
 
 
 def norm(adapter: Adapter) -> float:

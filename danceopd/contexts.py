@@ -93,8 +93,6 @@ class Update:
         for name in dict.fromkeys(framings):
             where = [i for i in prompted if self._has(rows[i], name)]
             also(name, where, [self._other(rows[i], name) for i in where])
-        ranked = [i for i in prompted if self.gates.ranks(self._capability(rows[i])) and condition.context is not None]
-        sources = _on_the_grid(condition) if ranked else None
         where = [i for i in prompted if told[i] in ("caption", "source")]
         if where:
             parts = []
@@ -105,12 +103,8 @@ class Update:
                     parts.append(unprompted(condition.rows([i]), longer))
                     continue
                 parts.append(self._question(u, self.picks[u]).to(self.contexts.device))
-                clean = _on_the_grid(parts[-1])
-                if sources is not None and clean is not None:  # what a picture should keep
-                    sources[i] = clean[0]
             asked[TOLD] = As(where, stack(parts))
         family = FAMILIES[condition.family]
-        strengths = [s.strengths for s in self.sources]
         return Gating(
             gates=self.gates,
             running=self.contexts.running,
@@ -118,13 +112,10 @@ class Update:
             asked=asked,
             contrasts=contrasts,
             guided=guided,
-            ranked=_marked(len(rows), ranked),
-            strengths=list(zip(*strengths, strict=True)),
             critical=_marked(len(rows), [i for i in prompted if self.draws.critical[rows[i]]]),
             keys=torch.from_numpy(self.draws.keys[list(rows)]),
             guide=family.guide,
             grid=family.grid(condition),
-            sources=sources,
         )
 
     def _capability(self, u: int) -> str:
@@ -180,15 +171,3 @@ def _marked(count: int, rows: Sequence[int]) -> Tensor:
     found = torch.zeros(count, dtype=torch.bool)
     found[list(rows)] = True
     return found
-
-
-def _on_the_grid(condition: Condition) -> Tensor | None:
-    """The sources' latents (B, …) as the pictures' own lie, where they are as many and of as many channels."""
-    context, shape = condition.context, condition.shape
-    if context is None:
-        return None
-    if tuple(context.shape[1:]) == shape:
-        return context.float().clone()
-    if len(shape) == 3 and tuple(context.shape[1:]) == (shape[1] * shape[2], shape[0]):
-        return context.float().transpose(1, 2).unflatten(2, shape[1:]).contiguous()
-    return None

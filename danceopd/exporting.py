@@ -14,7 +14,6 @@ from torch import Tensor
 from danceopd.backbone import Backbone
 from danceopd.base_model import load_base
 from danceopd.card import load_snippet, write_card
-from danceopd.fields import AdapterField
 from danceopd.formats import DTYPES
 from danceopd.loop import STUDENT, Loop
 from danceopd.lora import Adapter
@@ -22,10 +21,8 @@ from danceopd.processes import Processes
 from danceopd.questions import alike
 from danceopd.recipe import Recipe
 from danceopd.run import RunFolder
+from danceopd.samples import looking
 from danceopd.student import Probe, export
-
-EXPORTED = "exported"
-"""The written student's name on the backbone."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +67,7 @@ def write_student(
     the written file is not the student.
     """
     backbone = loop.backbone
-    if EXPORTED not in backbone.adapters:
-        backbone.add_adapter(EXPORTED, student)
-    else:
-        backbone.assign(EXPORTED, student)
-    field = AdapterField(backbone, EXPORTED)
+    field = looking(backbone, student, merged=False)
     proof = torch.device("cpu") if split else loop.device  # where the whole base fits
     probes = []
     for source in loop.sources:

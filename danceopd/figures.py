@@ -29,7 +29,6 @@ class Progress:
     `errors` are the mean squared velocity errors in `BINS` bins of the noise level from 0 to 1, by bin; one without a
     query has none. `asked` is the histogram of the queries: the share of each of `FINE` bins. `scale` is what the
     loss was multiplied by on its way through an fp16 backbone. `gates` is what the gates report, by name (`gates.py`).
-    `staleness` says how many updates ago the states' walks began, mean and maximum, of walks that outlive one.
     """
 
     step: int
@@ -43,7 +42,6 @@ class Progress:
     asked: list[float] = field(default_factory=list)
     scale: float | None = None
     gates: dict[str, float] = field(default_factory=dict)
-    staleness: dict[str, float] = field(default_factory=dict)
 
     def scalars(self) -> dict[str, float]:
         """Flat names for the log."""
@@ -52,28 +50,23 @@ class Progress:
         asked = {f"asked/sigma {i / FINE:g}-{(i + 1) / FINE:g}": value for i, value in enumerate(self.asked)}
         rest = {"sigma": self.sigma, "gradient": self.gradient, "rate": self.rate}
         scale = {} if self.scale is None else {"loss scale": self.scale}
-        return {"loss": self.loss, **named, **levels, **asked, **rest, **scale, **self.gates, **self.staleness}
+        return {"loss": self.loss, **named, **levels, **asked, **rest, **scale, **self.gates}
 
 
 class Figures:
-    """Sums over the rows of an update, for `teachers` by name; what gates say is summed where rows are `gated`.
+    """Sums over the rows of an update, for `teachers` by name; what gates say is summed where rows are `gated`."""
 
-    `lives` is how many updates a walk lives.
-    """
-
-    def __init__(self, teachers: Sequence[str], device: torch.device, gated: bool = False, lives: int = 1) -> None:
-        self.teachers, self.device, self.gated, self.lives = list(teachers), device, gated, lives
-        self._ages: list[int] = []
+    def __init__(self, teachers: Sequence[str], device: torch.device, gated: bool = False) -> None:
+        self.teachers, self.device, self.gated = list(teachers), device, gated
         self._losses: list[Tensor] = []
         self._routes: list[int] = []
         self._sigmas: list[Tensor] = []
         self._errors: list[Tensor] = []
         self._gates: list[Mapping[str, Tensor]] = []
 
-    def count(self, routes: Sequence[int], told: Sequence[Told], ages: Sequence[int] = ()) -> None:
-        """Add what a lesson told its rows, whose teachers are `routes`, and whose walks are of these `ages`."""
+    def count(self, routes: Sequence[int], told: Sequence[Told]) -> None:
+        """Add what a lesson told its rows, whose teachers are `routes`."""
         self._routes += routes
-        self._ages += ages
         self._losses.append(torch.stack([one.loss for one in told]).sum(0))
         self._sigmas += [one.sigma for one in told]
         self._errors += [one.error for one in told]
@@ -83,10 +76,9 @@ class Figures:
         """Write the means into `done`; `add` sums a vector over the processes, in place."""
         teachers = len(self.teachers)
         gates = len(FIGURES) if self.gated else 0
-        ages = self.lives if self.lives > 1 else 0
-        sizes = [teachers, teachers, BINS, BINS, FINE, 1, gates, gates, 2 if gates else 0, ages]
+        sizes = [teachers, teachers, BINS, BINS, FINE, 1, gates, gates, 2 if gates else 0]
         total = torch.zeros(sum(sizes), dtype=torch.float64)
-        losses, rows, errors, places, fine, sigmas, said, counts, weights, old = total.split(sizes)
+        losses, rows, errors, places, fine, sigmas, said, counts, weights = total.split(sizes)
         if self._routes:
             routes, sigma = torch.tensor(self._routes), torch.cat(self._sigmas).cpu()
             losses.index_add_(0, routes, torch.cat(self._losses).cpu().double())
@@ -102,8 +94,6 @@ class Figures:
                 said[i], counts[i] = values.sum(), len(values)
                 if name == "weight":
                     weights[0], weights[1] = values.square().sum(), (values <= 0).sum()
-        if ages:
-            old += torch.bincount(torch.tensor(self._ages, dtype=torch.long), minlength=ages)
         there = total.to(self.device)
         add(there)
         total.copy_(there)
@@ -113,10 +103,6 @@ class Figures:
         done.asked = (fine / fine.sum()).tolist()
         done.sigma = float(sigmas / fine.sum())
         done.gates = summary(said, counts, *weights.tolist()) if gates else {}
-        if ages:
-            each = torch.arange(ages)
-            mean = float((each * old).sum() / old.sum())
-            done.staleness = {"staleness": mean, "staleness/max": float(each[old > 0].max())}
 
 
 class Pace:

@@ -153,12 +153,6 @@ def _meant(layers: Mapping[str, Pair], names: Names | None, sizes: Sizes) -> Ada
     return Adapter({module: pair for found in parts for module, pair in found.items()})
 
 
-def formats_of(transformer: nn.Module) -> list[str]:
-    """The formats that an adapter of this transformer can be exported to."""
-    names = ARCHITECTURES.get(type(transformer).__name__)
-    return [format for format in FORMATS if names is not None or format in ("diffusers", "peft")]
-
-
 def naming(names: Names | None, format: str, transformer: nn.Module) -> str:
     """Whose Linears a format names, "original" or "diffusers"; UserError when nobody has said."""
     if format in ("diffusers", "peft"):

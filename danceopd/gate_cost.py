@@ -43,26 +43,21 @@ def frozen_forwards(recipe: Recipe, teacher: Teacher, rows: int, also: Mapping[s
         what = knobs.told(teacher.capability)
         told[what.step] += knobs.critical
         told[what.episode] += 1 - knobs.critical
-    live = consensus is not None and consensus.target == "live-self"
     contrast = gates.contrast(teacher.capability)
     count = 1.0 if contrast == "null" else told["guided"]
     count += asks * (contrast in ("prompt", "source"))
     if consensus is not None:
-        one = 1.0 if live else asks
-        framings = [name for name in also if name.startswith(FRAMING)]
-        others = consensus.framings - 1 if consensus.by == "strength" else sum(map(share, framings))
-        count += one * (others + (live or contrast != "prompt") + live)
+        others = sum(share(name) for name in also if name.startswith(FRAMING))
+        count += asks * (others + (contrast != "prompt"))
     count += asks * (told["caption"] * share(EXPANDED) + told["source"])
     return recipe.query.count * (1 - recipe.guidance.unconditional) * count
 
 
 def walked_on(recipe: Recipe, capability: str, depths: Sequence[float]) -> float:
     """Steps that a row's walk goes beyond its query; `depths` is the share of rows that end at each grid index."""
-    steps, knobs, consensus = recipe.rollout.steps, recipe.gates.skills, recipe.gates.consensus
+    steps, knobs = recipe.rollout.steps, recipe.gates.skills
     beyond = [sum(share * max(0, end - depth) for depth, share in enumerate(depths)) for end in range(steps + 1)]
     prompted = 1 - recipe.guidance.unconditional
-    if consensus is not None and consensus.outputs == "walk" and recipe.gates.ranks(capability):
-        return prompted * beyond[steps]
     if knobs is None or not (last := candidates(steps, knobs.until)):
         return 0.0
     return prompted * knobs.critical * beyond[last + 1]

@@ -23,8 +23,7 @@ WINDOW, SEEN = 512, 16
 QUARTERS = 4
 """Equal parts of the noise level whose scores are compared apart: progress grows as the noise falls."""
 FIGURES = (
-    "weight", "rho", "delta positive", "shift share", "leak", "consensus", "self consensus", "rank", "critical",
-    "guarded",
+    "weight", "rho", "delta positive", "shift share", "leak", "consensus", "critical", "guarded",
 )  # fmt: skip
 """What gates report of a row; their means over the update are logged as `gate/…`."""
 

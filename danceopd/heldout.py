@@ -54,10 +54,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Fields:
-    """The frozen fields by teacher's name, those of other strengths, and the bare base's."""
+    """The frozen fields by teacher's name, and the bare base's."""
 
     teachers: Mapping[str, VelocityField]
-    strengths: Mapping[str, Sequence[VelocityField]]
     base: VelocityField
 
 
@@ -77,7 +76,6 @@ def panels(
         said |= dict.fromkeys(maker.said)
         panel = Panel(teacher.name, fields.teachers[teacher.name], held, device, maker.chunk)
         panel.progress = recipe.gates.evidence is not None
-        panel.live = recipe.gates.consensus is not None and recipe.gates.consensus.target == "live-self"
         found.append(panel)
     return found, " and ".join(said)
 
@@ -193,20 +191,10 @@ class _Maker:
         return self.fields.teachers[other], f"how teacher {other} denoises the pictures"
 
     def _framed(self, members: list[int]) -> Framed | None:
-        """Answers to the framings of a consensus gate: other words, or the teacher at other strengths."""
+        """Answers to the framings of a consensus gate: other words."""
         knobs = self.recipe.gates.consensus
         if knobs is None:
             return None
-        others = list(self.fields.strengths.get(self.teacher.name, ()))
-        own = self.questions.rows(members)
-        if knobs.by == "strength":
-
-            def stronger(field: VelocityField, x: Tensor, sigma: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
-                asked = own.rows(rows).to(self.device)
-                answers = torch.stack([one(x, sigma, asked) for one in (field, *others)])
-                return answers, torch.ones(answers.shape[:2], dtype=torch.bool)
-
-            return stronger
         said = [[self.rows[i].words, *self.rows[i].framings][: knobs.framings] for i in members]
         framings: list[Condition] = []
         for place in range(max(map(len, said))):

@@ -38,7 +38,6 @@ class Fields:
     walk: AdapterField | MergedField | CapturedField
     student: VelocityField
     teachers: Sequence[VelocityField]
-    shares: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Lesson:
     `routes` are teachers' indices, `blank` the rows asked with the null prompt (already in `condition`), `null`
     the null prompt of each row when the walk is guided, `drawn` (B, K) the queries' draws, `targets` reads the
     clean latents, `gates` what its gates ask besides. `name` tells this lesson's random numbers from another's of the
-    same step. `ages` are the updates since each row's walk began, where walks outlive one (`persistent.Leg`).
+    same step.
     """
 
     recipe: Recipe
@@ -78,7 +77,6 @@ class Lesson:
     targets: Callable[[], Tensor] | None = None
     gates: Gating | None = None
     told: list[Told] = field(default_factory=list)
-    ages: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         query = self.recipe.query
@@ -109,17 +107,6 @@ class Lesson:
 
         `watch` overhears the velocities that the walk takes.
         """
-        return self.walk_from(self.noise(), stops, levels, watch)
-
-    def walk_from(
-        self,
-        x: Tensor,
-        stops: Tensor,
-        levels: Tensor | None = None,
-        watch: Criticality | None = None,
-        start: Tensor | None = None,
-    ) -> Tensor:
-        """The same from states `x (B, …)` at grid indices `start (B,)`; None: at the schedule's first."""
         scale, solver = self.recipe.rollout.guidance, self.solver()
         walker: Callable[..., Tensor] = self.fields.walk
         condition: Any = self.condition
@@ -135,20 +122,15 @@ class Lesson:
         before = None
         if watch is not None:
             walker, before = watch.around(walker), watch.before
-        how: Any = {"callback": before, "levels": levels, "solver": solver, "start": start}
-        return rollout(walker, x, self.sigmas, stops, condition, **how)
+        how: Any = {"callback": before, "levels": levels, "solver": solver}
+        return rollout(walker, self.noise(), self.sigmas, stops, condition, **how)
 
     def everywhere(self, last: int) -> Tensor:
         """Stops (B, last + 1): every grid index up to `last`."""
         return torch.arange(last + 1).expand(len(self.mine), last + 1)
 
     def ask(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The teachers' velocities at `x (B, …)`, `sigma (B,)`: the routed one's, or the mean of all by share."""
-        if self.recipe.routing.answer == "mean":
-            answers = torch.zeros_like(x)
-            for m, share in enumerate(self.fields.shares):
-                answers += share * self._asked([m] * len(x), x, sigma)
-            return answers
+        """The routed teachers' velocities at `x (B, …)`, `sigma (B,)`."""
         return self._asked(self.routes, x, sigma)
 
     def ask_as(

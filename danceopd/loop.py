@@ -4,8 +4,7 @@ One update draws its routes, questions and query levels, gathers rows of one lay
 whichever teacher they go to, and lets the objective learn from each (`danceopd.lesson`, `danceopd.objectives`); one
 gradient step follows. Everything drawn is a function of (seed, step), so a run continues exactly where it stopped,
 and each of several processes learns its own rows of the same update; their gradients are added once. Of a large
-batch `micro_batch` rows at a time are walked and learnt, each slice drawing what the whole would have drawn. With
-`rollout.persistent` walks outlive an update, and their states are part of the loop's (`danceopd.persistent`).
+batch `micro_batch` rows at a time are walked and learnt, each slice drawing what the whole would have drawn.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -29,7 +27,6 @@ from danceopd.fields import AdapterField, MergedField, VelocityField
 from danceopd.figures import Figures, Progress
 from danceopd.lesson import Fields, Lesson
 from danceopd.objectives import OBJECTIVES, needs_targets
-from danceopd.persistent import Leg, Walks
 from danceopd.pipelines.record import Condition, stack
 from danceopd.query import draw
 from danceopd.questions import Targets, Work, unprompted
@@ -47,7 +44,7 @@ SMALLEST = 1.0
 class Source:
     """One teacher at work: its velocity field, what it is asked about, and the null prompt (one row, or one each).
 
-    For gates: the same rows asked otherwise (`also`, by name), and the teacher at other `strengths`.
+    For gates: the same rows asked otherwise (`also`, by name).
     """
 
     name: str
@@ -55,15 +52,14 @@ class Source:
     questions: Work
     null: Condition | None = None
     also: Mapping[str, Work] = dataclasses.field(default_factory=dict)
-    strengths: Sequence[VelocityField] = ()
 
 
 class Loop:
     """The student's parameters, their optimizer and average, and the teachers they learn from.
 
     As process `rank` of `ranks` it learns its own rows of each update; gradients are of the whole update's mean, so
-    that their sum over the processes is the update. `add` makes a tensor that sum, in place; `gather` lists what each
-    process gives. An update without a row for this process is learnt from the others' gradients.
+    that their sum over the processes is the update. `add` makes a tensor that sum, in place. An update without a row
+    for this process is learnt from the others' gradients.
     """
 
     def __init__(
@@ -75,12 +71,10 @@ class Loop:
         rank: int = 0,
         ranks: int = 1,
         add: Callable[[Tensor], None] = lambda tensor: None,
-        gather: Callable[[Any], list[Any]] = lambda thing: [thing],
     ) -> None:
         self.recipe, self.backbone, self.sources, self.device = recipe, backbone, list(sources), device
-        self.rank, self.ranks, self.add, self.gather = rank, ranks, add, gather
+        self.rank, self.ranks, self.add = rank, ranks, add
         self._refuse()
-        self.walks = Walks(recipe, rank, ranks) if recipe.rollout.persistent > 1 else None
         self.contexts = Contexts(recipe, self.sources, device) if recipe.gates.on else None
         self.shares = [recipe.shares()[s.name] for s in self.sources]
         self.parameters = backbone.parameters(STUDENT)
@@ -111,11 +105,10 @@ class Loop:
 
     def _update(self) -> Progress:
         done = Progress(self.step + 1)
-        names, lives = [source.name for source in self.sources], self.recipe.rollout.persistent
-        figures = Figures(names, self.device, gated=self.contexts is not None, lives=lives)
+        figures = Figures([source.name for source in self.sources], self.device, gated=self.contexts is not None)
         for lesson in self._lessons():
             self.objective(lesson)
-            figures.count(lesson.routes, lesson.told, lesson.ages)
+            figures.count(lesson.routes, lesson.told)
         if self.ranks > 1:
             self._synchronise()
         figures.into(done, self.add)
@@ -133,25 +126,19 @@ class Loop:
         unit = recipe.unit
         routes, picks, blank, levels = self._drawn()
         update = None if self.contexts is None else self.contexts.update(self.step, routes, picks, blank)
-        fields = Fields(self.walk, self._student, [s.field for s in self.sources], self.shares)
+        fields = Fields(self.walk, self._student, [s.field for s in self.sources])
         start = 0
         for group in self._layouts(routes, picks, blank):
             layout = [u for members in group.values() for u in members]
             order = [row for u in layout for row in range(u * unit, (u + 1) * unit)]
-            if self.walks is None:
-                share = [place for place in range(len(order)) if (start + place) // unit % self.ranks == self.rank]
-            else:
-                share = [place for place, slot in enumerate(order) if self.walks.mine(slot)]
+            share = [place for place in range(len(order)) if (start + place) // unit % self.ranks == self.rank]
             size = max(unit, (recipe.micro_batch or recipe.batch) // unit * unit)
             for first_row in range(0, len(share), size):
                 mine = share[first_row : first_row + size]
                 rows = [order[place] // unit for place in mine]
                 first = self.sources[routes[rows[0]]].questions
                 condition = self._condition(rows, routes, picks, blank, update)
-                kind: Callable[..., Lesson] = Lesson
-                if self.walks is not None:
-                    kind = partial(Leg, walks=self.walks, slots=[order[place] for place in mine])
-                yield kind(
+                yield Lesson(
                     recipe=recipe,
                     fields=fields,
                     step=self.step,
@@ -175,8 +162,6 @@ class Loop:
         of the rows' queries."""
         recipe, step = self.recipe, self.step
         lengths = [len(source.questions) for source in self.sources]
-        if self.walks is not None:  # units are rows, and each was drawn when its walk began
-            return self.walks.drawn(step, self.shares, lengths)
         units, per, query = recipe.batch // recipe.unit, recipe.routing, recipe.query
         routes, picks = pick(recipe.seed, step, units, self.shares, lengths, per.per, per.groups)
         blank = stream(recipe.seed, step, "blank").random(units) < recipe.guidance.unconditional
@@ -271,8 +256,6 @@ class Loop:
             too_large = done.loss == done.loss and (done.scale or 0.0) > SMALLEST  # of the scale, which is now less
             self._bad, done.skipped = self._bad + (not too_large), True
             self.optimizer.zero_grad(set_to_none=True)
-            if self.walks is not None:
-                self.walks.forget_broken()
             if self._bad >= PATIENCE:
                 raise UserError(
                     f"the loss was NaN or infinite {PATIENCE} updates in a row at step {self.step + 1}; "
@@ -303,10 +286,7 @@ class Loop:
         return knobs.lr * factor
 
     def state(self) -> dict[str, Tensor]:
-        """Weights, their average, the optimizer's moments and the loss scale, by flat names.
-
-        Also the walks that go on, of every process: of several, all must ask.
-        """
+        """Weights, their average, the optimizer's moments and the loss scale, by flat names."""
         out: dict[str, Tensor] = {}
         for i, (weight, average) in enumerate(zip(self.parameters, self.average, strict=True)):
             out[f"weight.{i}"], out[f"average.{i}"] = weight.detach(), average
@@ -315,9 +295,6 @@ class Loop:
         for key, value in self.scaler.state_dict().items():
             out[f"scaler.{key}"] = torch.tensor(value, dtype=torch.float64)
         out["skipped"] = torch.tensor(self._bad)
-        if self.walks is not None:
-            for held in self.gather(self.walks.state()):
-                out |= held
         return out if self.contexts is None else out | self.contexts.running.state()
 
     @torch.no_grad()
@@ -326,8 +303,6 @@ class Loop:
         self.step, self._bad = step, int(tensors.get("skipped", torch.tensor(0)))
         if self.contexts is not None:
             self.contexts.running.restore(tensors)
-        if self.walks is not None:
-            self.walks.restore(tensors, self.device)
         scaler = {k.removeprefix("scaler."): v.item() for k, v in tensors.items() if k.startswith("scaler.")}
         if scaler:
             self.scaler.load_state_dict(scaler | {k: int(scaler[k]) for k in ("growth_interval", "_growth_tracker")})

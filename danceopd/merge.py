@@ -49,7 +49,7 @@ from danceopd.saving import ROLLED, Saving
 from danceopd.sharded import Sharded, shard
 from danceopd.shipped import SHIPPED
 from danceopd.student import load_student
-from danceopd.teachers import Known, at_strengths, contrast_null, look, null_condition, prepare, remember
+from danceopd.teachers import Known, contrast_null, look, null_condition, prepare, remember
 from danceopd.variants import KEEP, kept
 from danceopd.warm_start import Start, warm_start
 from danceopd.watch import Watch, recall
@@ -201,16 +201,14 @@ def _run(job: _Job, report: Report) -> Student:
                 name: encoder.questions(teacher.capability, *variant, recipe.rollout.steps)
                 for name, variant in other.items()
             }
-            strengths = [at.field(backbone, null, plain) for at in at_strengths(one, recipe.gates.consensus)]
-            sources.append(Source(teacher.name, field, questions, null, also, strengths))
+            sources.append(Source(teacher.name, field, questions, null, also))
         grid = SampleGrid(recipe, encoder, backbone, device, merged=not split)
         panels, gap, bare = None, None, BaseField(backbone)
         looks = split or run is not None  # a sharded backbone answers to all processes or to none
         if recipe.gap.every and looks:
             gap = field_gap(recipe, encoder, job.asked, {s.name: (s.field, s.null) for s in sources}, bare, device)
         if recipe.watch.steps(recipe.gates.on) and looks:
-            stronger = {s.name: s.strengths for s in sources}
-            frozen = heldout.Fields({s.name: s.field for s in sources}, stronger, bare)
+            frozen = heldout.Fields({s.name: s.field for s in sources}, bare)
             panels = heldout.panels(recipe, encoder, job.asked, frozen, device)
     release_encoders(encoder, pipe)
     if not split:
@@ -221,7 +219,7 @@ def _run(job: _Job, report: Report) -> Student:
             install_where_better(transformer, rows, device, lambda line: _say(line, processes))
     backbone.new_student(STUDENT, recipe.student.rank, recipe.seed, job.start.adapter)
     add = Sharded(backbone, processes, sources[0].questions.rows([0]), STUDENT).add if split else processes.add
-    loop = Loop(recipe, backbone, sources, device, processes.rank, processes.count, add, processes.all)
+    loop = Loop(recipe, backbone, sources, device, processes.rank, processes.count, add)
 
     def look_at(step: int, average: Sequence[Tensor]) -> None:
         if looks:

@@ -52,7 +52,7 @@ class Held:
 
 @dataclass
 class Panel:
-    """A teacher's held-out rows. `chunk` are rows at a time; `live` asks the student itself for the consensus."""
+    """A teacher's held-out rows. `chunk` are rows at a time."""
 
     name: str
     teacher: VelocityField
@@ -60,7 +60,6 @@ class Panel:
     device: torch.device
     chunk: int = 32
     progress: bool = False
-    live: bool = False
     usual: float = field(default=0.0, init=False)
 
     @property
@@ -95,9 +94,8 @@ class Panel:
                 if self.progress:
                     found[PROGRESS] = evidence.scores(evidence.progress(velocity, away, answer - away))
                 if held.framed is not None:
-                    field, wrong = (student, blind) if self.live else (self.teacher, away)
-                    framed, there = held.framed(field, middle, sigma, rows)
-                    found[CONSENSUS] = agreement(framed, there.to(framed.device), wrong)
+                    framed, there = held.framed(self.teacher, middle, sigma, rows)
+                    found[CONSENSUS] = agreement(framed, there.to(framed.device), away)
                 for name, belief in found.items():
                     beliefs.setdefault(name, []).append(belief.double().cpu().unflatten(0, (-1, held.seeds)))
                 pair = [(velocity - blind).square().sum(), (answer - away).square().sum()]

@@ -64,10 +64,8 @@ def plan(recipe: Recipe, tflops: float | None = None) -> dict[str, Any]:
     pictures = _pictures(recipe, asked, pipe, family, call, transformer)
     sigmas = {size: _sigmas(pipe, family, call, size, recipe.rollout.steps) for size in {p["size"] for p in pictures}}
     queries = _queries(recipe, sigmas, pictures)
-    wide = max((p["size"] for p in pictures), key=lambda size: size[0] * size[1])
-    latent = _drawer(pipe, family, call, wide, 1).noise([0]).numel() if recipe.rollout.persistent > 1 else 0
     modules = student_modules(recipe, teachers, transformer, family)
-    memory = memory_of(recipe, folder, family, transformer, teachers, modules, pictures, latent)
+    memory = memory_of(recipe, folder, family, transformer, teachers, modules, pictures)
     load = DTYPES[recipe.dtype]
     if tflops is not None and not 0 < tflops < float("inf"):
         raise UserError(f"the speed is {tflops:g} TFLOP/s; give a number above 0, or leave it out to measure it")
@@ -205,8 +203,7 @@ def _queries(recipe: Recipe, sigmas: Mapping[Size, Tensor], pictures: list[dict[
         levels, depths = schedule[:-1], []
         walked = float(len(levels) - (recipe.objective == "diffusionopd"))
     else:
-        count = knobs.count * recipe.rollout.persistent  # one of the two is 1
-        drawn = [draw(recipe.seed, s, recipe.batch, count, knobs.law, knobs.beta)
+        drawn = [draw(recipe.seed, s, recipe.batch, knobs.count, knobs.law, knobs.beta)
                  for s in range(min(recipe.steps, COUNTED))]  # fmt: skip
         stops, levels = place(torch.cat(drawn), schedule, knobs.law, knobs.jitter)
         depth = stops.max(1).values
@@ -222,13 +219,13 @@ def _passes(recipe: Recipe, walked: float) -> dict[str, float]:
     asked = states.get(recipe.objective, steps)
     blank = recipe.guidance.unconditional
     calls = {t.name: 1.0 + (0 if t.guidance is None else 1 - blank) for t in recipe.teachers}
-    teacher = sum(calls.values() if recipe.routing.answer == "mean" else (shares[n] * c for n, c in calls.items()))
+    teacher = sum(shares[n] * c for n, c in calls.items())
     drawn = steps if recipe.objective == "offpolicy" and recipe.offpolicy.clean == "teacher" else 0
     every, watch = recipe.watch.steps(recipe.gates.on), recipe.watch
     mean = sum(calls.values()) / len(calls)
     looks = {"watch": watch.forwards(steps, mean) / (every * recipe.batch)} if every else {}
     return {
-        "walk": walked / recipe.rollout.persistent * (1 if recipe.rollout.guidance == 1 else 2),
+        "walk": walked * (1 if recipe.rollout.guidance == 1 else 2),
         "teachers": (drawn + (0 if recipe.objective == "supervised" else asked)) * teacher,
         "student, forward": float(asked),
         "student, backward": float(asked),

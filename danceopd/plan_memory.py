@@ -46,9 +46,9 @@ def numbers(recipe: Recipe, modules: Mapping[str, nn.Linear]) -> int:
 def memory(
     recipe: Recipe, folder: Path, family: Family, transformer: nn.Module,
     teachers: Mapping[str, tuple[dict[str, Any], Adapter | None]], modules: Mapping[str, nn.Linear],
-    pictures: list[dict[str, Any]], latent: int,
+    pictures: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Bytes by part, and when they are held; `latent` is how many numbers the largest picture's latents have."""
+    """Bytes by part, and when they are held."""
     size, student = DTYPES[recipe.dtype].itemsize, 4 * numbers(recipe, modules)
     copy_ = size * sum(m.weight.numel() for m in modules.values())
     both = ["training", "checkpointed"]
@@ -56,15 +56,12 @@ def memory(
     tokens = Tokens(largest["picture"], largest["source"], largest["text"])
     rows = min(recipe.batch, recipe.micro_batch or recipe.batch)
     kept = {c: rows * activation_bytes(transformer, tokens, size, c) for c in (False, True)}
-    consensus = recipe.gates.consensus
     parts = [("backbone", size * sum(p.numel() for p in transformer.parameters()), ["encoding", *both])]
     if recipe.rollout.merged and recipe.objective in ("danceopd", "diffusionopd", "flowopd"):
         parts.append(("merged copy for the walk", copy_, both))
     parts.append(("merged copy for sample grids", copy_, both))
     for name, (facts, _) in teachers.items():
         parts.append((f"teacher {name}", 4 * facts["parameters"], both))
-        if consensus is not None and consensus.by == "strength":
-            parts.append((f"teacher {name}, other strengths", 4 * facts["parameters"] * (consensus.framings - 1), both))
     parts += [
         ("student", student, both),
         ("student, gradient", student, both),
@@ -72,7 +69,6 @@ def memory(
         ("student, average", student, both),
         ("student, in sample grids", student, both),
         ("student, best of the field gap", student * recipe.gap.best, both),
-        ("latents of walks over several updates", _resting(recipe) * latent, both),
         ("activations of the largest batch", kept[False], ["training"]),
         ("the same, gradient checkpointing", kept[True], ["checkpointed"]),
     ]
@@ -82,11 +78,6 @@ def memory(
         elif not name.startswith("transformer"):
             parts.append((name, size * numel, ["encoding", *both]))
     return [{"part": part, "bytes": int(number), "when": when} for part, number, when in parts if number]
-
-
-def _resting(recipe: Recipe) -> int:
-    """Bytes that a number of a latent takes in the walks that outlive an update: both ends of a step, fp32, a slot."""
-    return 2 * 4 * recipe.batch if recipe.rollout.persistent > 1 else 0
 
 
 def _components(folder: Path) -> dict[str, int]:

@@ -211,12 +211,9 @@ class Recipe(Part):
         walks = objective not in ("offpolicy", "supervised")
         if not walks and self.rollout != Rollout(steps=walk.steps):
             raise ValueError(f"objective {objective} has no student walk; of rollout, keep steps only")
-        if objective == "supervised" and self.routing.answer == "mean":
-            raise ValueError("objective supervised asks no teacher; leave out routing.answer")
         if walk.keep_source and self.parallel == "fsdp":
             raise ValueError("rollout.keep_source needs the whole base in each process; leave it out, or parallel fsdp")
         self._gated()
-        self._persists()
         self.gap.agree()
         self.watch.agree(self.gates.on)
         if (self.micro_batch or self.batch) < self.unit:
@@ -232,8 +229,6 @@ class Recipe(Part):
             return
         if self.objective != "danceopd":
             raise ValueError(f"gates weigh what objective danceopd learns, and the objective is {self.objective}")
-        if self.routing.answer == "mean":
-            raise ValueError("gates ask the routed teacher, and routing.answer is mean; leave one of the two out")
         if self.batch % gates.group:
             raise ValueError(f"batch {self.batch} is no multiple of gates.group, {gates.group}")
         capabilities = {teacher.capability for teacher in self.teachers}
@@ -241,32 +236,6 @@ class Recipe(Part):
             raise ValueError("gates.evidence.contrast is source, and no teacher edits; choose prompt or null")
         if gates.skills is not None and gates.skills.critical and self.rollout.steps < 2:
             raise ValueError("gates.skills.critical compares steps and needs walks of two steps or more, rollout.steps")
-        base = next((t.name for t in self.teachers if t.adapter == "base"), None)
-        if gates.consensus is not None and gates.consensus.by == "strength" and base is not None:
-            raise ValueError(
-                f"gates.consensus.by is strength, and teacher {base!r} is the bare base, which has none; "
-                "choose words"
-            )
-
-    def _persists(self) -> None:
-        """Refuses what walks over several updates cannot do."""
-        walk, it = self.rollout, f"rollout.persistent {self.rollout.persistent}"
-        if walk.persistent == 1:
-            return
-        if self.objective != "danceopd":
-            raise ValueError(f"{it} asks one state of a walk an update, and objective {self.objective} does not")
-        if self.query.count > 1:
-            raise ValueError(f"{it} asks a walk once an update, and query.count is {self.query.count}; leave one out")
-        if walk.solver != "euler" or walk.noise:
-            odd = "rollout.noise" if walk.noise else f"rollout.solver {walk.solver}"
-            raise ValueError(f"{it} goes on by Euler's steps, which forget the steps before; leave out {odd}")
-        if self.gates.on:
-            raise ValueError(f"{it} cannot move or compare queries, as gates do; leave one of the two out")
-        if self.routing.per != "row":
-            raise ValueError(
-                f"{it} asks walks that began at several updates, and routing.per {self.routing.per} gives an update "
-                "one teacher; leave one of the two out"
-            )
 
     # -- reading --------------------------------------------------------------------------------------
 

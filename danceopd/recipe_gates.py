@@ -44,20 +44,11 @@ class Evidence(Part):
 class Consensus(Part):
     """Self-consistency: answers that agree across framings, and not with a wrong prompt, count up to 1 + `bound`.
 
-    Framings are other wordings (the data's column `paraphrases`, else a rule for the exact world's templates), or the
-    teacher at other strengths. Where `gates.group` is above 1, edits of one question are also ranked: those that pass
-    both thresholds count up to 1 + `rank`, by how far they agree inside the edit.
+    Framings are other wordings: the data's column `paraphrases`, else a rule for the exact world's templates.
     """
 
     bound: float = Field(0.5, ge=0, le=0.5)
-    by: Literal["words", "strength"] = "words"
     framings: int = Field(3, ge=2, le=7)  # at most, its own among them
-    jitter: float = Field(0.15, gt=0, lt=1)  # by strength: from 1 - jitter to 1 + jitter
-    rank: float = Field(0.5, ge=0, le=0.5)
-    edited: float = Field(0.3, gt=0, le=1)  # least share of the teacher's edit that a ranked picture has done
-    kept: float = Field(0.5, gt=0, le=1)  # least preservation of a ranked picture outside the edit
-    outputs: Literal["estimate", "walk"] = "estimate"  # what is ranked: clean estimates, or walks to their ends
-    target: Literal["teacher", "live-self"] = "teacher"  # live-self: an experiment that is known to fail
 
 
 class Told(Part):
@@ -103,7 +94,6 @@ class Gates(Part):
     consensus: Consensus | None = None
     skills: Skills | None = None
     group: PositiveInt = 1
-    experiment: bool = False  # lets a run do what is known to fail, to be watched failing
 
     @model_validator(mode="before")
     @classmethod
@@ -117,17 +107,8 @@ class Gates(Part):
 
     @model_validator(mode="after")
     def _agree(self) -> Gates:
-        consensus = self.consensus
-        if self.group > 1 and self.evidence is None and consensus is None:
-            raise ValueError("group compares walks of one question, which neither evidence nor consensus asks for")
-        if consensus is not None and consensus.target == "live-self":
-            if not self.experiment:
-                raise ValueError(
-                    "consensus.target live-self makes the student its own teacher, which diverges or confirms its "
-                    "mistakes; set gates.experiment: true to watch it fail, or leave it out"
-                )
-            if consensus.by != "words":
-                raise ValueError("consensus.target live-self needs wordings; leave out consensus.by")
+        if self.group > 1 and self.evidence is None:
+            raise ValueError("group compares walks of one question, which only evidence asks for; leave it out")
         return self
 
     @property
@@ -136,15 +117,11 @@ class Gates(Part):
         return not (self.evidence is None and self.consensus is None and self.skills is None)
 
     def contrast(self, capability: str) -> str | None:
-        """What the teachers of a capability are asked instead, for `evidence` and for ranks; None: nothing."""
-        if self.evidence is not None:
-            other = self.evidence.contrast
-            return "prompt" if other == "source" and capability != "editing" else other
-        return "null" if self.ranks(capability) else None
-
-    def ranks(self, capability: str) -> bool:
-        """Whether pictures of one question are ranked."""
-        return capability == "editing" and self.group > 1 and self.consensus is not None
+        """What the teachers of a capability are asked instead, for `evidence`; None: nothing."""
+        if self.evidence is None:
+            return None
+        other = self.evidence.contrast
+        return "prompt" if other == "source" and capability != "editing" else other
 
     def null(self, capability: str) -> bool:
         """Whether the null prompt is asked."""

@@ -119,7 +119,6 @@ class Rollout(Part):
     solver: Literal["euler", "ab2"] = "euler"
     noise: float = Field(0.0, ge=0)
     guidance: PositiveFloat = 1.0
-    persistent: PositiveInt = 1  # updates that a walk lives, asked once in each; above 1 an experiment (docs/method.md)
     merged: bool = True  # walk on W + BA; False: through the LoRA layers, without a copy of the adapted weights
     keep_source: bool = False  # keys and values of source tokens once a walk; exact for flux2-klein-kv, else refused
     captured: bool = False  # its forwards as CUDA graphs (docs/kernels.md)
@@ -136,16 +135,11 @@ class Query(Part):
 
 
 class Routing(Part):
-    """One teacher a row, a step, or `groups` steps in turn. `weights` by name win over the teachers' own `weight`.
-
-    With `answer: mean` each row still draws its question by these routes, but the answer is the mean over all
-    teachers by weight (soft routing, an ablation).
-    """
+    """One teacher a row, a step, or `groups` steps in turn. `weights` by name win over the teachers' own `weight`."""
 
     per: Literal["row", "step", "turn"] = "row"
     groups: PositiveInt = 1  # steps of a turn
     weights: dict[str, PositiveFloat] = {}
-    answer: Literal["routed", "mean"] = "routed"
 
 
 class Guidance(Part):

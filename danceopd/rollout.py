@@ -3,8 +3,7 @@
 Rows stop at different depths, so they are sorted by depth and finished rows leave the batch: the cost is
 exactly the sum of the depths, in rows. A row may be seen at several depths of its one walk, and between two grid
 points: the step that would pass a query's level is then also taken in part, which asks the field no more often.
-A walk may also go on from where an earlier one stopped (`start`); each row then is at its own depth, and rows are
-sorted by the steps they still have to take. States are fp32 and carry no graph, but may enter one.
+States are fp32 and carry no graph, but may enter one.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ def rollout(
     *,
     levels: Tensor | None = None,
     solver: Solver | None = None,
-    start: Tensor | None = None,
 ) -> Tensor:
     """States at each row's stops: `x (B, …)` fp32, in the order of `noise`, without a gradient.
 
@@ -39,23 +37,17 @@ def rollout(
     row's grid index, 0 (the noise itself) to N (the clean end), or `(B, K)` for K states of each walk:
     `x (B, K, …)`. `levels`, of the shape of `stop`, are the noise levels to land on: each no lower than its
     stop's and below the grid point before it; None are the grid's own. `field` is asked once a step, with only
-    the rows still walking; `solver` (fresh for each walk; default Euler) takes the steps. With `start (B,)` long,
-    `noise` is each row's state at that grid index, which is where its walk begins.
+    the rows still walking; `solver` (fresh for each walk; default Euler) takes the steps.
 
     `callback(step, rows, x)` sees, before each step from the start, which rows (LongTensor, indices into `noise`)
-    still walk and their states; it must not change them. ValueError for a stop off the grid or behind the start, or
-    for a level off its step.
+    still walk and their states; it must not change them. ValueError for a stop off the grid, or a level off its step.
     """
     if stop.shape[:1] != noise.shape[:1] or stop.ndim not in (1, 2) or len(condition) != len(noise):
         raise ValueError(f"{len(noise)} rows of noise, {len(condition)} of conditions, stop {tuple(stop.shape)}")
     stops = (stop if stop.ndim == 2 else stop[:, None]).cpu()
     if len(stops) and (int(stops.min()) < 0 or int(stops.max()) >= len(sigmas)):
         raise ValueError(f"stop must lie in 0..{len(sigmas) - 1}, not {int(stops.min())}..{int(stops.max())}")
-    begins = torch.zeros(len(stops), dtype=torch.long) if start is None else start.cpu()
-    if begins.shape != stops.shape[:1] or bool((begins < 0).any() | (stops < begins[:, None]).any()):
-        raise ValueError("a stop must not lie behind its row's start, nor a start before the schedule")
-    between = _between(stops, levels, sigmas, begins)
-    stops = stops - begins[:, None]  # from here in steps to take
+    between = _between(stops, levels, sigmas)
     depth = stops.amax(1)
     depths = sorted(depth.tolist(), reverse=True)
     x = noise.to(torch.float32, copy=True)
@@ -63,11 +55,10 @@ def rollout(
     order = torch.argsort(depth, descending=True, stable=True) if ragged else None
     if order is not None:
         stops = stops[order]
-        begins = begins[order]
         between = None if between is None else between[order]
         order = order.to(x.device)
         x, condition = x[order], condition.rows(order)
-    grid, index = sigmas.to(x.device, torch.float32), begins.to(x.device) if begins.any() else None
+    grid = sigmas.to(x.device, torch.float32)
     known = sigmas.tolist()
     solver = Euler() if solver is None else solver
     seen = x.unsqueeze(1).repeat(1, stops.shape[1], *[1] * (x.ndim - 1))
@@ -82,11 +73,8 @@ def rollout(
             rows = None if order is None else order[:walking]
             if callback is not None:
                 callback(step, torch.arange(walking, device=x.device) if rows is None else rows, active)
-            if index is None:
-                sigma, to = grid[step].expand(walking), grid[step + 1].expand(walking)
-                way.level = known[step], sigma
-            else:
-                sigma, to = grid[index[:walking] + step], grid[index[:walking] + step + 1]
+            sigma, to = grid[step].expand(walking), grid[step + 1].expand(walking)
+            way.level = known[step], sigma
             velocity = field(active, sigma, condition)
             after = solver.advance(active, velocity, sigma, to, rows)
             for k in range(stops.shape[1]):
@@ -104,14 +92,14 @@ def rollout(
     return seen if stop.ndim == 2 else seen[:, 0]
 
 
-def _between(stops: Tensor, levels: Tensor | None, sigmas: Tensor, begins: Tensor) -> Tensor | None:
+def _between(stops: Tensor, levels: Tensor | None, sigmas: Tensor) -> Tensor | None:
     """The levels to land on, on the CPU; None when all of them are on the grid."""
     if levels is None:
         return None
     levels = (levels if levels.ndim == 2 else levels[:, None]).float().cpu()
     grid = sigmas.float().cpu()
     if levels.shape != stops.shape or bool(
-        ((levels < grid[stops]) | (levels > grid[torch.maximum(stops - 1, begins[:, None])])).any()
+        ((levels < grid[stops]) | (levels > grid[(stops - 1).clamp(min=0)])).any()
     ):
         raise ValueError("a level must lie on the step that ends at its stop")
     return None if torch.equal(levels, grid[stops]) else levels

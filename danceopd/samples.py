@@ -17,7 +17,7 @@ from danceopd.lora import Adapter
 from danceopd.recipe import Recipe
 from danceopd.work import Encoder
 
-LOOK = "look"  # the adapter on the backbone that the grid is drawn with
+EMA = "ema"  # the averaged student on the backbone: drawn, measured and exported
 
 
 class SampleGrid:
@@ -66,9 +66,9 @@ class SampleGrid:
 
 
 def looking(backbone: Backbone, student: Adapter, merged: bool) -> VelocityField:
-    """`student` as a field, in the one place that the backbone keeps for looking at it."""
-    if LOOK in backbone.adapters:
-        backbone.assign(LOOK, student)
+    """The averaged `student` as a field; one adapter on the backbone serves for drawing, measuring and exporting it."""
+    if EMA in backbone.adapters:
+        backbone.assign(EMA, student)
     else:
-        backbone.add_adapter(LOOK, student)
-    return (MergedField if merged else AdapterField)(backbone, LOOK)
+        backbone.add_adapter(EMA, student)
+    return (MergedField if merged else AdapterField)(backbone, EMA)

@@ -28,7 +28,6 @@ from danceopd.checkpoint import (
     open_checkpoint,
     scheduler_difference,
 )
-from danceopd.consensus import strengths
 from danceopd.disk import disk_faults, replace_file
 from danceopd.errors import UserError
 from danceopd.extract import difference, progress
@@ -38,7 +37,6 @@ from danceopd.pipelines.editing import EditingPipeline
 from danceopd.pipelines.generation import GenerationPipeline, check_prompts
 from danceopd.pipelines.record import Condition, record
 from danceopd.recipe import Teacher
-from danceopd.recipe_gates import Consensus
 from danceopd.store import key_of
 from danceopd.streamed import StreamedField
 
@@ -92,17 +90,6 @@ class Known:
         if null is None:
             raise ValueError(f"teacher {teacher.name!r} is guided and has no null condition")
         return GuidedField(field, null, teacher.guidance)
-
-
-def at_strengths(known: Known, consensus: Consensus | None) -> list[Known]:
-    """The teacher at the other strengths that a consensus by strength asks, each under a name of its own."""
-    if consensus is None or consensus.by != "strength":
-        return []
-    teacher, made = known.teacher, []
-    for factor in strengths(consensus.framings, consensus.jitter):
-        name = f"{teacher.name}-at-{round(1000 * factor)}"
-        made.append(replace(known, teacher=teacher.model_copy(update={"name": name, "scale": teacher.scale * factor})))
-    return made
 
 
 def look(teachers: Iterable[Teacher], base: Path) -> list[Known]:

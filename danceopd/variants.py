@@ -75,7 +75,7 @@ def variants(recipe: Recipe, data: Sequence[Prompts], rows: Sequence[Iterable[in
         return found
     for teacher, mine, drawn, also in zip(recipe.teachers, data, rows, found, strict=True):
         consensus, skills = recipe.gates.consensus, recipe.gates.skills
-        if consensus is not None and consensus.by == "words":
+        if consensus is not None:
             also.update(_framings(teacher.name, mine, sorted(drawn), consensus))
         told = None if skills is None or not skills.eta else skills.told(teacher.capability)
         if told is not None and "caption" in (told.step, told.episode):
@@ -117,7 +117,7 @@ def _framings(name: str, data: Prompts, rows: Sequence[int], knobs: Consensus) -
     if not framings[0]:
         raise UserError(
             f"gates.consensus asks in other words, and no row of {data.table.path} (teacher {name!r}) has any; add a "
-            "column `paraphrases`, or set gates.consensus.by: strength"
+            "column `paraphrases`, or leave the gate out"
         )
     return {f"{FRAMING}{i}": reworded(data, words) for i, words in enumerate(framings, start=1) if words}
 

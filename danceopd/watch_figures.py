@@ -94,11 +94,6 @@ def spread(clean: Tensor, seeds: int) -> float:
     return 1 - float(pairs.mean()) / (seeds * (seeds - 1))
 
 
-def effective(weights: Tensor) -> float:
-    """The effective share of a sample, (sum w)^2 / (n sum w^2): 1 for even `weights (n,)`, 1/n for one row alone."""
-    return float(weights.sum() ** 2 / (len(weights) * weights.square().sum()))
-
-
 @dataclass(frozen=True)
 class Limits:
     """When an alarm rings. Proposals, not published figures; a recipe may set others."""

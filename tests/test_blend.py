@@ -7,11 +7,16 @@ import torch
 from tiny import random_adapter, tiny_klein
 
 from danceopd.base_model import base_fingerprint
-from danceopd.blend import METHODS, blend, blended, residual, shrink, truncate_dense
+from danceopd.blend import METHODS, blend, blended, norm, shrink, truncate_dense
 from danceopd.errors import UserError
 from danceopd.lora import Adapter, inspect_adapter, read_adapter, write_adapter
 from danceopd.recipe import BlendMethod, Student
 from danceopd.warm_start import warm_start
+
+
+def residual(whole: Adapter, part: Adapter) -> float:
+    """‖Δ_whole − Δ_part‖ / ‖Δ_whole‖ over all modules together, Frobenius."""
+    return norm(blend([whole, part], [1.0, -1.0])) / norm(whole)
 
 
 def adapter(seed: int, rank: int, modules=("x", "y"), into=12, out=20) -> Adapter:

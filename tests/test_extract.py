@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import random_adapter, tiny_klein
 
 from danceopd.base_model import base_fingerprint
-from danceopd.blend import truncate
+from danceopd.blend import shrink
 from danceopd.checkpoint import open_checkpoint
 from danceopd.commands.extract import run
 from danceopd.errors import UserError
@@ -70,7 +70,7 @@ def test_residuals_are_the_best_possible_and_add_up(models):
         gap = (delta - b @ a).norm() / delta.norm()
         assert change.rank == 2 == len(a) and change.residual == pytest.approx(float(gap), abs=1e-5)
         if change.name in adapter.tensors:
-            best = truncate(*adapter.tensors[change.name], 2)
+            best = shrink(*adapter.tensors[change.name], 2)[0]
             assert gap < 1.01 * (delta - best[1] @ best[0]).norm() / delta.norm() + 1e-4
         lost, whole = lost + float((delta - b @ a).norm() ** 2), whole + float(delta.norm() ** 2)
     assert "x_embedder" in found.adapter.tensors

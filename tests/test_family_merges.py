@@ -80,13 +80,12 @@ def test_all_gates_together_on_every_family(tiny, tmp_path, monkeypatch):
     recipe["data"]["generation"] = str(tmp_path / "generation.jsonl")
     if tiny.editing is not None:
         recipe["data"]["editing"] = str(tmp_path / "editing.jsonl")
-    gates = {"evidence": True, "consensus": {"edited": 0.01, "kept": 0.01}, "skills": True, "group": 2}
+    gates = {"evidence": True, "consensus": True, "skills": True, "group": 2}
     gated = danceopd.Recipe(**{**recipe, "gates": gates, "batch": 4, "steps": 3, "watch": {"every": 0}})
     danceopd.merge(gated, report=lambda done, steps: None)
     lines = [json.loads(line) for line in (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()]
     seen = {key: line[key] for line in lines for key in line if key.startswith("gate/")}
     assert {"gate/weight", "gate/rho", "gate/leak", "gate/consensus", "gate/shift share", "gate/ess"} <= set(seen)
-    assert ("gate/rank" in seen) == (tiny.editing is not None)
     assert all(isinstance(value, float) and math.isfinite(value) for value in seen.values()), seen
     assert seen["gate/leak"] > 0 and seen["gate/rho"] != 0
 

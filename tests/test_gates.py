@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import numpy as np
 import pytest
@@ -180,45 +179,6 @@ def test_agreement_needs_to_depend_on_the_prompt():
     assert torch.equal(consensus.agreement(scattered, there, scattered.mean(0) + 0.1), torch.zeros(2))
 
 
-def test_preservation_and_likeness_by_hand():
-    change, mask = numbers(6, 5, 3), numbers(6, 5, 1, seed=1).abs().clamp(max=1)
-    for b, found in enumerate(consensus.preservation(change, mask)):
-        outside = (1 - mask[b]).double().expand(5, 3)
-        wanted = math.exp(-float((outside * change[b].double() ** 2).sum() / outside.sum()))
-        assert float(found) == pytest.approx(wanted, rel=1e-5)
-    found = consensus.likeness(change, mask, 3)
-    inside = (mask.sqrt() * change).flatten(1).double()
-    for b in range(6):
-        others = [o for o in range(b // 3 * 3, b // 3 * 3 + 3) if o != b]
-        cosines = [float(torch.nn.functional.cosine_similarity(inside[b], inside[o], dim=0)) for o in others]
-        assert float(found[b]) == pytest.approx(sum(cosines) / 2, abs=1e-5)
-
-
-def test_ranks_need_both_thresholds_and_a_group_that_is_divided():
-    agree = torch.tensor([0.9, 0.1, 0.5, 0.7, 0.9, 0.1, 0.5, 0.7, 0.9, 0.1, 0.5, 0.7])
-    edited = torch.tensor([1.0, 0.4, 0.5, 0.2, *[0.9] * 4, *[0.1] * 4])
-    kept = torch.tensor([0.1, 0.8, 0.9, 1.0, *[0.9] * 4, *[0.9] * 4])
-    found = consensus.ranks(agree, edited, kept, (0.3, 0.5), 4)
-    # First: it edits most and agrees most but does not keep; fourth: it keeps all and edits too little.
-    assert found[:4].tolist() == [0.0, 0.5, 1.0, 0.0]
-    assert torch.equal(found[4:], torch.zeros(8))  # all pass, or none does: nothing to tell them apart
-    tied = consensus.ranks(torch.full((3,), 0.4), torch.tensor([1.0, 1, 0]), torch.ones(3), (0.3, 0.5), 3)
-    assert tied.tolist() == [1.0, 1.0, 0.0]
-
-
-def test_mean_mask_is_that_of_the_siblings():
-    mask = numbers(6, 5, 1)
-    found = consensus.mean_mask(mask, 3)
-    assert torch.allclose(found[4], mask[3:].mean(0)) and torch.equal(found[0], found[2]) and found.shape == mask.shape
-
-
-def test_strengths_are_pairs_about_one():
-    assert consensus.strengths(2, 0.2) == [0.8]
-    assert consensus.strengths(3, 0.2) == [0.8, 1.2]
-    assert consensus.strengths(5, 0.2) == pytest.approx([0.8, 1.2, 0.9, 1.1])
-    assert len(set(consensus.strengths(7, 0.3))) == 6 and 1.0 not in consensus.strengths(7, 0.3)
-
-
 # Together
 
 
@@ -325,15 +285,12 @@ def test_a_gate_is_one_key(files):
         ({"gates": {"evidence": {"alfa": 1}}}, "unknown key 'gates.evidence.alfa'.*'alpha'"),
         ({"gates": {"evidence": {"contrast": "prompts"}}}, "gates.evidence.contrast is 'prompts'.*'prompt'"),
         ({"gates": {"evidence": True}, "objective": "diffusionopd"}, "gates weigh what objective danceopd learns"),
-        ({"gates": {"evidence": True}, "routing": {"answer": "mean"}}, "gates ask the routed teacher"),
         ({"gates": {"evidence": True, "group": 3}}, "batch 8 is no multiple of gates.group, 3"),
         ({"gates": {"evidence": True, "group": 4}, "micro_batch": 2}, "splits the walks.*, gates.group 4"),
         ({"gates": {"skills": True, "group": 4}}, "group compares walks of one question"),
-        ({"gates": {"consensus": {"target": "live-self"}}}, "makes the student its own teacher.*experiment: true"),
         ({"gates": {"consensus": {"bound": 0.9}}}, "gates.consensus.bound is 0.9"),
         ({"gates": {"skills": {"generation": {"step": "source"}}}}, "gates.skills.generation.step is 'source'"),
         ({"gates": {"skills": True}, "rollout": {"steps": 1}}, "needs walks of two steps or more"),
-        ({"gates": {"consensus": {"by": "strength"}}, "generation": "base"}, "'generation' is the bare base"),
     ],
 )
 def test_misuse_is_refused_in_a_sentence(files, fields, sentence):

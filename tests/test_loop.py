@@ -196,7 +196,7 @@ def targeted(world):
     "objective, fields",
     [
         ("danceopd", {"query": {"count": 2, "jitter": True, "law": "low-noise"}, "rollout": {"solver": "ab2"}}),
-        ("danceopd", {"routing": {"answer": "mean"}, "rollout": {"merged": False, "noise": 0.5}}),
+        ("danceopd", {"rollout": {"merged": False, "noise": 0.5}}),
         ("danceopd", {"routing": {"per": "turn", "groups": 2}, "query": {"weight": "dt2", "law": "uniform"}}),
         ("diffusionopd", {}),
         ("diffusionopd", {"rollout": {"noise": 0.7}}),

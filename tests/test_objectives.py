@@ -55,7 +55,7 @@ def lesson(files):
         means, scales = (torch.tensor([getattr(t, name) for t in TEACHERS])[own] for name in ("mean", "scale"))
         return Lesson(
             recipe=recipe,
-            fields=Fields(lambda x, s, c: student(x, s).detach(), student, TEACHERS, [0.5, 0.5]),
+            fields=Fields(lambda x, s, c: student(x, s).detach(), student, TEACHERS),
             step=step,
             name="0",
             whole=ROWS,
@@ -151,15 +151,6 @@ def test_danceopd_weighted_by_step(lesson):
 def test_danceopd_on_random_walks(lesson):
     solver = Diffusion(0.7, float(SIGMAS[1]), lambda step: torch.zeros(0))
     agree(gradient(lesson, "danceopd", rollout={"noise": 0.7}), exact(paper_law(), solver))
-
-
-def test_soft_routing_matches_the_mean_of_the_teachers(lesson):
-    class Mean:
-        def line(self, sigma):
-            lines = [t.line(sigma) for t in TEACHERS]
-            return sum(a for a, _ in lines) / 2, sum(b for _, b in lines) / 2
-
-    agree(gradient(lesson, "danceopd", routing={"answer": "mean"}), exact(paper_law(), teachers=[Mean()]))
 
 
 def test_diffusionopd_without_noise_weighs_by_the_true_step(lesson):
@@ -317,7 +308,6 @@ def test_which_objectives_need_finished_pictures(files):
         ({"flowopd": {"group": 4}}, "flowopd is set"),
         ({"offpolicy": {"clean": "teacher"}}, "offpolicy is set"),
         ({"objective": "supervised", "rollout": {"solver": "ab2"}}, "has no student walk"),
-        ({"objective": "supervised", "routing": {"answer": "mean"}}, "asks no teacher"),
         ({"rollout": {"solver": "ab2", "noise": 0.5}}, "cannot take random steps"),
         ({"routing": {"per": "turn", "weights": {"editing": 2}}}, "equal turns"),
     ],

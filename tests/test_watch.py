@@ -23,7 +23,7 @@ from danceopd.recipe import Recipe
 from danceopd.recipe_watch import Watch as Knobs
 from danceopd.rollout import rollout
 from danceopd.watch import Watch
-from danceopd.watch_figures import Interval, Limits, Seen, alarms, effective, mistakes, quarter, spearman, spread
+from danceopd.watch_figures import Interval, Limits, Seen, alarms, mistakes, quarter, spearman, spread
 
 # -- figures ----------------------------------------------------------------------------------------------
 
@@ -65,11 +65,10 @@ def test_rank_correlation_is_spearman_s():
     assert spearman([(confidence, np.ones((20, 3)))]).value == 0
 
 
-def test_spread_and_effective_share():
+def test_spread():
     same = torch.tensor([[1.0, 2], [2, 4], [0, 3], [0, 1]])
     assert spread(same, 2) == pytest.approx(0, abs=1e-6)
     assert spread(torch.tensor([[1.0, 0], [0, 1], [1, 0], [-1, 0]]), 2) == pytest.approx((1 + 2) / 2)
-    assert effective(torch.ones(7)) == 1 and effective(torch.tensor([4.0, 0, 0, 0])) == 0.25
 
 
 FINE = (Interval(0.2, 0.1, 0.3), Interval(0.3, 0.1, 0.5))
@@ -166,19 +165,20 @@ class Near:
         pass
 
 
-def panel(live):
+def panel(live=None):
+    """The panel of a consensus gate; `live` is the student itself, asked in place of its frozen teacher."""
     numbers = torch.Generator().manual_seed(3)
     asked = Prompts(torch.arange(MODES).repeat(4))
     framings = [asked, *(asked.said_otherwise(numbers) for _ in range(FRAMINGS - 1))]
 
     def framed(field, x, sigma, rows):
-        answers = torch.stack([field(x, sigma, one.rows(rows)) for one in framings])
+        answers = torch.stack([(live or field)(x, sigma, one.rows(rows)) for one in framings])
         return answers, torch.ones(answers.shape[:2], dtype=torch.bool)
 
     noise = torch.randn(len(asked) * 6, 2, generator=numbers)
     other = asked.rows(torch.arange(len(asked)).roll(1))
     held = Held(asked, other, noise, shifted(6, 1.0), Near(), framed)
-    return Panel("flow", exact, [held], torch.device("cpu"), 1024, live=live)
+    return Panel("flow", exact, [held], torch.device("cpu"), 1024)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def course(mistaken, live):
     def field(x, sigma, condition):
         return student(x, sigma, condition)
 
-    watch, rang = Watch(Knobs(), [panel(live)], "the distance"), []
+    watch, rang = Watch(Knobs(), [panel(field if live else None)], "the distance"), []
     watch.check(0, field)
     for step in range(1, 161):
         asked = Prompts(torch.randint(MODES, (64,), generator=numbers))

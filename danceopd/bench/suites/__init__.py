@@ -115,23 +115,6 @@ class Suite(Protocol):
         """The same of its source, where the official tree keeps a copy beside the picture."""
 
 
-class TreeSuite(Suite, Protocol):
-    """A suite whose official tree has more than one form, or more in it than pictures."""
-
-    def places(self, item: Item) -> tuple[str, ...]:
-        """Every path where an item's picture may be, the one that we write first."""
-
-    def records(self, item: Item) -> dict[str, str]:
-        """The small files beside the pictures: path, relative to a model's folder -> content."""
-
-
-class ExactSuite(Suite, Protocol):
-    """A suite that scores by itself."""
-
-    def score(self, items: Sequence[Item], images: Sequence[Any]) -> list[Any]:
-        """One score an item, in the order of the items."""
-
-
 class JudgedSuite(Suite, Protocol):
     """A suite that asks a judge."""
 
