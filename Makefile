@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	@printf '\n%s\n\n%s\n\n    %s\n    %s\n    %s\n' "Report: $(DEMO)/bench/report.html" \
 		"The student is an ordinary diffusers adapter ($(BIN)/python):" \
 		"from diffusers import DiffusionPipeline" \
-		"pipe = DiffusionPipeline.from_pretrained(\"$$($(BIN)/python -c 'from danceopd.recipe import shipped; print(shipped("base"))')\")" \
+		"pipe = DiffusionPipeline.from_pretrained(\"$$($(BIN)/python -c 'from danceopd.common.shipped import shipped; print(shipped("base"))')\")" \
 		"pipe.load_lora_weights(\"$(DEMO)/student\")"
 
 test: lint

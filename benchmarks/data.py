@@ -1,9 +1,9 @@
-"""How long a million rows of work take to open, to check and to draw from.
+"""How long a table of a million edits takes to open, to check and to read from.
 
     python benchmarks/data.py [--rows 1000000]
 
-Makes a table of edits in each format (an instruction, and the path of one of 10,000 images), opens it cold (no index
-kept) and warm, checks every row and path, and draws 10,000 rows at random. Writes benchmarks/results/data.md.
+Writes a table of edits in each format (an instruction, and the path of one of 10,000 images), opens it cold (no index
+in the cache) and warm, checks every row and path, and reads 10,000 rows at random. Writes benchmarks/results/data.md.
 """
 
 from __future__ import annotations
@@ -22,23 +22,25 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from danceopd.data import edits_from
-from danceopd.machine import describe
+from danceopd.common.system import describe_machine
+from danceopd.data.sources import edits_from
 
+RESULTS = Path(__file__).parent / "results" / "data.md"
 IMAGES = 10_000
-DRAWS = 10_000
+READS = 10_000
 
 
 def main() -> None:
+    """Make the tables in a temporary folder, measure each, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "data.md")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of each table")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the Markdown file to write")
     given, load = parser.parse_args(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DANCEOPD_CACHE"] = f"{folder}/cache"
-        make(Path(folder), given.rows)
+        write_tables(Path(folder), given.rows)
         lines = [line for kind in ("csv", "jsonl", "parquet") if (line := measure(Path(folder), kind))]
-    machine = f"{describe()}, Python {platform.python_version()}"
+    machine = f"{describe_machine()}, Python {platform.python_version()}"
     text = REPORT.format(rows=given.rows, machine=machine, load=load, table="\n".join(lines))
     given.output.parent.mkdir(exist_ok=True)
     given.output.write_text(text)
@@ -49,16 +51,17 @@ REPORT = """# {rows:,} rows of edits
 
 `python benchmarks/data.py` on {machine}; load {load:.1f} when it began.
 
-Seconds, except a draw. Cold: the first time the file is seen. Warm: its index is kept. Check: every row's text and
-every path. A draw is one random row: its instruction and its image's path.
+Seconds, except a read. Cold: the first time the file is seen. Warm: its index is in the cache. Check: every row's text
+and every path. A read is one random row: its instruction and its image's path.
 
-| format | MB | open, cold | open, warm | check | draw |
+| format | MB | open, cold | open, warm | check | read |
 |---|---|---|---|---|---|
 {table}
 """
 
 
-def make(folder: Path, rows: int) -> None:
+def write_tables(folder: Path, rows: int) -> None:
+    """edits.csv, edits.jsonl and, where pyarrow is installed, edits.parquet; their images are links to one file."""
     (folder / "images").mkdir()
     Image.new("RGB", (64, 64)).save(folder / "images/0.png")
     for i in range(1, IMAGES):
@@ -66,27 +69,29 @@ def make(folder: Path, rows: int) -> None:
     with open(folder / "edits.csv", "w", newline="") as file:
         out = csv.writer(file)
         out.writerow(("instruction", "image"))
-        out.writerows(work(rows))
+        out.writerows(edits_of(rows))
     with open(folder / "edits.jsonl", "w") as file:
-        file.writelines(json.dumps({"instruction": words, "image": path}) + "\n" for words, path in work(rows))
+        file.writelines(json.dumps({"instruction": text, "image": path}) + "\n" for text, path in edits_of(rows))
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         print("pyarrow is not installed: no parquet")
         return
-    words, paths = zip(*work(rows))
-    table = pyarrow.table({"instruction": words, "image": paths})
-    parquet.write_table(table, folder / "edits.parquet", row_group_size=rows // 10)
+    instructions, paths = zip(*edits_of(rows))
+    table = pyarrow.table({"instruction": instructions, "image": paths})
+    parquet.write_table(table, folder / "edits.parquet", row_group_size=max(rows // 10, 1))
 
 
-def work(rows: int) -> Iterator[tuple[str, str]]:
+def edits_of(rows: int) -> Iterator[tuple[str, str]]:
+    """(instruction, image path) of each row; every third instruction has a line break, the others quotes."""
     for i in range(rows):
-        words = f'make number {i} blue, and write "done"' if i % 3 else f"remove the red star number {i}\nand the ring"
-        yield words, f"images/{i % IMAGES}.png"
+        text = f'make number {i} blue, and write "done"' if i % 3 else f"remove the red star number {i}\nand the ring"
+        yield text, f"images/{i % IMAGES}.png"
 
 
 def measure(folder: Path, kind: str) -> str:
+    """The table row of one format; empty where there is no file of it."""
     path = folder / f"edits.{kind}"
     if not path.exists():
         return ""
@@ -100,12 +105,12 @@ def measure(folder: Path, kind: str) -> str:
     began = time.perf_counter()
     edits.check()
     seconds.append(time.perf_counter() - began)
-    picks = np.random.default_rng(0).integers(len(edits), size=DRAWS).tolist()
+    indices = np.random.default_rng(0).integers(len(edits), size=READS).tolist()
     began = time.perf_counter()
-    for pick in picks:
-        edits[pick]
-    draw = (time.perf_counter() - began) / DRAWS * 1e6
-    cells = [f"{path.stat().st_size / 1e6:.0f}", *(f"{s:.2f}" for s in seconds), f"{draw:.0f} µs"]
+    for index in indices:
+        edits[index]
+    read = (time.perf_counter() - began) / READS * 1e6
+    cells = [f"{path.stat().st_size / 1e6:.0f}", *(f"{s:.2f}" for s in seconds), f"{read:.0f} µs"]
     return f"| {kind} | {' | '.join(cells)} |"
 
 

@@ -1,11 +1,11 @@
-"""What the fused kernels buy on a GPU: one command, under eight minutes, one table.
+"""How much faster the fused kernels are on a GPU: one command, under eight minutes, one table.
 
     python benchmarks/gpu.py kernels
 
 Random data. Inputs and outputs rotate, so that together they exceed the L2 cache four times. Kernel times are medians
-of CUDA graph replays, which hold no launch gaps; the whole forwards are medians of calls, launch gaps included, because
-that is what a user waits for. Each part has its share of the time and leaves the rest to the next; a line that fails is
-named below the tables, and the others stand. Writes `benchmarks/results/gpu-<device>.md` after every line. `--smoke`
+of CUDA graph replays, without launch gaps; whole forwards are medians of calls, launch gaps included, because that is
+what a user waits for. Each part has its share of the time and leaves the rest to the next; a line that fails is listed
+below the tables and does not stop the others. Writes `benchmarks/results/gpu-<device>.md` after every line. `--smoke`
 runs everything tiny on a CPU.
 """
 
@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import gpu_cores
+import gpu_attention
 import gpu_forwards
 import gpu_segments
 import torch
@@ -46,8 +46,8 @@ class Bench:
     device: str
     minutes: float
     rows: list[list[str]] = field(default_factory=list)
-    walks: list[str] = field(default_factory=list)
-    cores: list[str] = field(default_factory=list)
+    rollout_steps: list[str] = field(default_factory=list)
+    attention: list[str] = field(default_factory=list)
     prologues: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
@@ -58,7 +58,7 @@ class Bench:
         """Give back what the last model or set of buffers took."""
         gc.collect()
         if self.device != "cpu":
-            with suppress(RuntimeError):  # of a kernel that failed before; it is named already
+            with suppress(RuntimeError):  # of a kernel that failed before; it is reported already
                 torch.cuda.empty_cache()
 
     @property
@@ -67,7 +67,7 @@ class Bench:
         return time.monotonic() - self.started > 60 * self.minutes * self.share
 
     def attempt(self, label: str, measure: Callable[[], Any]) -> Any:
-        """What `measure` finds; None where it fails, which is named and costs no other line."""
+        """The result of `measure`; None if it fails, which is listed below the tables."""
         found = None
         try:
             found = measure()
@@ -98,7 +98,7 @@ class Bench:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                kept = [run(i) for i in range(sets)]  # held, or all would be written to the same place
+                kept = [run(i) for i in range(sets)]  # all kept, or every call would write to the same memory
         finally:
             torch.cuda.set_stream(here)  # a capture that fails leaves its own stream current
         for _ in range(3):
@@ -142,15 +142,20 @@ def copy_speed(bench: Bench) -> float:
 
 # What runs, and the share of the time at which it begins nothing new; the cheap first: compilers eat what they get.
 PARTS: tuple[tuple[Callable[..., None], float], ...] = (
-    (gpu_cores.measure, 0.12),
-    (gpu_cores.prologues, 0.14),
-    (gpu_segments.sites, 0.2),
+    (gpu_attention.measure, 0.12),
+    (gpu_attention.prologues, 0.14),
+    (gpu_segments.norms, 0.2),
     (gpu_segments.segments, 0.6),
     (gpu_forwards.forwards, 0.9),
-    (gpu_forwards.walks, 1.0),
+    (gpu_forwards.rollout_steps, 1.0),
 )
 HEAD = "what | pass | eager | compiled | CUDA (forwards: fused) | Triton (forwards: fused, graph)"
 HEAD += " | against eager | against compiled | TB/s"
+
+
+def _table(head: str, rows: list[str]) -> list[str]:
+    """A Markdown table as lines; `rows` are lines already."""
+    return [f"| {head} |", "|" + " --- |" * len(head.split(" | ")), *rows]
 
 
 def write(bench: Bench, output: Path, device: str, ceiling: float) -> None:
@@ -160,14 +165,15 @@ def write(bench: Bench, output: Path, device: str, ceiling: float) -> None:
         f"torch {torch.__version__}, Python {platform.python_version()}, bf16, batch 1, random data. "
         f"Device-to-device copy: {ceiling:.2f} TB/s. Microseconds unless a row says otherwise.",
         "",
-        f"| {HEAD} |",
-        "|" + " --- |" * len(HEAD.split(" | ")),
-        *(f"| {' | '.join(row)} |" for row in bench.rows),
+        *_table(HEAD, [f"| {' | '.join(row)} |" for row in bench.rows]),
         "",
         "TB/s counts each input read once and each output written once, over the CUDA time.",
-        *(["", f"| {gpu_forwards.HEAD} |", "|" + " --- |" * len(gpu_forwards.HEAD.split(" | ")), *bench.walks]),
-        *(["", f"| {gpu_cores.HEAD} |", "|" + " --- |" * len(gpu_cores.HEAD.split(" | ")), *bench.cores]),
-        *(["", f"| {gpu_cores.PROLOGUE} |", "|" + " --- |" * len(gpu_cores.PROLOGUE.split(" | ")), *bench.prologues]),
+        "",
+        *_table(gpu_forwards.HEAD, bench.rollout_steps),
+        "",
+        *_table(gpu_attention.HEAD, bench.attention),
+        "",
+        *_table(gpu_attention.PROLOGUE, bench.prologues),
         *(["", "Not measured:", "", *(f"- {line}" for line in bench.failures)] if bench.failures else []),
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +186,7 @@ def kernels(
     minutes: Annotated[float, typer.Option(help="Start nothing new after so long.")] = 7.0,
     smoke: Annotated[bool, typer.Option("--smoke", help="Tiny, on a CPU: checks this program.")] = False,
 ) -> None:
-    """The segment before attention, norm sites, SwiGLU, no-gradient forwards, steps of a walk, attention cores."""
+    """q, k, v before attention, adaptive norms, SwiGLU, no-gradient forwards, rollout steps, attention backends."""
     if not smoke and not torch.cuda.is_available():
         typer.echo("error: there is no CUDA device here; --smoke checks the benchmark itself", err=True)
         raise typer.Exit(2)

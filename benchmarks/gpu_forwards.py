@@ -1,7 +1,7 @@
-"""Whole forwards without a gradient, for `benchmarks/gpu.py`: of stock transformers, and as a step of a walk.
+"""Whole forwards without a gradient, for `benchmarks/gpu.py`: of stock transformers, and as a step of a rollout.
 
-A step of a walk is asked of a backbone with a student of rank 64 on it: through its LoRA layers, on W + BA, and as a
-CUDA graph (`danceopd.captured`), as `danceopd merge` asks it. Weights are random, of the models' true shapes.
+A rollout step runs on a backbone with a student LoRA of rank 64: through its LoRA layers, on W + BA, and as a CUDA
+graph (`danceopd.models.cuda_graphs`), as in `danceopd merge`. Weights are random, of the models' true shapes.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from danceopd.attention import install, uninstall
-from danceopd.backbone import Backbone
-from danceopd.captured import CapturedField, CudaGraphs
-from danceopd.fields import AdapterField, MergedField
-from danceopd.pipelines.families import FAMILIES
+from danceopd.kernels import install, uninstall
+from danceopd.models.backbone import Backbone
+from danceopd.models.cuda_graphs import CapturedField, CudaGraphs
+from danceopd.models.fields import AdapterField, MergedField
+from danceopd.pipelines.registry import FAMILIES
 
-HEAD = "step of a walk, ms | LoRA layers | W + BA | CUDA graph | against W + BA | furthest apart"
+HEAD = "rollout step, ms | LoRA layers | W + BA | CUDA graph | against W + BA | furthest apart"
 
 
 def klein(side: int, sources: int, smoke: bool) -> tuple[nn.Module, dict[str, Any]]:
@@ -150,18 +150,18 @@ def on_device(bench: Any, make: Any, size: int, sources: int, smoke: bool) -> tu
     return model, {key: value.float() if key.endswith("ids") else value for key, value in call.items()}
 
 
-def walks(bench: Any, sizes: Sequence[int], smoke: bool) -> None:
+def rollout_steps(bench: Any, sizes: Sequence[int], smoke: bool) -> None:
     """Milliseconds of a step for 1 and 4 rows, with the fused kernels: LoRA layers, W + BA, CUDA graph."""
     for size in sizes:
         for make, name in ((sd35, "sd3"), (klein, "flux2-klein"), (z_image, "z-image")):
             if bench.late:
                 return
             given = bench, make, name, size, smoke
-            bench.attempt(f"a step of {name}, {size} px", lambda given=given: one_walk(*given))
+            bench.attempt(f"a step of {name}, {size} px", lambda given=given: one_rollout_step(*given))
             bench.release()
 
 
-def one_walk(bench: Any, make: Any, name: str, size: int, smoke: bool) -> list[str]:
+def one_rollout_step(bench: Any, make: Any, name: str, size: int, smoke: bool) -> list[str]:
     model, call = on_device(bench, make, size, 0, smoke)
     if name == "z-image":
         model.rope_embedder.freqs_cis = None
@@ -176,18 +176,18 @@ def one_walk(bench: Any, make: Any, name: str, size: int, smoke: bool) -> list[s
         many = condition.rows([0] * rows)
         inputs = x.float().repeat(rows, *[1] * (x.ndim - 1)), torch.full((rows,), 0.5, device=bench.device)
         cells = [f"{name} {size} px, {rows} rows", *step(bench, backbone, inputs, many)]
-        bench.walks.append(f"| {' | '.join(cells)} |")
-        Console().print(bench.walks[-1], highlight=False, markup=False)
-    return bench.walks
+        bench.rollout_steps.append(f"| {' | '.join(cells)} |")
+        Console().print(bench.rollout_steps[-1], highlight=False, markup=False)
+    return bench.rollout_steps
 
 
 def step(bench: Any, backbone: Backbone, inputs: Any, condition: Any) -> list[str]:
     merged = MergedField(backbone, "student")
     fields: list[Any] = [AdapterField(backbone, "student"), merged]
     if bench.device != "cpu":
-        fields.append(CapturedField(merged, CudaGraphs(torch.device(bench.device, 0)), after=1))
+        fields.append(CapturedField(merged, CudaGraphs(torch.device(bench.device, 0)), min_calls=1))
     times = [bench.calls(lambda field=field: field(*inputs, condition)) for field in fields]
-    if len(fields) < 3 or not len(fields[2]):  # no graphs here, or this forward was refused, which the log says
+    if len(fields) < 3 or not fields[2].graph_count:  # no graphs here, or this forward was refused, which the log says
         return [*(f"{1e3 * t:.2f}" for t in times[:2]), "", "", ""]
     apart = float((fields[2](*inputs, condition) - merged(*inputs, condition)).abs().max())
     return [*(f"{1e3 * t:.2f}" for t in times), f"{times[1] / times[2]:.2f}x", f"{apart:.1e}"]

@@ -1,4 +1,4 @@
-"""The segment before attention, norm sites and SwiGLU, for `benchmarks/gpu.py`: eager, compiled, fused."""
+"""q, k, v before attention, adaptive norms and SwiGLU, for `benchmarks/gpu.py`: eager, compiled, fused."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from diffusers.models.normalization import RMSNorm
 from rich.console import Console
 from torch import Tensor, nn
 
-from danceopd.attention import choose, using
-from danceopd.attention.front import add_norm, joint_qkv, swiglu_behind
-from danceopd.attention.parts import Stream, table
+from danceopd.kernels import backend as kernel_backend
+from danceopd.kernels import using
+from danceopd.kernels.functional import add_norm, joint_qkv, swiglu_concat
+from danceopd.kernels.inputs import Stream, rope_table
 
 Run = Callable[[int], Any]  # one call on the i-th set of buffers
 
@@ -90,7 +91,7 @@ class Segment:
             halves.append([norms[0](q), norms[1](k), v])
         if shape.rope == "complex" and text:
             tables = self.complex[shape.text :], self.complex[: shape.text]
-            halves = [[self.turn(x, t) for x in half[:2]] + half[2:] for half, t in zip(halves, tables)]
+            halves = [[self.rotate(x, t) for x in half[:2]] + half[2:] for half, t in zip(halves, tables)]
         if len(halves) == 1:
             q, k, v = halves[0]
         else:
@@ -99,18 +100,19 @@ class Segment:
         if shape.rope == "real":
             q, k = (apply_rotary_emb(x, self.real, sequence_dim=1) for x in (q, k))
         elif shape.rope == "complex" and not text:
-            q, k = self.turn(q, self.complex), self.turn(k, self.complex)
+            q, k = self.rotate(q, self.complex), self.rotate(k, self.complex)
         return q, k, v
 
     @staticmethod
-    def turn(x: Tensor, freqs: Tensor) -> Tensor:
+    def rotate(x: Tensor, freqs: Tensor) -> Tensor:
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * freqs[:, None]).flatten(3).type_as(x)
 
     def fused(self, i: int) -> tuple[Tensor, ...]:
         shape, (image, text) = self.shape, self.sets[i]
         weights = [norm.weight for norm in self.norms]
-        cos, sin = self.real if shape.rope == "real" else (table(self.complex), None) if shape.rope else (None, None)
+        table = (rope_table(self.complex), None) if shape.rope else (None, None)
+        cos, sin = self.real if shape.rope == "real" else table
         cut = lambda rows: tuple(None if t is None else t[rows] for t in (cos, sin))  # noqa: E731
         other = Stream(*text, *weights[2:], *cut(slice(0, shape.text))) if text else None
         return joint_qkv(
@@ -192,7 +194,7 @@ def ways(
         torch._dynamo.reset()
         timed("compile", segment.compiled)
     for backend in ("cuda", "triton"):
-        if not choose.missing(backend) and bench.device != "cpu":
+        if not kernel_backend.unavailable(backend) and bench.device != "cpu":
             with using(backend):
                 timed(backend, lambda: segment.fused)
     if bench.device == "cpu":
@@ -212,8 +214,8 @@ def row(label: str, what: str, times: dict[str, float], moved: float) -> list[st
 # Rows of hidden states
 
 
-def sites(bench: Any, sizes: Sequence[int], smoke: bool) -> None:
-    """A norm site with its gate, and the SwiGLU of a parallel block; forward only."""
+def norms(bench: Any, sizes: Sequence[int], smoke: bool) -> None:
+    """An adaptive norm with the gated add before it, and the SwiGLU of a parallel block; forward only."""
     for tokens, width, mlp in ((16, 64, 64),) if smoke else ((4608, 3072, 9216), (4320, 3840, 10240), (1357, 1536, 0)):
         if bench.late:
             return
@@ -229,7 +231,7 @@ def sites(bench: Any, sizes: Sequence[int], smoke: bool) -> None:
         def fused(x: Tensor, y: Tensor, gate=gate, scale=scale, shift=shift) -> Any:
             return add_norm(x, y, gate, scale=scale, shift=shift)
 
-        label = f"norm site {tokens} x {width}"
+        label = f"add_norm {tokens} x {width}"
         given = bench, label, stock, fused, list(zip(xs, ys, strict=True)), 8 * tokens * width, smoke
         bench.attempt(label, partial(pointwise, *given))
         if not mlp:
@@ -241,7 +243,7 @@ def sites(bench: Any, sizes: Sequence[int], smoke: bool) -> None:
             return torch.cat([passed, nn.functional.silu(a) * b], dim=-1)
 
         def fused_mlp(x: Tensor, passed: Tensor) -> Any:
-            return swiglu_behind(x, passed=passed)
+            return swiglu_concat(x, passed=passed)
 
         moved, label = 2 * tokens * (2 * width + 3 * mlp), f"SwiGLU behind {tokens} x {width} + {mlp}"
         given = bench, label, stock_mlp, fused_mlp, list(zip(packed, xs, strict=True)), moved, smoke
@@ -268,7 +270,7 @@ def pointwise(
         torch._dynamo.reset()
         times["compile"] = seconds(torch.compile(stock, dynamic=False))
     for backend in ("op",) if bench.device == "cpu" else ("cuda", "triton"):
-        if bench.device == "cpu" or not choose.missing(backend):
+        if bench.device == "cpu" or not kernel_backend.unavailable(backend):
             with using(backend):
                 times["cuda" if backend == "op" else backend] = seconds(fused)
     bench.rows.append(row(label, "fwd", times, moved))

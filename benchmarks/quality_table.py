@@ -1,4 +1,8 @@
-"""The table of `quality.py`: from learning curves and seconds of an update to the seconds until so much is learnt."""
+"""The table of `quality.py`: from learning curves and seconds of an update to the seconds until a quality is reached.
+
+A gap is the way from the base's score to the teacher's, of one capability; closed by 1 where the student scores as the
+teacher does.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,16 @@ from typing import Any
 
 import torch
 
-from danceopd.machine import describe
+from danceopd.common.system import describe_machine
 
 
 def closed(points: Sequence[Sequence[float]], base: Sequence[float], teachers: Sequence[float]) -> list[list[float]]:
-    """[update, share of the generation gap, share of the editing gap]."""
+    """[update, share closed of the generation gap, of the editing gap], from points [update, generation, editing]."""
     return [[p[0], *((v - b) / (t - b) for v, b, t in zip(p[1:], base, teachers, strict=True))] for p in points]
 
 
 def reached(curve: Sequence[Sequence[float]], share: float) -> float | None:
-    """The update at which both gaps are first closed so far, on straight lines between the points."""
+    """The update at which both gaps are first closed by `share`, on straight lines between the points; None: never."""
     for (n0, *before), (n1, *after) in zip(curve, curve[1:]):
         if min(after) >= share:
             crossed = [0.0 if b >= share else (share - b) / (a - b) for b, a in zip(before, after, strict=True)]
@@ -33,7 +37,7 @@ def mean_of(curves: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
 
 
 def curves_of(facts: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, list[list[list[float]]]]:
-    """By curve, of every seed, the shares closed: from the start on, whatever was kept of it put together."""
+    """By curve, the shares closed of every seed: its points of all runs together, from update 0 on."""
     base, teachers, start = (facts["references"][name] for name in ("base", "teachers", "start"))
     found: dict[str, dict[int, list[list[float]]]] = {}
     for run in runs:
@@ -43,28 +47,28 @@ def curves_of(facts: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str
     }
 
 
-def report(ways: Mapping[str, str], facts: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
-    """The table in Markdown; `ways`: its lines, and the curve that each follows."""
+def report(curve_of: Mapping[str, str], facts: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
+    """The table in Markdown; `curve_of`: the names of its lines, and the curve that each follows."""
     base, teachers, start = (facts["references"][name] for name in ("base", "teachers", "start"))
     curves, shares = curves_of(facts, runs), facts["shares"]
     pace: dict[str, float] = facts.get("paces", {})
     rows, seeds = facts["rows"], max((len(found) for found in curves.values()), default=0)
     lines = [
         f"Updates of {rows} rows, {facts['items']} validation prompts and as many edits, up to {seeds} seeds; "
-        f"{describe()}, torch {torch.__version__}. Base {base[0]:.3f} / {base[1]:.2f}, generation teacher "
-        f"{teachers[0]:.3f}, editing teacher {teachers[1]:.2f}; every student starts as their blend, "
+        f"{describe_machine()}, torch {torch.__version__}. Base {base[0]:.3f} / {base[1]:.2f}, generation teacher "
+        f"{teachers[0]:.3f}, editing teacher {teachers[1]:.2f}; every student is initialised to their blend, "
         f"{start[0]:.3f} / {start[1]:.2f}. {facts['schedule']}.",
         "",
-        "Updates until the mean curve has closed so much of both gaps (in brackets: the seeds' range; > where "
-        "the mean did not), times the seconds of an update; and how many times sooner than the "
-        "released loop.",
+        "Updates until the mean curve has closed this share of both gaps, from the base's score to the teacher's (in "
+        "brackets: the seeds' range; > where the mean did not), times the seconds of an update; and how many times "
+        "sooner than the released loop.",
         "",
         "| | seeds | s an update | " + " | ".join(f"updates to {share:.0%} | s | sooner" for share in shares)
         + " | at the last update, gen. / edit. |",
         "|---|" + "--:|" * (3 * len(shares) + 3),
     ]  # fmt: skip
-    first: dict[float, tuple[float, bool]] = {}  # by share, the seconds of the first way, and whether it got there
-    for name, curve in ways.items():
+    first: dict[float, tuple[float, bool]] = {}  # by share, the seconds of the first line, and whether it got there
+    for name, curve in curve_of.items():
         if curve not in curves:
             continue
         mean, cells = mean_of(curves[curve]), []

@@ -1,10 +1,10 @@
-"""How far a walk of few steps ends from a walk of many, by solver, at one call of the model a step.
+"""How far a rollout of few steps ends from one of many steps, by solver, at one forward of the model a step.
 
-    python benchmarks/solvers.py
+    python benchmarks/solvers.py [--prompts 32]
 
-The shipped generation teacher draws 32 validation prompts from the same noise with Euler, the two-step Adams-Bashforth
+The shipped generation teacher samples validation prompts from the same noise with Euler, the two-step Adams-Bashforth
 method of the rollouts and DPM-Solver++(2M) in flow form (arXiv 2211.01095: x0 = x - σ v, λ = log((1 - σ)/σ), first
-order where λ is infinite). Root mean square distance of the clean latents from Euler's walk of 128 steps. Writes
+order where λ is infinite). Root mean square distance of the clean latents from Euler's rollout of 128 steps. Writes
 benchmarks/results/solvers.md.
 """
 
@@ -13,29 +13,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from torch import Tensor
 
-from danceopd.backbone import Backbone
-from danceopd.base_model import base_folder, empty_transformer, load_base
-from danceopd.fields import MergedField
-from danceopd.lora import read_adapter
-from danceopd.machine import describe
+from danceopd.adapters.read import read_adapter
+from danceopd.common.shipped import shipped
+from danceopd.common.system import describe_machine
+from danceopd.engine.rollout import rollout
+from danceopd.engine.solvers import SOLVERS
+from danceopd.models.backbone import Backbone
+from danceopd.models.base import base_folder, empty_transformer, load_base
+from danceopd.models.fields import MergedField
 from danceopd.pipelines import GenerationPipeline, family_of
-from danceopd.rollout import rollout
-from danceopd.scenes.prompts import prompts
-from danceopd.shipped import shipped
-from danceopd.solvers import SOLVERS
+from danceopd.worlds.scenes.prompts import prompts
 
 RESULTS = Path(__file__).parent / "results" / "solvers.md"
-STEPS, FINE, COUNT = (5, 8, 12, 16, 28), 128, 32
+STEPS, REFERENCE = (5, 8, 12, 16, 28), 128
 
 Field = Callable[[Tensor, Tensor], Tensor]
 
 
 def multistep(field: Field, x: Tensor, sigmas: Tensor) -> Tensor:
-    """DPM-Solver++(2M) along the schedule."""
+    """Clean latents by DPM-Solver++(2M) from noise `x (B, …)` down the schedule `sigmas (N+1,)`."""
     before: tuple[Tensor, float] | None = None  # the clean estimate before, and the λ at which it was made
     levels = sigmas.double().tolist()
     for s, t in zip(levels, levels[1:], strict=False):
@@ -50,7 +52,11 @@ def multistep(field: Field, x: Tensor, sigmas: Tensor) -> Tensor:
     return x
 
 
-def main() -> None:
+def main(
+    count: Annotated[int, typer.Option("--prompts", min=1, help="Validation prompts.")] = 32,
+    output: Annotated[Path, typer.Option(help="The Markdown file to write.")] = RESULTS,
+) -> None:
+    """Sample with every solver and number of steps, and write the table."""
     torch.set_num_threads(1)
     folder = base_folder("base")
     pipe = load_base(folder)
@@ -58,30 +64,32 @@ def main() -> None:
     backbone = Backbone(pipe.transformer, family)
     backbone.add_adapter("teacher", read_adapter(shipped("generation"), empty_transformer(folder)))
     teacher = MergedField(backbone, "teacher")
-    words = [p.prompt for p in prompts("val", COUNT)]
+    texts = [p.prompt for p in prompts("val", count)]
 
-    def drawn(steps: int, solver: str) -> Tensor:
-        draw = GenerationPipeline(pipe, family, {"height": 64, "width": 64, "steps": steps, "max_sequence_length": 32})
-        condition, noise, sigmas = draw.conditions(words), draw.noise(list(range(COUNT))), draw.sigmas()
+    def latents(steps: int, solver: str) -> Tensor:
+        call = {"height": 64, "width": 64, "steps": steps, "max_sequence_length": 32}
+        pipeline = GenerationPipeline(pipe, family, call)
+        condition, noise, sigmas = pipeline.conditions(texts), pipeline.noise(list(range(count))), pipeline.sigmas()
         if solver == "dpm":
             return multistep(lambda x, sigma: teacher(x, sigma, condition), noise, sigmas)
-        ends = torch.full((COUNT, 1), steps)
+        ends = torch.full((count, 1), steps)
         return rollout(teacher, noise, sigmas, ends, condition, solver=SOLVERS[solver]())[:, 0]
 
-    truth = drawn(FINE, "euler")
+    reference = latents(REFERENCE, "euler")
     lines = [
-        f"`python benchmarks/solvers.py`: the shipped generation teacher, {COUNT} prompts, {describe()}. Root mean",
-        f"square distance of the clean latents (deviation {truth.std():.2f}) from Euler's walk of {FINE} steps.",
+        f"`python benchmarks/solvers.py`: the shipped generation teacher, {count} prompts, {describe_machine()}. Root",
+        f"mean square distance of the clean latents (deviation {reference.std():.2f}) from Euler's rollout of "
+        f"{REFERENCE} steps.",
         "",
         "| steps | Euler | ab2 | DPM-Solver++(2M) in flow form |",
         "|--:|--:|--:|--:|",
     ]
     for steps in STEPS:
-        far = [float((drawn(steps, name) - truth).square().mean().sqrt()) for name in ("euler", "ab2", "dpm")]
-        lines.append(f"| {steps} | " + " | ".join(f"{value:.3f}" for value in far) + " |")
-    RESULTS.write_text("\n".join(lines) + "\n")
+        errors = [float((latents(steps, name) - reference).square().mean().sqrt()) for name in ("euler", "ab2", "dpm")]
+        lines.append(f"| {steps} | " + " | ".join(f"{error:.3f}" for error in errors) + " |")
+    output.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

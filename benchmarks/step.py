@@ -21,18 +21,18 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from official import Habits, Official, Route, copy_with
+from official import ReleasedOptions, ReleasedTeacher, ReleasedTrainer, copy_with
 
-from danceopd.backbone import Backbone
-from danceopd.base_model import base_folder, load_base
-from danceopd.data import edits_from
-from danceopd.fields import AdapterField, MergedField
-from danceopd.loop import STUDENT, Loop, Source
-from danceopd.lora import Adapter
-from danceopd.machine import describe
+from danceopd.common.system import describe_machine
+from danceopd.data.dataset import ConditionDataset
+from danceopd.data.sources import edits_from
+from danceopd.engine.trainer import STUDENT, Loop, Source
+from danceopd.models.backbone import Backbone
+from danceopd.models.base import base_folder, load_base
+from danceopd.models.fields import AdapterField, MergedField
+from danceopd.models.lora import Adapter
 from danceopd.pipelines import EditingPipeline, GenerationPipeline, family_of
-from danceopd.questions import Questions
-from danceopd.recipe import Recipe
+from danceopd.recipe.recipe import Recipe
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from tiny import random_adapter, tiny_klein  # noqa: E402
@@ -51,10 +51,10 @@ HEAD = """# An update of {rows} samples, {steps} rollout steps, the paper's quer
 `python benchmarks/step.py --repeats {repeats} --rows {rows}`: {machine}, torch {torch}. {times}
 """
 WAYS = {
-    "the released way": Habits(),
-    "+ encoded once": Habits(caches=True),
-    "+ stops at the query": Habits(caches=True, stops=True),
-    "+ merged walk": Habits(caches=True, stops=True, merges=True),
+    "the released way": ReleasedOptions(),
+    "+ encoded once": ReleasedOptions(encode_once=True),
+    "+ stops at the query": ReleasedOptions(encode_once=True, stop_at_query=True),
+    "+ merged walk": ReleasedOptions(encode_once=True, stop_at_query=True, merged_weights=True),
 }
 
 
@@ -80,21 +80,21 @@ class World:
             for i, name in enumerate(self.conditions)
         }
 
-    def released(self, batch: int, habits: Habits, rank: int = RANK) -> Official:
+    def released(self, batch: int, habits: ReleasedOptions, rank: int = RANK) -> ReleasedTrainer:
         bare = self.pipe.transformer
         routes = [
-            Route(copy_with(bare, self.adapters[name], self.family), condition, self.encode[name])
+            ReleasedTeacher(copy_with(bare, self.adapters[name], self.family), condition, self.encode[name])
             for name, condition in self.conditions.items()
         ]
-        return Official(copy_with(bare, Adapter({}), self.family), routes, self.sigmas, rank, batch, habits)
+        return ReleasedTrainer(copy_with(bare, Adapter({}), self.family), routes, self.sigmas, rank, batch, habits)
 
     def ours(self, batch: int) -> Loop:
         backbone = copy_with(self.pipe.transformer, Adapter({}), self.family)
         sources = []
         for name, condition in self.conditions.items():
             backbone.add_adapter(name, self.adapters[name])
-            field = MergedField(backbone, name) if backbone.forms(name) else AdapterField(backbone, name)
-            sources.append(Source(name, field, Questions([(condition, self.sigmas)])))
+            field = MergedField(backbone, name) if backbone.merging_is_cheaper(name) else AdapterField(backbone, name)
+            sources.append(Source(name, field, ConditionDataset([(condition, self.sigmas)])))
         teachers = [{"name": n, "adapter": "generation", "capability": "generation"} for n in self.conditions]
         recipe = Recipe(teachers=teachers, steps=10**6, batch=batch, student={"rank": RANK}, rollout={"steps": STEPS})
         backbone.new_student(STUDENT, RANK)
@@ -195,7 +195,7 @@ def main(
         return occupy(int(teachers), way == "released")
     found = {name: timed(world, rows, repeats) for name, world in worlds().items()}
     first = next(iter(found.values()))
-    facts = {"machine": describe(), "torch": torch.__version__, "times": TIMES}
+    facts = {"machine": describe_machine(), "torch": torch.__version__, "times": TIMES}
     lines = [
         HEAD.format(rows=rows, steps=STEPS, repeats=repeats, **facts),
         "| | " + " | ".join(found) + " |",

@@ -1,1 +1,1 @@
-"""The shipped small model: `base`, and the teachers. Data of the package, found by `danceopd.recipe.shipped`."""
+"""The shipped small model: `base`, and the teachers. Data of the package, found by `danceopd.recipe.recipe.shipped`."""

@@ -14,15 +14,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .errors import UserError
-    from .merge import merge
-    from .recipe import Recipe
-    from .student import load_student
+    from danceopd.adapters.load import load_student
+    from danceopd.errors import UserError
+    from danceopd.merge import merge
+    from danceopd.recipe.recipe import Recipe
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "UserError", "load_student", "merge"]
 
-_HOME = {"Recipe": "recipe", "UserError": "errors", "load_student": "student", "merge": "merge"}
+_HOME = {"Recipe": "recipe", "UserError": "errors", "load_student": "adapters.load", "merge": "merge"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """`python -m danceopd` is the `danceopd` program."""
 
-from .cli import main
+from danceopd.cli import main
 
 if __name__ == "__main__":
     main()

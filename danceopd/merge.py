@@ -1,10 +1,9 @@
-"""The front door: `merge(recipe)` makes one student out of several teachers.
+"""`merge(recipe)`: distil the recipe's teachers into one student, and prove it through the stock pipeline.
 
-Everything that can be refused is refused before weights are loaded: recipe, output folder, every tensor name and
-shape of every adapter. Then one backbone carries all adapters, the loop runs with a progress line, a sample grid
-and a checkpoint every so often, and the averaged student is exported, loaded back by stock diffusers, and
-compared. Running the same recipe again continues, or says that it is finished. Of several processes the first
-checks, encodes and writes; all learn.
+Everything that can be refused is refused before the base is loaded: recipe, output folder, every tensor name and shape
+of every adapter, every row of data. Then one backbone carries all adapters, the trainer runs with its callbacks, and
+the student's EMA is exported, loaded back by stock diffusers, and compared. Running the same recipe again continues, or
+says that it is finished. Of several processes the first checks, encodes and writes; all train.
 """
 
 from __future__ import annotations
@@ -13,50 +12,57 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from danceopd import heldout
-from danceopd.attention import install
-from danceopd.attention.trial import install_where_better
-from danceopd.backbone import Backbone
-from danceopd.base_model import base_fingerprint, base_folder, empty_transformer, load_base
-from danceopd.blocks import compile_blocks
-from danceopd.data_record import remember_data
+from danceopd.adapters.load import load_student
+from danceopd.adapters.read import read_adapter
+from danceopd.common.console import progress_bar
+from danceopd.common.distributed import Processes
+from danceopd.common.shipped import SHIPPED
+from danceopd.common.signals import Interrupts
+from danceopd.data.dataset import TeacherData, open_datasets
+from danceopd.data.encode import Encoder, free_encoders, open_pipelines
+from danceopd.data.null_prompt import contrast_null, null_condition
+from danceopd.engine.callbacks import Callback
+from danceopd.engine.metrics import StepMetrics
+from danceopd.engine.teachers import RoutedTeacher, TeacherWeights, check_teachers, load_teacher
+from danceopd.engine.trainer import STUDENT, Trainer
+from danceopd.engine.warm_start import StudentInit, student_init
 from danceopd.errors import UserError
-from danceopd.exporting import Origin, averaged, stock, write_student
-from danceopd.field_gap import field_gap
-from danceopd.fields import BaseField, VelocityField
-from danceopd.figures import Pace, Progress
-from danceopd.gap_course import Course
-from danceopd.interrupts import Interrupts
-from danceopd.loop import STUDENT, Loop, Source
-from danceopd.lora import read_adapter
-from danceopd.objectives import needs_targets
-from danceopd.pipelines.families import family_of
-from danceopd.pipelines.hollow import hollow
-from danceopd.processes import Processes
-from danceopd.recipe import Recipe
-from danceopd.reuse import refuse_reuse
-from danceopd.run import RunFolder, differences
-from danceopd.samples import SampleGrid, looking
-from danceopd.saving import ROLLED, Saving
-from danceopd.sharded import Sharded, shard
-from danceopd.shipped import SHIPPED
-from danceopd.student import load_student
-from danceopd.teachers import Known, contrast_null, look, null_condition, prepare, remember
-from danceopd.variants import KEEP, kept
-from danceopd.warm_start import Start, warm_start
-from danceopd.watch import Watch, recall
-from danceopd.watching import Watching
-from danceopd.work import Asked, Encoder, call_of, drawers, open_work, release_encoders
+from danceopd.kernels import install
+from danceopd.kernels.autotune import install_if_faster
+from danceopd.labelfree.hook import GateHook
+from danceopd.labelfree.monitor import MonitorCallback, Rollback
+from danceopd.labelfree.probes import FrozenFields, probe_sets
+from danceopd.labelfree.variants import KEEP, unchanged, with_variants
+from danceopd.models.backbone import Backbone
+from danceopd.models.base import base_fingerprint, base_folder, empty_transformer, load_base, pipeline_call
+from danceopd.models.compile import compile_blocks
+from danceopd.models.cuda_graphs import with_cuda_graphs
+from danceopd.models.fields import AdapterField, BaseField, MergedField
+from danceopd.models.fsdp import ShardedForwards, shard
+from danceopd.models.source_cache import check_source_cache
+from danceopd.pipelines.record import empty_module
+from danceopd.pipelines.registry import family_of
+from danceopd.recipe.recipe import Recipe
+from danceopd.run.checkpoints import Checkpoints
+from danceopd.run.directory import RunDirectory
+from danceopd.run.early_stopping import EarlyStopping
+from danceopd.run.export import Origin, stock_dtype, write_student
+from danceopd.run.limits import Limits
+from danceopd.run.logger import MetricsLog, Throughput
+from danceopd.run.provenance import check_data, check_weights, refuse_unequal, shared_facts
+from danceopd.run.samples import SampleGrid, Samples
+from danceopd.run.validation import validation_error
 
 _log = logging.getLogger("danceopd")
+Report = Callable[[StepMetrics, int], None]
+"""``report(metrics, steps)``, called after every update."""
 
 
 @dataclass(frozen=True)
@@ -76,67 +82,66 @@ class Student:
         return load_student(self.folder, **how)
 
 
-Report = Callable[[Progress, int], None]
-
-
 @dataclass(frozen=True)
-class _Job:
-    """What was checked and opened before weights are loaded. `run` is the first process's alone."""
+class _Opened:
+    """What was checked and opened before the base is loaded.
+
+    `run` is the first process's alone; `sharded`: each process has its share of the base, not the whole.
+    """
 
     recipe: Recipe
     base: Path
-    known: list[Known]
-    start: Start
-    asked: dict[str, Asked]
-    run: RunFolder | None
+    teachers: list[TeacherWeights]
+    init: StudentInit
+    datasets: Mapping[str, TeacherData]
+    run: RunDirectory | None
     processes: Processes
+    sharded: bool
     began: float
 
 
 def merge(recipe: Recipe, report: Report | None = None) -> Student:
-    """Merge the recipe's teachers; ``report(progress, steps)`` is called after every update.
+    """Merge the recipe's teachers; ``report(metrics, steps)`` is called after every update.
 
-    Without ``report`` a progress line with the time left is drawn. Raises UserError for anything that is wrong
-    with the input, ExportError when the written file is not the student. SIGTERM and Ctrl-C end the update at hand
-    and save it; then it raises SystemExit(143) or KeyboardInterrupt.
+    Without ``report`` a progress bar with the time left is drawn. Raises UserError for anything that is wrong with the
+    input, ExportError when the written file is not the student. SIGTERM and Ctrl-C end the update at hand and save it;
+    then it raises SystemExit(143) or KeyboardInterrupt.
     """
     began = time.monotonic()
     processes, run = Processes(recipe.device), None
-    _agree(processes, _said(recipe), "recipe")
+    sharded = recipe.parallel == "fsdp" and processes.world_size > 1
+    refuse_unequal(processes, shared_facts(recipe), "recipe")
     try:
-        with processes.first():
-            folder = base_folder(recipe.base)
-            if recipe.rollout.keep_source:
-                refuse_reuse(family_of(folder, recipe.family))
-            known = look(recipe.teachers, folder)
-            whole = any(teacher.checkpoint is not None for teacher in known)  # its difference is taken in the folder
-            start = None if whole else _start(recipe, known, folder)
-            if processes.main:
-                run = RunFolder(recipe.output, recipe)
+        with processes.main_first():
+            base = base_folder(recipe.base)
+            if recipe.rollout.cache_source:
+                check_source_cache(family_of(base, recipe.family))
+            teachers = check_teachers(recipe.teachers, base)
+            whole = any(one.checkpoint is not None for one in teachers)  # its difference is taken in the run folder
+            init = None if whole else _init(recipe, teachers, base)
+            if processes.is_main:
+                run = RunDirectory(recipe.output, recipe)
             finished = run is not None and run.finished
             if not finished:
-                asked = open_work(recipe)
+                datasets = with_variants(recipe, open_datasets(recipe))
                 if run is not None:
-                    remember_data(run.path, recipe, asked)
-                cache, init = recipe.output / "cache", recipe.student.init
-                starters = [k.teacher.name for k in known if init in ("blend", k.teacher.name)]
-                known = [prepare(k, folder, cache, processes.device, k.teacher.name in starters) for k in known]
-                _refuse_streamed(recipe, known, processes)
-                start = start or _start(recipe, known, folder)
-        if processes.said(finished):
-            return Student(recipe.output, recipe.steps, 0.0, processes.main)
-        assert start is not None
-        job = _Job(recipe, folder, known, start, asked, run, processes, began)
-        if report is not None or not processes.main:
-            return _run(job, report or (lambda done, steps: None))
-        from danceopd.progress import progress_line
-
-        print(start.sentence, file=sys.stderr, flush=True)
-        print(f"encoding what the teachers will be asked, then {recipe.steps} steps", file=sys.stderr, flush=True)
-        with progress_line("merging") as line:
-            return _run(job, lambda done, steps: line(done.step, steps, done.loss))
+                    check_data(run.path, recipe, datasets)
+                teachers = [_load(recipe, one, base, processes.device) for one in teachers]
+                if sharded:
+                    _refuse_streamed(teachers)
+                init = init or _init(recipe, teachers, base)
+        if processes.broadcast(finished):
+            return Student(recipe.output, recipe.steps, 0.0, processes.is_main)
+        assert init is not None
+        opened = _Opened(recipe, base, teachers, init, datasets, run, processes, sharded, began)
+        if report is not None or not processes.is_main:
+            return _train(opened, report or (lambda metrics, steps: None))
+        print(init.sentence, file=sys.stderr, flush=True)
+        print(f"encoding prompts and images, then {recipe.steps} steps", file=sys.stderr, flush=True)
+        with progress_bar("merging") as bar:
+            return _train(opened, lambda metrics, steps: bar(metrics.step, steps, f"loss {metrics.loss:.4f}"))
     except _Stopped as stopped:
-        if processes.main:
+        if processes.is_main:
             print(f"\nstep {stopped.step} of {recipe.steps} is saved in {recipe.output}", file=sys.stderr, flush=True)
             if stopped.signal == signal.SIGINT:
                 raise KeyboardInterrupt from None
@@ -147,27 +152,106 @@ def merge(recipe: Recipe, report: Report | None = None) -> Student:
             run.close()
 
 
-def _say(line: str, processes: Processes) -> None:
-    if processes.main:
-        print(line, file=sys.stderr, flush=True)
+def _train(opened: _Opened, report: Report) -> Student:
+    recipe, processes, run = opened.recipe, opened.processes, opened.run
+    device, sharded = processes.device, opened.sharded
+    fingerprint = base_fingerprint(opened.base)
+    hashes = {one.teacher.name: one.sha256 for one in opened.teachers}
+    refuse_unequal(processes, {"base": fingerprint, "teachers": hashes}, "sha256")
+    with processes.main_first():
+        weights = check_weights(run.path, fingerprint, opened.teachers) if run is not None else {}
+        if processes.is_main:
+            _warn_of_scenes(recipe)
 
-
-def _run(job: _Job, report: Report) -> Student:
-    recipe, processes, run = job.recipe, job.processes, job.run
-    device, split = processes.device, _split(recipe, processes)
-    if processes.main:
-        _warn_of_scenes(recipe)
-    fingerprint = base_fingerprint(job.base)
-    _agree(processes, {"base": fingerprint, "teachers": {k.teacher.name: k.sha256 for k in job.known}}, "sha256")
-    with processes.first():
-        whose = remember(run.path, fingerprint, job.known) if run is not None else {}
-    pipe = load_base(job.base, stock(recipe))
+    # the base, with its encoders; the transformer stays on the CPU until they have left
+    pipe = load_base(opened.base, stock_dtype(recipe))
     transformer = pipe.transformer
-    pipe.transformer = hollow(transformer, next(transformer.parameters()))  # pipelines only record calls
-    pipe.to(device)  # its encoders; the transformer follows when they have left, or goes there in shares
+    pipe.transformer = empty_module(transformer, next(transformer.parameters()))  # pipelines only record calls
+    pipe.to(device)
     family = family_of(pipe, recipe.family)
-    call = call_of(job.base, recipe.call, family)
-    draw = drawers(pipe, family, call, (t.capability for t in recipe.teachers), recipe.editing_base)
+    call = pipeline_call(opened.base, recipe.call, family)
+    pipelines = open_pipelines(pipe, family, call, (t.capability for t in recipe.teachers), recipe.editing_base)
+    backbone = _backbone(recipe, transformer, family)
+    if sharded:
+        shard(transformer, processes)
+        recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"merged": False})})
+
+    # teachers, their data, and what is measured and drawn on the way
+    measures = sharded or run is not None  # all processes run a sharded backbone, or none
+    error = probes = grid = None
+    with processes.main_first():
+        encoder = Encoder(opened.base, family, pipelines, recipe.editing_base)
+        teachers = [
+            _routed(recipe, one, opened.datasets[one.teacher.name], encoder, backbone, fingerprint, device)
+            for one in opened.teachers
+        ]
+        fields, bare = {t.name: t.field for t in teachers}, BaseField(backbone)
+        grid = SampleGrid(recipe, encoder, device)
+        if recipe.validation.every and measures:
+            nulls = {t.name: (t.field, t.null) for t in teachers}
+            error = validation_error(recipe, encoder, opened.datasets, nulls, bare, device)
+        if recipe.monitor.interval(recipe.gates.on) and measures:
+            probes = probe_sets(recipe, encoder, opened.datasets, FrozenFields(fields, bare), device)
+    free_encoders(encoder, pipe)
+    if not sharded:
+        transformer.to(device)
+    if recipe.kernels == "auto" and not (sharded or recipe.compile):
+        with processes.main_first():
+            rows = teachers[0].dataset.rows([0] * min(recipe.batch, 2))
+            install_if_faster(transformer, rows, device, lambda line: _say(line, processes))
+    backbone.new_student(STUDENT, recipe.student.rank, recipe.seed, opened.init.adapter)
+    all_reduce = processes.all_reduce
+    if sharded:
+        all_reduce = ShardedForwards(backbone, processes, teachers[0].dataset.rows([0]), STUDENT).add
+
+    # the trainer and its callbacks, in their order
+    field = with_cuda_graphs(
+        (MergedField if recipe.rollout.merged else AdapterField)(backbone, STUDENT), device,
+        enabled=recipe.rollout.cuda_graphs, compiled=recipe.compile, source_cached=recipe.rollout.cache_source,
+    )  # fmt: skip
+    hook = GateHook(recipe, teachers, device) if recipe.gates.on else None
+    validation = EarlyStopping(recipe.validation, processes, error, run, merged=not sharded)
+    monitor = MonitorCallback(recipe.monitor, recipe.monitor.interval(recipe.gates.on), probes, run, processes, sharded)
+    facts = {"recipe": opened.recipe.identity(), "weights": weights}
+    checkpoints = Checkpoints(run, processes, recipe.save_every, [validation, monitor], facts)
+    rollback = Rollback(monitor, checkpoints)
+    checkpoints.parts.append(rollback)
+    logger = None if run is None else run.logger
+    samples = Samples(grid if measures else None, logger, recipe.samples.every, merged=not sharded)
+    with Interrupts() as interrupts:
+        limits = Limits(processes, interrupts, recipe.time_limit, opened.began)
+        trainer = Trainer(
+            recipe, backbone, teachers, device, processes.rank, processes.world_size, all_reduce, field, hook,
+            callbacks=[
+                Throughput(), validation, monitor, MetricsLog(logger, opened.began), rollback, samples, limits,
+                checkpoints, _Reporter(report),
+            ],
+        )  # fmt: skip
+        checkpoints.restore(trainer)
+        trainer.train()
+    if limits.signal:
+        raise _Stopped(limits.signal, trainer.step)
+
+    # the student's EMA, proven
+    step, ema = validation.exported(trainer)
+    student = trainer.ema_adapter(ema)
+    if validation.chosen is not None and processes.broadcast(run is not None and not run.logger.picture(step).exists()):
+        samples.draw(trainer, step, trainer.ema_field(not sharded, student))
+    known = {name: sha256 for name, sha256 in hashes.items() if sha256 is not None}
+    origin = Origin(opened.base, fingerprint, call, known, opened.init.sentence)
+    proof = torch.device("cpu") if sharded else device  # where the whole base fits
+    sentences = [*filter(None, [validation.sentence()]), *monitor.sentences()]
+    write_student(trainer, recipe, student, step, origin, run, processes, proof, sentences)
+    seconds = time.monotonic() - opened.began
+    if run is not None:
+        patience = recipe.validation.patience if validation.exhausted else None
+        run.finish(
+            trainer.step, seconds=round(seconds, 1), stopped=rollback.ended, exported=step, patience=patience
+        )
+    return Student(recipe.output, trainer.step, seconds, processes.is_main)
+
+
+def _backbone(recipe: Recipe, transformer: Any, family: Any) -> Backbone:
     backbone = Backbone(transformer, family)
     if recipe.gradient_checkpointing:
         backbone.checkpoint_gradients()
@@ -175,148 +259,51 @@ def _run(job: _Job, report: Report) -> Student:
         install(transformer)
     if recipe.compile:
         compile_blocks(transformer)
-    if split:
-        shard(transformer, processes)
-        recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"merged": False})})
-    sources = []
-    away = recipe.guidance.unconditional > 0 or recipe.rollout.guidance != 1  # then the student meets the null prompt
-    with processes.first():
-        encoder = Encoder(job.base, family, draw, recipe.editing_base)
-        for one in job.known:
-            teacher, drawer, null = one.teacher, draw[one.teacher.capability], None
-            if away or teacher.guidance is not None:
-                null = null_condition(drawer, teacher, fingerprint, recipe.output / "cache").to(device)
-            plain = recipe.rollout.merged and not recipe.compile
-            field = one.field(backbone, null, plain)
-            data, rows = job.asked[teacher.name].data, job.asked[teacher.name].rows
-            questions = encoder.questions(
-                teacher.capability, data, rows, recipe.rollout.steps, targets=needs_targets(recipe)
-            )
-            other = dict(job.asked[teacher.name].also)
-            if null is None and recipe.gates.null(teacher.capability):
-                null = contrast_null(drawer, teacher)
-                null = null if null is None else null.to(device)
-                other |= {} if null is not None else {KEEP: kept(data, rows)}
-            also = {
-                name: encoder.questions(teacher.capability, *variant, recipe.rollout.steps)
-                for name, variant in other.items()
-            }
-            sources.append(Source(teacher.name, field, questions, null, also))
-        grid = SampleGrid(recipe, encoder, backbone, device, merged=not split)
-        panels, gap, bare = None, None, BaseField(backbone)
-        looks = split or run is not None  # a sharded backbone answers to all processes or to none
-        if recipe.gap.every and looks:
-            gap = field_gap(recipe, encoder, job.asked, {s.name: (s.field, s.null) for s in sources}, bare, device)
-        if recipe.watch.steps(recipe.gates.on) and looks:
-            frozen = heldout.Fields({s.name: s.field for s in sources}, bare)
-            panels = heldout.panels(recipe, encoder, job.asked, frozen, device)
-    release_encoders(encoder, pipe)
-    if not split:
-        transformer.to(device)
-    if recipe.kernels == "auto" and not (split or recipe.compile):
-        with processes.first():
-            rows = sources[0].questions.rows([0] * min(recipe.batch, 2))
-            install_where_better(transformer, rows, device, lambda line: _say(line, processes))
-    backbone.new_student(STUDENT, recipe.student.rank, recipe.seed, job.start.adapter)
-    add = Sharded(backbone, processes, sources[0].questions.rows([0]), STUDENT).add if split else processes.add
-    loop = Loop(recipe, backbone, sources, device, processes.rank, processes.count, add)
-
-    def look_at(step: int, average: Sequence[Tensor]) -> None:
-        if looks:
-            picture = grid.draw(averaged(backbone, average))
-            if run is not None:
-                run.image(step, picture)
-
-    def student() -> VelocityField:
-        return looking(backbone, averaged(backbone, loop.average), merged=not split)
-
-    course = Course(recipe, loop, processes, gap, run, student)
-    saving = Saving(run, loop, course, processes, {"recipe": job.recipe.identity(), "weights": whose})
-    restored = saving.restore()
-    if restored is None:
-        look_at(0, loop.average)
-    course.begin()
-    watch = None
-    if panels is not None:
-        seen = [] if run is None else recall(run.path, loop.step, ROLLED in (restored or {}))
-        watch = Watch(recipe.watch, *panels, None if run is None else run.path, processes.said(seen) if split else seen)
-    watching = Watching(recipe, loop, saving, watch, run, student, restored or {})
-    pace = Pace(loop.parameters, recipe.batch, device)
-
-    def after(done: Progress) -> None:
-        seconds, figures = time.monotonic() - job.began, {**done.scalars(), **pace.figures()}
-        marks = {**course.look(done.step), **watching.look(done)}
-        if run is not None:
-            run.log(done.step, **figures, **marks, seconds=seconds, skipped=float(done.skipped))
-        if watching.settle(done.step):
-            if watching.ended:
-                raise _Enough
-            pace.start()
-            return
-        every, last = recipe.samples.every, done.step == recipe.steps
-        if last or (every and done.step % every == 0):
-            look_at(done.step, loop.average)
-        over = recipe.time_limit is not None and seconds > 60 * recipe.time_limit
-        late, caught = processes.highest([over, interrupts.caught])
-        if late or caught or last or course.ended or done.step % recipe.save_every == 0:
-            saving.save(watching.facts)
-        report(done, recipe.steps)
-        if caught:
-            raise _Stopped(caught, done.step)
-        if (late or course.ended) and not last:
-            raise _Enough
-        pace.start()
-
-    with Interrupts() as interrupts, suppress(_Enough):
-        if not (watching.ended or course.ended):
-            pace.start()
-            loop.run(after)
-    step, average = course.exported
-    if course.chosen is not None and processes.said(run is not None and not run.picture(step).exists()):
-        look_at(step, average)
-    hashes = {one.teacher.name: one.sha256 for one in job.known if one.sha256 is not None}
-    origin = Origin(job.base, fingerprint, call, hashes, job.start.sentence)
-    said = [] if watch is None else watch.sentences()
-    write_student(
-        averaged(backbone, average), step, recipe, loop, origin, run, processes, split, course.sentence(), said
-    )
-    seconds = time.monotonic() - job.began
-    if run is not None:
-        over = recipe.gap.patience if course.ended else None
-        run.finish(loop.step, seconds=round(seconds, 1), stopped=watching.ended, exported=step, patience=over)
-    return Student(recipe.output, loop.step, seconds, processes.main)
+    return backbone
 
 
-def _said(recipe: Recipe) -> dict[str, Any]:
-    """What several processes must have been told alike: all but where things are on their machines."""
-    told = recipe.resolved()
-    for place in ("output", "device", "base", "editing_base", "data"):
-        del told[place]
-    told["teachers"] = [{k: v for k, v in one.items() if k not in ("adapter", "data")} for one in told["teachers"]]
-    return {**told, "rows": recipe.data.rows}
+def _load(recipe: Recipe, teacher: TeacherWeights, base: Path, device: torch.device) -> TeacherWeights:
+    """Decide how a whole model is kept; where the student starts from it, its low-rank difference is needed."""
+    wanted = recipe.student.init in ("blend", teacher.teacher.name)
+    return load_teacher(teacher, base, recipe.output / "cache", device, wanted)
 
 
-def _agree(processes: Processes, mine: dict[str, Any], what: str) -> None:
-    """UserError in the first process, and a quiet end of the others, where they have different facts."""
-    told = processes.all(mine)
-    for rank, theirs in enumerate(told):
-        for key, first, other in differences(told[0], theirs):
-            if not processes.main:
-                raise SystemExit(2)
-            raise UserError(
-                f"process {rank} was given another {what} than the first ({key} is {other!r}, not {first!r}); give "
-                "all of them the same"
-            )
+def _init(recipe: Recipe, teachers: list[TeacherWeights], base: Path) -> StudentInit:
+    """What the student starts as, as `student.init` says."""
+    adapters = {one.teacher.name: (one.adapter, one.teacher.scale) for one in teachers}
+    student = recipe.student
+    if student.init == "blend" and all(one.adapter is None for one in teachers):
+        student = student.model_copy(update={"init": "base"})
+    init = student_init(student, adapters, lambda path: read_adapter(path, empty_transformer(base)), seed=recipe.seed)
+    _log.info(init.sentence)
+    return init
 
 
-def _split(recipe: Recipe, processes: Processes) -> bool:
-    """Whether each process has its share of the base, not the whole."""
-    return recipe.parallel == "fsdp" and processes.count > 1
+def _routed(
+    recipe: Recipe, weights: TeacherWeights, data: TeacherData, encoder: Encoder, backbone: Backbone,
+    fingerprint: str, device: torch.device,
+) -> RoutedTeacher:  # fmt: skip
+    """Put a teacher on the backbone and encode its rows, its null prompt, and the variants that gates need."""
+    teacher, pipeline, null = weights.teacher, encoder.pipelines[weights.teacher.capability], None
+    unconditional = recipe.guidance.unconditional > 0 or recipe.rollout.guidance != 1  # the student meets it, too
+    if unconditional or teacher.guidance is not None:
+        null = null_condition(pipeline, teacher, fingerprint, recipe.output / "cache").to(device)
+    field = weights.attach(backbone, null, recipe.rollout.merged and not recipe.compile)
+    steps, variants = recipe.rollout.steps, dict(data.variants)
+    dataset = encoder.encode(teacher.capability, data.data, data.rows, steps, targets=recipe.needs_targets)
+    if null is None and recipe.gates.needs_null(teacher.capability):
+        null = contrast_null(pipeline, teacher)
+        if null is None:
+            variants[KEEP] = unchanged(data.data, data.rows)
+        else:
+            null = null.to(device)
+    encoded = {name: encoder.encode(teacher.capability, *variant, steps) for name, variant in variants.items()}
+    return RoutedTeacher(teacher.name, field, dataset, null, encoded)
 
 
-def _refuse_streamed(recipe: Recipe, known: list[Known], processes: Processes) -> None:
-    name = next((k.teacher.name for k in known if k.streamed), None)
-    if name is not None and _split(recipe, processes):
+def _refuse_streamed(teachers: list[TeacherWeights]) -> None:
+    name = next((one.teacher.name for one in teachers if one.streamed), None)
+    if name is not None:
         raise UserError(
             f"teacher {name!r} is a whole model that is streamed through the base, which parallel: fsdp has in shares; "
             "raise the teacher's rank or residual so that it is kept as a difference, or use parallel: ddp"
@@ -324,15 +311,26 @@ def _refuse_streamed(recipe: Recipe, known: list[Known], processes: Processes) -
 
 
 def _warn_of_scenes(recipe: Recipe) -> None:
-    """The exact world's prompts suit the shipped base; another one deserves work of its own."""
+    """The exact world's prompts suit the shipped base; another one deserves data of its own."""
     if recipe.resolved()["base"] in SHIPPED:
         return
-    for key in sorted({t.capability for t in recipe.teachers if recipe.work(t).startswith("scenes")}):
+    for key in sorted({t.capability for t in recipe.teachers if recipe.data_source(t).startswith("scenes")}):
         _log.warning("data.%s is the exact world of 64-pixel shapes; name your own prompts or pairs for this base", key)
 
 
-class _Enough(Exception):
-    """The time limit, the watch or the gap ends the run here: export what there is."""
+def _say(line: str, processes: Processes) -> None:
+    if processes.is_main:
+        print(line, file=sys.stderr, flush=True)
+
+
+@dataclass
+class _Reporter(Callback):
+    """Calls the user's `report` after every update."""
+
+    report: Report
+
+    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        self.report(metrics, trainer.steps)
 
 
 @dataclass(eq=False)
@@ -341,16 +339,3 @@ class _Stopped(Exception):
 
     signal: int
     step: int
-
-
-def _start(recipe: Recipe, known: list[Known], base: Path) -> Start:
-    """Where the student starts, as `student.init` says."""
-    teachers = {one.teacher.name: (one.adapter, one.teacher.scale) for one in known}
-    student = recipe.student
-    if student.init == "blend" and all(one.adapter is None for one in known):
-        student = student.model_copy(update={"init": "base"})
-    start = warm_start(
-        student, teachers, lambda path: read_adapter(path, empty_transformer(base)), seed=recipe.seed
-    )
-    _log.info(start.sentence)
-    return start

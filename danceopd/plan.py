@@ -20,28 +20,32 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from danceopd.base_model import base_folder, empty_transformer
-from danceopd.cache import cache_folder
-from danceopd.captured import MOST
-from danceopd.checkpoint import is_checkpoint, open_checkpoint, scheduler_difference
-from danceopd.cost import Tokens, forward_flops
-from danceopd.data import Edits
+from danceopd.adapters.header import is_checkpoint
+from danceopd.adapters.read import adapter_shapes
+from danceopd.common.cache import cache_folder
+from danceopd.common.system import resolve_device
+from danceopd.common.tensors import DTYPES
+from danceopd.data.dataset import Size, TeacherData, open_datasets
+from danceopd.data.sources import Edits
+from danceopd.engine.query import draw_queries, place
 from danceopd.errors import UserError
-from danceopd.extract import device_of
-from danceopd.field_gap import forwards
-from danceopd.formats import DTYPES
-from danceopd.gate_cost import gate_forwards
-from danceopd.lora import Adapter, adapter_shapes
-from danceopd.pipelines.families import class_name, family_of
+from danceopd.labelfree.cost import gate_forwards
+from danceopd.labelfree.variants import with_variants
+from danceopd.models.base import base_folder, empty_transformer, pipeline_call
+from danceopd.models.checkpoint import open_checkpoint, scheduler_difference
+from danceopd.models.cuda_graphs import MAX_GRAPHS
+from danceopd.models.flops import TokenCounts, forward_flops
+from danceopd.models.lora import Adapter
 from danceopd.pipelines.family import Family
 from danceopd.pipelines.generation import GenerationPipeline
-from danceopd.pipelines.hollow import hollow
+from danceopd.pipelines.record import empty_module
+from danceopd.pipelines.registry import class_name, family_of
 from danceopd.plan_memory import memory as memory_of
 from danceopd.plan_memory import numbers, student_modules
-from danceopd.query import draw, place
-from danceopd.recipe import Recipe, Teacher
-from danceopd.run import RunFolder
-from danceopd.work import Asked, Size, call_of, open_work
+from danceopd.recipe.parts import Teacher
+from danceopd.recipe.recipe import Recipe
+from danceopd.run.directory import check_directory
+from danceopd.run.validation import forwards
 
 LOOKED, COUNTED = 256, 1000  # source images that sizes are read from; updates whose queries are counted
 BINS = 10
@@ -50,18 +54,18 @@ BINS = 10
 def plan(recipe: Recipe, tflops: float | None = None) -> dict[str, Any]:
     """Facts of the merge that `recipe` describes, plain data: see `commands.plan.show`.
 
-    `tflops` is the speed to reckon with; None: measured here for a second. UserError for all that a merge would
+    `tflops` is the speed to assume; None: measured here for a second. UserError for all that a merge would
     refuse, but for damaged numbers inside weight files.
     """
-    RunFolder.check(recipe.output, recipe)
+    check_directory(recipe.output, recipe)
     folder = base_folder(recipe.base)
     family, transformer = family_of(folder, recipe.family), empty_transformer(folder)
-    call = call_of(folder, recipe.call, family)
+    call = pipeline_call(folder, recipe.call, family)
     teachers = {t.name: _teacher(t, folder, transformer) for t in recipe.teachers}
-    asked = open_work(recipe)
-    device = device_of(recipe.device)
+    datasets = with_variants(recipe, open_datasets(recipe))
+    device = resolve_device(recipe.device)
     pipe = _pipeline(folder, family, transformer)
-    pictures = _pictures(recipe, asked, pipe, family, call, transformer)
+    pictures = _pictures(recipe, datasets, pipe, family, call, transformer)
     sigmas = {size: _sigmas(pipe, family, call, size, recipe.rollout.steps) for size in {p["size"] for p in pictures}}
     queries = _queries(recipe, sigmas, pictures)
     modules = student_modules(recipe, teachers, transformer, family)
@@ -70,18 +74,18 @@ def plan(recipe: Recipe, tflops: float | None = None) -> dict[str, Any]:
     if tflops is not None and not 0 < tflops < float("inf"):
         raise UserError(f"the speed is {tflops:g} TFLOP/s; give a number above 0, or leave it out to measure it")
     speed = tflops or measure(device, dtype=load)
-    passes = _passes(recipe, queries["walked"])
-    flops = {c: sum(p["share"] * p["flops"] for p in pictures if p["capability"] == c) for c in asked_of(recipe)}
+    passes = _passes(recipe, queries["depth"])
+    flops = {c: sum(p["share"] * p["flops"] for p in pictures if p["capability"] == c) for c in capabilities_of(recipe)}
     shares = recipe.shares()
     row = sum(shares[t.name] * flops[t.capability] for t in recipe.teachers)
-    work = {part: recipe.batch * count * row for part, count in passes.items()}
-    for part, counts in gate_forwards(recipe, asked, queries["depths"]).items():
+    total = {part: recipe.batch * count * row for part, count in passes.items()}
+    for part, counts in gate_forwards(recipe, datasets, queries["depths"]).items():
         passes[part] = sum(shares[t.name] * counts[t.name] for t in recipe.teachers)
-        work[part] = recipe.batch * sum(shares[t.name] * counts[t.name] * flops[t.capability] for t in recipe.teachers)
-    if recipe.gap.every:
-        passes["field gap"] = forwards(recipe, sigmas[pictures[0]["size"]]) / (recipe.steps * recipe.batch)
-        work["field gap"] = recipe.batch * passes["field gap"] * sum(flops.values()) / len(flops)
-    disk = _disk(recipe, asked, pictures, transformer, modules)
+        total[part] = recipe.batch * sum(shares[t.name] * counts[t.name] * flops[t.capability] for t in recipe.teachers)
+    if recipe.validation.every:
+        passes["validation"] = forwards(recipe, sigmas[pictures[0]["size"]]) / (recipe.steps * recipe.batch)
+        total["validation"] = recipe.batch * passes["validation"] * sum(flops.values()) / len(flops)
+    disk = _disk(recipe, datasets, pictures, transformer, modules)
     here = _machine_memory(device)
     times = ("encoding", "training", "checkpointed")
     peak = {key: sum(m["bytes"] for m in memory if key in m["when"]) for key in times}
@@ -90,21 +94,22 @@ def plan(recipe: Recipe, tflops: float | None = None) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in transformer.parameters()), "dtype": str(load).removeprefix("torch."),
         "device": str(device), "objective": recipe.objective, "steps": recipe.steps, "batch": recipe.batch,
         "teachers": [
-            {**teachers[t.name][0], "share": shares[t.name], "source": recipe.work(t), "rows": len(asked[t.name].data),
-             "drawn": len(asked[t.name].rows)}
+            {**teachers[t.name][0], "share": shares[t.name], "source": recipe.data_source(t), "rows":
+            len(datasets[t.name].data),
+             "drawn": len(datasets[t.name].rows)}
             for t in recipe.teachers
         ],
         "student": {"rank": recipe.student.rank, "modules": len(modules), "parameters": numbers(recipe, modules)},
         "pictures": pictures, "queries": queries, "memory": memory, "peak": peak, "machine_memory": here,
-        "passes": passes, "flops": work, "tflops": speed,
-        "seconds": {part: flop / speed / 1e12 for part, flop in work.items()},
-        "total_seconds": recipe.steps * sum(work.values()) / speed / 1e12,
+        "passes": passes, "flops": total, "tflops": speed,
+        "seconds": {part: flop / speed / 1e12 for part, flop in total.items()},
+        "total_seconds": recipe.steps * sum(total.values()) / speed / 1e12,
         "disk": disk, "warnings": _warnings(recipe, peak, here, disk, device),
         "notes": _notes(recipe, device),
     }  # fmt: skip
 
 
-def asked_of(recipe: Recipe) -> list[str]:
+def capabilities_of(recipe: Recipe) -> list[str]:
     """The capabilities that the recipe's teachers have."""
     return list(dict.fromkeys(t.capability for t in recipe.teachers))
 
@@ -149,35 +154,36 @@ def _pipeline(folder: Path, family: Family, transformer: nn.Module) -> Any:
     kind = getattr(diffusers, family.generation)
     needed, settings = kind._get_signature_keys(kind)
     parts: dict[str, Any] = dict.fromkeys(needed)
-    parts["transformer"] = hollow(transformer, torch.empty(0))
+    parts["transformer"] = empty_module(transformer, torch.empty(0))
     parts["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
     with torch.device("meta"):
         vae = getattr(diffusers, index["vae"][1])
-        parts["vae"] = hollow(vae.from_config(vae.load_config(folder / "vae")), torch.empty(0, device="cpu"))
+        parts["vae"] = empty_module(vae.from_config(vae.load_config(folder / "vae")), torch.empty(0, device="cpu"))
     same = class_name(folder) == family.generation
     return kind(**parts, **({key: index[key] for key in settings if key in index} if same else {}))
 
 
-def _drawer(pipe: Any, family: Family, call: dict[str, Any], size: Size, steps: int) -> GenerationPipeline:
+def _sized(pipe: Any, family: Family, call: dict[str, Any], size: Size, steps: int) -> GenerationPipeline:
     return GenerationPipeline(pipe, family, {**call, "height": size[0], "width": size[1], "steps": steps})
 
 
 def _sigmas(pipe: Any, family: Family, call: dict[str, Any], size: Size, steps: int) -> Tensor:
-    return _drawer(pipe, family, call, size, steps).sigmas()
+    return _sized(pipe, family, call, size, steps).sigmas()
 
 
 def _pictures(
-    recipe: Recipe, asked: Mapping[str, Asked], pipe: Any, family: Family, call: dict[str, Any], transformer: nn.Module
+    recipe: Recipe, datasets: Mapping[str, TeacherData], pipe: Any, family: Family, call: dict[str, Any], transformer:
+    nn.Module
 ) -> list[dict[str, Any]]:
     """Picture sizes by capability with their share, tokens, and FLOPs of one forward."""
     found: dict[str, Counter[Size]] = {}
     settings = {key: value for key, value in call.items() if key != "steps"}
     for teacher in recipe.teachers:
         sizes = found.setdefault(teacher.capability, Counter())
-        work = asked[teacher.name]
-        if isinstance(work.data, Edits):
-            for row in work.rows[:: max(1, len(work.rows) // LOOKED)]:
-                image = Image.new("1", work.data.size(row))
+        mine = datasets[teacher.name]
+        if isinstance(mine.data, Edits):
+            for row in mine.rows[:: max(1, len(mine.rows) // LOOKED)]:
+                image = Image.new("1", mine.data.size(row))
                 sizes[family.size_of(pipe, image, settings)] += 1
         else:
             sizes[call["height"], call["width"]] += 1
@@ -186,50 +192,50 @@ def _pictures(
     for capability, sizes in found.items():
         for size, count in sizes.most_common():
             tokens = (size[0] // side) * (size[1] // side)
-            one = Tokens(tokens, tokens if capability == "editing" else 0, call.get("max_sequence_length") or 512)
+            one = TokenCounts(tokens, tokens if capability == "editing" else 0, call.get("max_sequence_length") or 512)
             pictures.append(
-                {"capability": capability, "size": size, "share": count / sizes.total(), "picture": one.picture,
+                {"capability": capability, "size": size, "share": count / sizes.total(), "picture": one.image,
                  "source": one.source, "text": one.text, "flops": forward_flops(transformer, one)}
             )  # fmt: skip
     return pictures
 
 
 def _queries(recipe: Recipe, sigmas: Mapping[Size, Tensor], pictures: list[dict[str, Any]]) -> dict[str, Any]:
-    """How far the updates walk, on the commonest picture size, and the share of queries in each tenth of noise."""
+    """How deep the rollouts go, on the commonest picture size, and the share of queries in each tenth of noise."""
     if recipe.objective in ("offpolicy", "supervised"):
-        return {"walked": 0.0, "levels": [], "depths": []}
-    schedule, knobs = sigmas[pictures[0]["size"]], recipe.query
+        return {"depth": 0.0, "levels": [], "depths": []}
+    schedule, query = sigmas[pictures[0]["size"]], recipe.query
     if recipe.objective in ("diffusionopd", "flowopd"):
         levels, depths = schedule[:-1], []
-        walked = float(len(levels) - (recipe.objective == "diffusionopd"))
+        mean_depth = float(len(levels) - (recipe.objective == "diffusionopd"))
     else:
-        drawn = [draw(recipe.seed, s, recipe.batch, knobs.count, knobs.law, knobs.beta)
+        drawn = [draw_queries(recipe.seed, s, recipe.batch, query.count, query.law, query.beta)
                  for s in range(min(recipe.steps, COUNTED))]  # fmt: skip
-        stops, levels = place(torch.cat(drawn), schedule, knobs.law, knobs.jitter)
+        stops, levels = place(torch.cat(drawn), schedule, query.law, query.jitter)
         depth = stops.max(1).values
-        walked, depths = float(depth.double().mean()), (torch.bincount(depth) / len(depth)).tolist()
+        mean_depth, depths = float(depth.double().mean()), (torch.bincount(depth) / len(depth)).tolist()
     counts = torch.histc(levels.flatten().float(), BINS, 0.0, 1.0)
-    return {"walked": walked, "levels": (counts / counts.sum()).tolist(), "depths": depths}
+    return {"depth": mean_depth, "levels": (counts / counts.sum()).tolist(), "depths": depths}
 
 
-def _passes(recipe: Recipe, walked: float) -> dict[str, float]:
+def _passes(recipe: Recipe, depth: float) -> dict[str, float]:
     """Forwards of one row in an update, by part; a backward counts as one more (frozen weights need no gradient)."""
     steps, shares = recipe.rollout.steps, recipe.shares()
     states = {"danceopd": recipe.query.count, "offpolicy": recipe.query.count, "supervised": recipe.query.count}
-    asked = states.get(recipe.objective, steps)
-    blank = recipe.guidance.unconditional
-    calls = {t.name: 1.0 + (0 if t.guidance is None else 1 - blank) for t in recipe.teachers}
+    queries = states.get(recipe.objective, steps)
+    unconditional = recipe.guidance.unconditional
+    calls = {t.name: 1.0 + (0 if t.guidance is None else 1 - unconditional) for t in recipe.teachers}
     teacher = sum(shares[n] * c for n, c in calls.items())
     drawn = steps if recipe.objective == "offpolicy" and recipe.offpolicy.clean == "teacher" else 0
-    every, watch = recipe.watch.steps(recipe.gates.on), recipe.watch
+    every, monitor = recipe.monitor.interval(recipe.gates.on), recipe.monitor
     mean = sum(calls.values()) / len(calls)
-    looks = {"watch": watch.forwards(steps, mean) / (every * recipe.batch)} if every else {}
+    monitored = {"monitor": monitor.forwards(steps, mean) / (every * recipe.batch)} if every else {}
     return {
-        "walk": walked * (1 if recipe.rollout.guidance == 1 else 2),
-        "teachers": (drawn + (0 if recipe.objective == "supervised" else asked)) * teacher,
-        "student, forward": float(asked),
-        "student, backward": float(asked),
-        **looks,
+        "rollout": depth * (1 if recipe.rollout.guidance == 1 else 2),
+        "teachers": (drawn + (0 if recipe.objective == "supervised" else queries)) * teacher,
+        "student, forward": float(queries),
+        "student, backward": float(queries),
+        **monitored,
     }
 
 
@@ -237,7 +243,7 @@ def _passes(recipe: Recipe, walked: float) -> dict[str, float]:
 
 
 def _disk(
-    recipe: Recipe, asked: Mapping[str, Asked], pictures: list[dict[str, Any]], transformer: Any,
+    recipe: Recipe, datasets: Mapping[str, TeacherData], pictures: list[dict[str, Any]], transformer: Any,
     modules: Mapping[str, nn.Linear],
 ) -> dict[str, int]:  # fmt: skip
     """Bytes: the run folder at its fullest, the cache at most (nothing of it encoded before), and what is free."""
@@ -245,9 +251,9 @@ def _disk(
     width = int(config.get("joint_attention_dim") or config.get("cap_feat_dim") or 0)
     channels = int(config.get("in_channels") or 64)
     rows = {
-        (recipe.work(t), t.capability): len(a.rows) + sum(len(variant[1]) for variant in a.also.values())
+        (recipe.data_source(t), t.capability): len(a.rows) + sum(len(variant[1]) for variant in a.variants.values())
         for t in recipe.teachers
-        for a in (asked[t.name],)
+        for a in (datasets[t.name],)
     }
     cache, size = 0.0, DTYPES[recipe.dtype].itemsize
     for (_, capability), drawn in rows.items():
@@ -291,32 +297,34 @@ def _machine_memory(device: torch.device) -> int:
 def _warnings(
     recipe: Recipe, peak: Mapping[str, int], here: int, disk: Mapping[str, int], device: torch.device
 ) -> list[str]:
-    said = []
+    warnings = []
     if recipe.gradient_checkpointing and peak["checkpointed"] > here:
         it = f"training takes about {gigabytes(peak['checkpointed'])} with gradient checkpointing"
-        said.append(f"{it} and {device} has {gigabytes(here)}; take a smaller batch, micro_batch, picture or base")
+        warnings.append(f"{it} and {device} has {gigabytes(here)}; take a smaller batch, micro_batch, picture or base")
     elif not recipe.gradient_checkpointing and peak["training"] > here:
         help_ = (
             "gradient checkpointing would fit" if peak["checkpointed"] <= here
             else "it does not with gradient checkpointing either: take a smaller batch, micro_batch, picture or base"
         )  # fmt: skip
-        said.append(f"training takes about {gigabytes(peak['training'])} and {device} has {gigabytes(here)}; {help_}")
+        it = f"training takes about {gigabytes(peak['training'])}"
+        warnings.append(f"{it} and {device} has {gigabytes(here)}; {help_}")
     if peak["encoding"] > here:
-        said.append(f"encoding takes about {gigabytes(peak['encoding'])} and {device} has {gigabytes(here)}")
+        warnings.append(f"encoding takes about {gigabytes(peak['encoding'])} and {device} has {gigabytes(here)}")
     for part in ("run", "cache"):
         if disk[part] > disk[f"{part}_free"]:
             what = f"the run folder {recipe.output}" if part == "run" else "the cache (DANCEOPD_CACHE moves it)"
-            said.append(f"{what} needs up to {gigabytes(disk[part])} and {gigabytes(disk[f'{part}_free'])} are free")
-    return said
+            free = gigabytes(disk[f"{part}_free"])
+            warnings.append(f"{what} needs up to {gigabytes(disk[part])} and {free} are free")
+    return warnings
 
 
 def _notes(recipe: Recipe, device: torch.device) -> list[str]:
     """What the figures leave out."""
-    if not (recipe.rollout.captured and device.type == "cuda"):
+    if not (recipe.rollout.cuda_graphs and device.type == "cuda"):
         return []
     return [
-        "the memory of the walk's CUDA graphs is not counted: one pool for all, about what the largest forward takes "
-        f"without a gradient, and a copy of the inputs for each of at most {MOST}; one that finds no room is not "
+        "the memory of the CUDA graphs is not counted: one pool for all, about what the largest forward takes "
+        f"without a gradient, and a copy of the inputs for each of at most {MAX_GRAPHS}; one that finds no room is not "
         "recorded, and the log says so"
     ]
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from danceopd.cost import Tokens, activation_bytes
-from danceopd.formats import DTYPES
-from danceopd.lora import Adapter, adapter_shapes
+from danceopd.adapters.read import adapter_shapes
+from danceopd.common.tensors import DTYPES
+from danceopd.models.flops import TokenCounts, activation_bytes
+from danceopd.models.lora import Adapter
 from danceopd.pipelines.family import Family
-from danceopd.recipe import Recipe
+from danceopd.recipe.recipe import Recipe
 
 
 def student_modules(
@@ -53,22 +54,22 @@ def memory(
     copy_ = size * sum(m.weight.numel() for m in modules.values())
     both = ["training", "checkpointed"]
     largest = max(pictures, key=lambda p: p["picture"] + p["source"])
-    tokens = Tokens(largest["picture"], largest["source"], largest["text"])
+    tokens = TokenCounts(largest["picture"], largest["source"], largest["text"])
     rows = min(recipe.batch, recipe.micro_batch or recipe.batch)
     kept = {c: rows * activation_bytes(transformer, tokens, size, c) for c in (False, True)}
     parts = [("backbone", size * sum(p.numel() for p in transformer.parameters()), ["encoding", *both])]
     if recipe.rollout.merged and recipe.objective in ("danceopd", "diffusionopd", "flowopd"):
-        parts.append(("merged copy for the walk", copy_, both))
-    parts.append(("merged copy for sample grids", copy_, both))
+        parts.append(("merged copy for rollouts", copy_, both))
+    parts.append(("merged copy of the EMA", copy_, both))
     for name, (facts, _) in teachers.items():
         parts.append((f"teacher {name}", 4 * facts["parameters"], both))
     parts += [
         ("student", student, both),
         ("student, gradient", student, both),
         ("student, Adam", 2 * student, both),
-        ("student, average", student, both),
-        ("student, in sample grids", student, both),
-        ("student, best of the field gap", student * recipe.gap.best, both),
+        ("student, EMA", student, both),
+        ("student, EMA on the backbone", student, both),
+        ("student, best of the validation", student * recipe.validation.exports_best, both),
         ("activations of the largest batch", kept[False], ["training"]),
         ("the same, gradient checkpointing", kept[True], ["checkpointed"]),
     ]

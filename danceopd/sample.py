@@ -1,89 +1,63 @@
-"""Pictures from a student, drawn by the stock diffusers pipeline exactly as anyone else would draw them.
+"""`sample`: a student and a prompt (and a source image) go in, PNG files from the stock diffusers pipeline come out.
 
-The only things added are the base's own settings (`danceopd.json` beside its `model_index.json`: size, steps,
-guidance), one CPU generator a picture (`seed + i`), and a file name that never replaces a picture.
+Added to the stock call are only the base's settings (`danceopd.json` beside its `model_index.json`: size, steps,
+guidance), those of the student's recipe, one CPU generator for each picture (`seed + i`), and a new file name.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data import Source, open_image
-from .disk import disk_faults
-from .errors import UserError
-from .sentences import read_yaml
+from danceopd.common.files import disk_errors
+from danceopd.common.messages import read_yaml
+from danceopd.data.images import open_image
+from danceopd.errors import UserError
+from danceopd.models.base import call_defaults
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _log = logging.getLogger("danceopd")
-CALL_KEYS = ("height", "width", "num_inference_steps", "guidance_scale", "max_sequence_length")
 
 
-def call_defaults(base: str | Path) -> dict[str, Any]:
-    """What a base wants its pipeline called with; empty where it has no `danceopd.json`."""
-    path = Path(base) / "danceopd.json"
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        return {key: settings[key] for key in CALL_KEYS if settings.get(key) is not None}
-    except (ValueError, AttributeError, OSError) as error:
-        raise UserError(f"{path} is not a JSON object with the base's settings ({error}); restore it") from None
-
-
-def pictures(
+def _generate(
     pipe: Any,
     prompt: str,
-    image: Source | None = None,
-    seed: int = 0,
-    count: int = 1,
-    editing_base: str | None = None,
-    **over: Any,
-) -> list[Image]:
-    """`count` pictures of a prompt (an edit of `image` if there is one) from a loaded stock pipeline.
-
-    `editing_base` has what the base's editing pipeline may lack; `over` goes over the base's own settings.
-    """
-    return list(_drawn(pipe, prompt, image, seed, count, editing_base, over))
-
-
-def _drawn(
-    pipe: Any,
-    prompt: str,
-    image: Source | None,
+    image: Image | None,
     seed: int,
     count: int,
     editing_base: str | None,
-    over: dict[str, Any],
+    settings: dict[str, Any],
 ) -> Iterator[Image]:
-    """One after the other, so that each can be kept before the next is drawn."""
+    """`count` pictures of a prompt, or edits of `image`, one after the other, so that each is saved before the next.
+
+    `editing_base` has what the base's editing pipeline may lack; `settings` override the base's own.
+    """
     import torch
 
-    from .pipelines.editing import editing_pipe, generation_pipe
-    from .pipelines.families import family_of
+    from danceopd.pipelines.editing import editing_pipe, generation_pipe
+    from danceopd.pipelines.registry import family_of
 
-    call = call_defaults(pipe.config.get("_name_or_path") or "") | over
+    call = call_defaults(pipe.config.get("_name_or_path") or "") | settings
     family = family_of(pipe)
     if image is None:
         pipe = generation_pipe(pipe, family)
     else:
         pipe = editing_pipe(pipe, editing_base, family)
-        call["image"] = open_image(image)
+        call["image"] = image
     call = family.extra(pipe, call) | call
-    _warn_of_a_cut(pipe, family, prompt, call)
+    _warn_if_truncated(pipe, family, prompt, call)
     for i in range(count):
         generator = torch.Generator("cpu").manual_seed(seed + i)
         yield pipe(prompt=prompt, generator=generator, **call).images[0]
 
 
-def _warn_of_a_cut(pipe: Any, family: Any, prompt: str, call: dict[str, Any]) -> None:
-    """Stock pipelines cut a prompt that is too long, some of them in silence."""
+def _warn_if_truncated(pipe: Any, family: Any, prompt: str, call: dict[str, Any]) -> None:
+    """Stock pipelines cut a prompt that is too long, some of them without a word."""
     [length], limit = family.prompt_lengths(pipe, [prompt]), family.prompt_limit(pipe, call)
     if length > limit:
         _log.warning("the prompt has %d tokens and the pipeline cuts it at %d: shorten it", length, limit)
@@ -100,10 +74,11 @@ def sample(
     device: str | None = None,
     report: Callable[[Path], object] = lambda path: None,
 ) -> list[Path]:
-    """Writes `count` PNGs into `output` and says where; picture i has the seed `seed + i`.
+    """Write `count` PNGs into `output` and return their paths; picture i has the seed `seed + i`.
 
     `student` and `base` as for `load_student`; `device` None or "auto" takes a GPU where there is one. Each picture is
-    written, and told to `report`, before the next is drawn.
+    written, and `report(path)` called, before the next is generated. UserError for an empty prompt, a bad count or
+    seed, and an image that cannot be read.
     """
     if not prompt.strip():
         raise UserError("the prompt is empty; write what the picture should show")
@@ -113,27 +88,27 @@ def sample(
         raise UserError(f"the seed is {seed}; give a whole number from 0, below 2**63")
     source = None if image is None else open_image(Path(image))
     folder = Path(output)
-    with disk_faults(folder):
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
-    from .extract import device_of
-    from .student import load_student
+    from danceopd.adapters.load import load_student
+    from danceopd.common.system import resolve_device
 
-    pipe = load_student(student, base=base, device=device_of(device or "auto"))
+    pipe = load_student(student, base=base, device=resolve_device(device or "auto"))
     pipe.set_progress_bar_config(disable=True)
-    over, written = _trained(Path(student)), []
-    editing_base = over.pop("editing_base", None)
-    for i, picture in enumerate(_drawn(pipe, prompt, source, seed, count, editing_base, over)):
-        path = _free(folder, prompt, seed + i)
-        with disk_faults(path):
+    settings, written = _recipe_settings(Path(student)), []
+    editing_base = settings.pop("editing_base", None)
+    for i, picture in enumerate(_generate(pipe, prompt, source, seed, count, editing_base, settings)):
+        path = _new_path(folder, prompt, seed + i)
+        with disk_errors(path):
             picture.save(path)
         written.append(path)
         report(path)
     return written
 
 
-def _trained(student: Path) -> dict[str, Any]:
-    """The editing base of the student's own recipe, and what that puts over the base's settings."""
+def _recipe_settings(student: Path) -> dict[str, Any]:
+    """`call` of the student's recipe, and its `editing_base`; empty without a recipe."""
     if not (student / "recipe.yaml").is_file():
         return {}
     recipe = read_yaml(student / "recipe.yaml", "recipe")
@@ -143,10 +118,10 @@ def _trained(student: Path) -> dict[str, Any]:
     return call
 
 
-def _free(folder: Path, prompt: str, seed: int) -> Path:
-    """A name that says what the picture is and that no file has yet."""
-    words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:60].strip("-") or "picture"
-    stem, number = f"{words}-seed{seed}", 1
+def _new_path(folder: Path, prompt: str, seed: int) -> Path:
+    """A file name from the prompt and the seed that does not exist yet."""
+    slug = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:60].strip("-") or "picture"
+    stem, number = f"{slug}-seed{seed}", 1
     while (path := folder / f"{stem}{'' if number == 1 else f'-{number}'}.png").exists():
         number += 1
     return path

@@ -1,4 +1,4 @@
-"""Prompt + source image → Condition → denoising states → pictures.
+"""`EditingPipeline`: instructions and source images → conditions → denoising states → pictures, in batches.
 
 Stock editing pipelines read a list of images as several references of ONE prompt, so they cannot batch
 edits. Here the instructions are encoded in batches by the stock `encode_prompt`, each row is recorded with
@@ -16,14 +16,15 @@ from PIL.Image import Image
 
 from danceopd.errors import UserError
 
-from .families import class_name, family_of
+from .condition import Condition, stack
 from .family import Family
 from .generation import GenerationPipeline, check_prompts
-from .record import Condition, record, stack
+from .record import record
+from .registry import class_name, family_of
 
 
 class EditingPipeline(GenerationPipeline):
-    """A stock editing pipeline as conditions, schedule, noise and pictures; same `call` as for generation.
+    """A stock editing pipeline taken apart as `GenerationPipeline` does; same `call`.
 
     Source images keep their shape wherever the stock pipeline lets them. One EditingPipeline serves one picture
     size: for aspect-ratio buckets make one for each `family.size_of(pipe, image, call)`; its conditions stack.
@@ -31,14 +32,14 @@ class EditingPipeline(GenerationPipeline):
 
     def __init__(self, pipe: Any, family: Family, call: dict[str, Any], chunk: int = 64) -> None:
         super().__init__(pipe, family, call, chunk)
-        self._plain = generation_pipe(pipe, family)  # noise and schedule are the same, and need no source image
+        self.generation_pipe = generation_pipe(pipe, family)  # the same noise and schedule, without a source image
 
     @torch.no_grad()
     def conditions(self, prompts: list[str], images: list[Image]) -> Condition:  # type: ignore[override]
         """Conditions of the edits `(prompts[i], images[i])`, one row each, in order.
 
-        UserError: another number of images than of prompts, an empty or a truncated prompt, a source that
-        `check_image` refuses, sources of unequal sizes.
+        UserError when prompts and images differ in number, for an empty or truncated prompt, for a source that
+        `check_image` refuses, and for sources of unequal sizes.
         """
         if len(prompts) != len(images):
             raise UserError(
@@ -49,8 +50,8 @@ class EditingPipeline(GenerationPipeline):
             check_image(image, self.family, f"source image {number} of {len(images)}")
         rows = []
         for start in range(0, len(prompts), self.chunk):
-            words, sources = prompts[start : start + self.chunk], images[start : start + self.chunk]
-            calls = self.family.encode(self.pipe, words, sources, **self.call)
+            texts, sources = prompts[start : start + self.chunk], images[start : start + self.chunk]
+            calls = self.family.encode_prompts(self.pipe, texts, sources, **self.call)
             rows += [
                 record(self.pipe, self.family, **{**self.call, "image": image, **call})[0]
                 for image, call in zip(sources, calls, strict=True)
@@ -62,7 +63,7 @@ def editing_pipe(pipe: Any, components: str | Path | None = None, family: Family
     """The family's stock editing pipeline over the same modules; a pipe that edits already is returned as it is.
 
     `components` is a pipeline's folder (or name on the hub): what the editing class needs and `pipe` lacks, such as
-    an image processor, is read from there, and where the family has several editing classes its own is taken.
+    an image processor, is read from there, and where the family has several editing classes, that pipeline's is used.
     UserError when the family cannot edit, or a component is missing.
     """
     family = family or family_of(pipe)
@@ -70,24 +71,24 @@ def editing_pipe(pipe: Any, components: str | Path | None = None, family: Family
         raise UserError(f"{family.name} has no editing pipeline in diffusers; give it generation teachers only")
     editing = (family.editing, *family.other_editing)
     if type(pipe).__name__ in editing:
-        return family.ready(pipe)
+        return family.prepare_editing(pipe)
     name = family.editing
     if components is not None:
-        said = class_name(components)
-        if said not in family.classes:
-            raise UserError(f"{components} is a {said}; give {family.name} the folder of a {' or '.join(editing)}")
-        name = said if said in editing else name
-    return family.ready(_over(pipe, name, components, family.optional))
+        given = class_name(components)
+        if given not in family.classes:
+            raise UserError(f"{components} is a {given}; give {family.name} the folder of a {' or '.join(editing)}")
+        name = given if given in editing else name
+    return family.prepare_editing(_rebuilt(pipe, name, components, family.optional))
 
 
 def generation_pipe(pipe: Any, family: Family | None = None) -> Any:
     """The family's stock generation pipeline over the same modules; also for a base saved as an editing pipeline."""
     family = family or family_of(pipe)
-    draws = type(pipe).__name__ == family.generation or family.draws(pipe)
-    return pipe if draws else _over(pipe, family.generation)
+    generates = type(pipe).__name__ == family.generation or family.editing_generates(pipe)
+    return pipe if generates else _rebuilt(pipe, family.generation)
 
 
-def _over(pipe: Any, name: str, components: str | Path | None = None, optional: tuple[str, ...] = ()) -> Any:
+def _rebuilt(pipe: Any, name: str, components: str | Path | None = None, optional: tuple[str, ...] = ()) -> Any:
     """The diffusers pipeline class `name` over the very modules of `pipe`; `optional` ones may be missing.
 
     Not `from_pipe`, which casts every shared module to one dtype: bf16 weights and fp32 adapters would change.
@@ -119,7 +120,7 @@ def _over(pipe: Any, name: str, components: str | Path | None = None, optional: 
 
 
 def _components(place: str | Path, names: list[str], like: torch.nn.Module) -> dict[str, Any]:
-    """Those of `names` that the pipeline at `place` has; nothing else of it is read."""
+    """The components `names` of the pipeline at `place`, as far as it has them; nothing else of it is loaded."""
     from diffusers import DiffusionPipeline
 
     weights = next(like.parameters())
@@ -140,9 +141,9 @@ def _components(place: str | Path, names: list[str], like: torch.nn.Module) -> d
 
 
 def check_image(image: Image, family: Family, name: str = "the source image") -> None:
-    """UserError for a source that is no PIL image, has an alpha channel, is too small or too long.
+    """UserError for a source that is no PIL image, has an alpha channel, is too small or too narrow.
 
-    `name` is what the sentence calls the image, such as its path.
+    `name` is how the message names the image, such as its path.
     """
     if not isinstance(image, Image):
         raise UserError(f"{name} is a {type(image).__name__}, not a PIL image; open it with PIL.Image.open")

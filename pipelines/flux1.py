@@ -1,10 +1,10 @@
-"""FLUX.1-dev and FLUX.1-Kontext-dev: two pipeline classes over one transformer class.
+"""The family `flux1`: FLUX.1-dev and FLUX.1-Kontext-dev, two pipeline classes over one transformer class.
 
 Packed tokens; a source's tokens follow the latents and carry 1 in their first position. Positions have no batch
 dimension, so they are shared. Guidance is a number the transformer reads (`guidance_scale`, 3.5 unless the recipe
 says otherwise), one a row; classifier-free guidance exists besides it, with a negative prompt.
-Kontext left alone scales every picture to a megapixel and every source to one of the sizes it was trained on. Here it
-is told the area, and below a megapixel sources keep their shape.
+By default Kontext scales every picture to a megapixel and every source to one of the sizes it was trained on. Here it
+gets the area of the call, and below a megapixel sources keep their shape.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .family import Family, numbered_grid
-from .record import Condition
+from .condition import Condition
+from .family import Family, grid_from_ids
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,14 +27,14 @@ def t5_lengths(pipe: Any, prompts: list[str]) -> list[int]:
     return [len(ids) for ids in pipe.tokenizer_2(prompts)["input_ids"]]
 
 
-def _encode(pipe: Any, prompts: list[str], images: Any = None, **call: Any) -> list[dict[str, Any]]:
+def _encode_prompts(pipe: Any, prompts: list[str], images: Any = None, **call: Any) -> list[dict[str, Any]]:
     limit = {key: call[key] for key in ("max_sequence_length",) if key in call}
     embeds, pooled, _ = pipe.encode_prompt(prompts, **limit)
     pairs = zip(embeds.split(1), pooled.split(1), strict=True)
     return [{"prompt_embeds": e, "pooled_prompt_embeds": p} for e, p in pairs]
 
 
-def _blank(pipe: Any, rows: int, **call: Any) -> dict[str, Any]:
+def _dummy_prompt(pipe: Any, rows: int, **call: Any) -> dict[str, Any]:
     config = pipe.transformer.config
     like = pipe.transformer if pipe.text_encoder_2 is None else pipe.text_encoder_2
     how = {"device": pipe._execution_device, "dtype": like.dtype}
@@ -52,7 +52,7 @@ def _trained_sizes() -> list[tuple[int, int]]:
 
 
 def _extra(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
-    """Kontext draws the size it is asked for; it resizes a source when that is a trained size, or to shrink it."""
+    """Kontext makes the size of the call; it resizes a source when that size is a trained one, or to shrink it."""
     if type(pipe).__name__ != "FluxKontextPipeline":
         return {}
     width, height, image = call.get("width", 1024), call.get("height", 1024), call.get("image")
@@ -90,7 +90,7 @@ def _decode(pipe: Any, x: Tensor, height: int, width: int) -> list[Image]:
     return pipe.image_processor.postprocess(pipe.vae.decode(grid, return_dict=False)[0], output_type="pil")
 
 
-def _clean(pipe: Any, pixels: Tensor) -> Tensor:
+def _encode_images(pipe: Any, pixels: Tensor) -> Tensor:
     grid = pipe.vae.encode(pixels).latent_dist.mode().float()
     grid = (grid - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
     return pipe._pack_latents(grid, *grid.shape)
@@ -103,20 +103,20 @@ FLUX1 = Family(
     lora_targets=r"transformer_blocks\.\d+\.attn\.(to_[qkv]|add_[qkv]_proj|to_add_out|to_out\.0)"
     r"|transformer_blocks\.\d+\.ff(_context)?\.net\.(0\.proj|2)"
     r"|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)",
-    unguided={"true_cfg_scale": 1.0},
-    guided=lambda scale: {"true_cfg_scale": scale, "negative_prompt": ""},
+    guidance_off={"true_cfg_scale": 1.0},
+    guidance_on=lambda scale: {"true_cfg_scale": scale, "negative_prompt": ""},
     prompt_kwargs=("encoder_hidden_states", "pooled_projections"),
     text_components=("text_encoder", "text_encoder_2"),
     steady=r"context_embedder|pos_embed|time_text_embed\.(text|guidance)_embedder",
     call=("max_sequence_length", "guidance_scale"),
     prompt_lengths=t5_lengths,
-    encode=_encode,
-    blank=_blank,
+    encode_prompts=_encode_prompts,
+    dummy_prompt=_dummy_prompt,
     extra=_extra,
     size_of=_size_of,
-    grid=lambda condition: numbered_grid(condition.shared["img_ids"], condition.shape[0]),
+    grid=lambda condition: grid_from_ids(condition.shared["img_ids"], condition.shape[0]),
     split=_split,
     velocity=_velocity,
     decode=_decode,
-    clean=_clean,
+    encode_images=_encode_images,
 )

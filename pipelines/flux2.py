@@ -1,9 +1,9 @@
-"""FLUX.2: packed tokens, source tokens follow the latents; each class does both tasks.
+"""The families `flux2-klein`, `flux2-klein-kv` and `flux2-dev`: packed tokens, one pipeline class for both tasks.
 
-klein (4B and 9B, base and distilled) reads prompts with Qwen3 and is guided by two calls, the distilled ones not at
-all; dev reads them with Mistral and takes guidance as a number (`guidance_scale`, 4 unless the recipe says otherwise).
-klein KV (9B, distilled) is klein with source tokens that come first, attend to themselves alone and are modulated at
-time 0: their keys and values are the same at every step, and may be kept.
+klein (4B and 9B, base and distilled) encodes prompts with Qwen3 and is guided by two calls, the distilled ones not at
+all; dev encodes them with Mistral and takes guidance as a number (`guidance_scale`, 4 unless the recipe sets it). A
+source's tokens follow the latents. klein KV (9B, distilled) is klein with source tokens that come first, attend to
+themselves alone and are modulated at time 0: their keys and values are the same at every step, and may be kept.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from danceopd.errors import UserError
 
-from .family import Family, numbered_grid
-from .record import Condition
+from .condition import Condition
+from .family import Family, grid_from_ids
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,13 +41,13 @@ def _dev_lengths(pipe: Any, prompts: list[str]) -> list[int]:
     return [len(ids) for ids in pipe.tokenizer.apply_chat_template(chats, tokenize=True, return_dict=True)["input_ids"]]
 
 
-def _encode(pipe: Any, prompts: list[str], images: Any = None, **call: Any) -> list[dict[str, Any]]:
+def _encode_prompts(pipe: Any, prompts: list[str], images: Any = None, **call: Any) -> list[dict[str, Any]]:
     keys = ("max_sequence_length", "text_encoder_out_layers")
     embeds = pipe.encode_prompt(prompts, **{k: call[k] for k in keys if k in call})[0]
     return [{"prompt_embeds": row} for row in embeds.split(1)]
 
 
-def _blank(pipe: Any, rows: int, **call: Any) -> dict[str, Any]:
+def _dummy_prompt(pipe: Any, rows: int, **call: Any) -> dict[str, Any]:
     like = pipe.transformer if pipe.text_encoder is None else pipe.text_encoder
     size = (rows, 1, pipe.transformer.config.joint_attention_dim)
     return {"prompt_embeds": torch.zeros(size, device=pipe._execution_device, dtype=like.dtype)}
@@ -77,7 +77,7 @@ def _decode(pipe: Any, x: Tensor, height: int, width: int) -> list[Image]:
     return pipe.image_processor.postprocess(pipe.vae.decode(grid, return_dict=False)[0], output_type="pil")
 
 
-def _clean(pipe: Any, pixels: Tensor) -> Tensor:
+def _encode_images(pipe: Any, pixels: Tensor) -> Tensor:
     grid = pipe._patchify_latents(pipe.vae.encode(pixels).latent_dist.mode()).float()
     mean, var = (s.view(1, -1, 1, 1).to(grid) for s in (pipe.vae.bn.running_mean, pipe.vae.bn.running_var))
     return ((grid - mean) / torch.sqrt(var + pipe.vae.config.batch_norm_eps)).flatten(2).transpose(1, 2)
@@ -90,21 +90,21 @@ FLUX2_KLEIN = Family(
     lora_targets=r"transformer_blocks\.\d+\.attn\.(to_[qkv]|add_[qkv]_proj|to_add_out|to_out\.0)"
     r"|transformer_blocks\.\d+\.ff(_context)?\.linear_(in|out)"
     r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",
-    unguided={"guidance_scale": 1.0},
-    guided=lambda scale: {"guidance_scale": scale},
+    guidance_off={"guidance_scale": 1.0},
+    guidance_on=lambda scale: {"guidance_scale": scale},
     prompt_kwargs=("encoder_hidden_states", "txt_ids"),
     text_components=("text_encoder",),
     steady=r"context_embedder|pos_embed",
     timed=r"time_guidance_embed|double_stream_modulation_(img|txt)|single_stream_modulation|norm_out\.linear",
     smallest_source=64,
-    grid=lambda condition: numbered_grid(condition.kwargs["img_ids"][0], condition.shape[0]),  # type: ignore[index]
+    grid=lambda condition: grid_from_ids(condition.kwargs["img_ids"][0], condition.shape[0]),  # type: ignore[index]
     prompt_lengths=_klein_lengths,
-    encode=_encode,
-    blank=_blank,
+    encode_prompts=_encode_prompts,
+    dummy_prompt=_dummy_prompt,
     split=partial(_split, "flux2-klein"),
     velocity=_velocity,
     decode=_decode,
-    clean=_clean,
+    encode_images=_encode_images,
 )
 
 
@@ -113,8 +113,8 @@ FLUX2_DEV = replace(
     name="flux2-dev",
     generation="Flux2Pipeline",
     editing="Flux2Pipeline",
-    unguided={},
-    guided=None,
+    guidance_off={},
+    guidance_on=None,
     call=("max_sequence_length", "guidance_scale"),
     prompt_lengths=_dev_lengths,
     split=partial(_split, "flux2-dev"),
@@ -123,7 +123,8 @@ FLUX2_DEV = replace(
 
 # klein KV
 
-KEPT = "kept"  # keys and values of the source in a condition: kept.k.0, kept.v.0, kept.k.1, … in the blocks' order
+# Condition kwargs with the keys and values of the source: kept.k.0, kept.v.0, kept.k.1, … in the order of the blocks
+KEPT = "kept"
 
 
 def _kv_split(call: dict[str, Any]) -> tuple[Tensor, Condition]:
@@ -153,13 +154,13 @@ def _kv_velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Conditio
 
 
 def _causal(transformer: Any) -> None:
-    """UserError unless the attention modules know of sources, as the stock class makes them when it is built."""
+    """UserError unless the attention keeps source tokens to themselves, as the stock class sets it up."""
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         processor = block.attn.processor
         if not type(getattr(processor, "stock", processor)).__name__.startswith("Flux2KV"):
             raise UserError(
-                f"{type(processor).__name__} lets source tokens see the picture, which FLUX.2-klein KV was not trained "
-                "for; load the base as a Flux2KleinKVPipeline"
+                f"{type(processor).__name__} lets source tokens attend to the picture, which FLUX.2-klein KV was not "
+                "trained for; load the base as a Flux2KleinKVPipeline"
             )
 
 
@@ -175,23 +176,23 @@ def _cache(transformer: Any, kept: dict[str, Tensor | None]) -> Any:
 
 @torch.no_grad()
 def _kv_keep(transformer: Any, condition: Condition) -> Condition:
-    """The source's keys and values of every block in place of its tokens, from one forward of the source alone.
+    """The source's keys and values of every block in place of its tokens, from one forward of the source.
 
-    Beside it go one word and one token of noise, which the source does not see.
+    The forward also gets one text token and one latent token, since it needs some; the source does not attend to them.
     """
     if condition.context is None:
         return condition
     _causal(transformer)
     source, call = condition.context, condition.kwargs
     m, dtype = source.shape[1], transformer.x_embedder.weight.dtype
-    words, ids, places = (call[key] for key in ("encoder_hidden_states", "img_ids", "txt_ids"))
-    assert words is not None and ids is not None and places is not None
+    text, ids, text_ids = (call[key] for key in ("encoder_hidden_states", "img_ids", "txt_ids"))
+    assert text is not None and ids is not None and text_ids is not None
     cache = transformer(
         hidden_states=torch.cat([source, source[:, :1]], dim=1).to(dtype),
-        encoder_hidden_states=words[:, :1],
-        timestep=torch.zeros(len(source), dtype=words.dtype, device=words.device),
+        encoder_hidden_states=text[:, :1],
+        timestep=torch.zeros(len(source), dtype=text.dtype, device=text.device),
         img_ids=ids[:, : m + 1],
-        txt_ids=places[:, :1],
+        txt_ids=text_ids[:, :1],
         guidance=call["guidance"],
         return_dict=False,
         kv_cache_mode="extract",
@@ -206,7 +207,7 @@ def _kv_keep(transformer: Any, condition: Condition) -> Condition:
 def _kv_grid(condition: Condition) -> tuple[int, int] | None:
     ids = condition.kwargs["img_ids"]
     assert ids is not None
-    return numbered_grid(ids[0, ids.shape[1] - condition.shape[0] :], condition.shape[0])
+    return grid_from_ids(ids[0, ids.shape[1] - condition.shape[0] :], condition.shape[0])
 
 
 FLUX2_KLEIN_KV = replace(
@@ -214,8 +215,8 @@ FLUX2_KLEIN_KV = replace(
     name="flux2-klein-kv",
     generation="Flux2KleinKVPipeline",
     editing="Flux2KleinKVPipeline",
-    unguided={},
-    guided=None,
+    guidance_off={},
+    guidance_on=None,
     split=_kv_split,
     velocity=_kv_velocity,
     keep_source=_kv_keep,

@@ -1,8 +1,8 @@
-"""Prompt → Condition → denoising states → pictures, in batches, exactly as the stock pipeline draws them.
+"""`GenerationPipeline`: prompts → conditions → denoising states → pictures, in batches, as in the stock pipeline.
 
-The schedule, the noise and the conditions are recorded from the stock pipeline (`record.py`); only the
-Euler loop is ours, so that any velocity field can drive it and every state can be looked at. States are
-fp32. Nothing here keeps a text encoder alive: noise and schedule need none, conditions can be cached.
+Schedule, noise and conditions are recorded from the stock pipeline (`record.py`). Only the Euler loop (`euler`) is
+ours, so that any velocity field can drive it and every state can be read. States are fp32. Noise and schedule need no
+text encoder, and conditions can be cached, so the text encoders may be released.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from torch import Tensor
 
 from danceopd.errors import UserError
 
+from .condition import Condition, stack
 from .family import Family
-from .record import Condition, first_call, record, stack
+from .record import first_call, record
 
 
 @dataclass(frozen=True, eq=False)
 class DenoisingState:
-    """One state of a denoising path: latents `x (B, …)` fp32 at noise level `sigma`, before step `step`.
+    """One state of a denoising trajectory: latents `x (B, …)` fp32 at noise level `sigma`, before step `step`.
 
-    `velocity` is the field's answer at this state, shape of `x`; None at the last state, where sigma is 0.
+    `velocity` is the field's value at this state, shape of `x`; None at the last state, where sigma is 0.
     """
 
     x: Tensor
@@ -34,11 +35,29 @@ class DenoisingState:
     velocity: Tensor | None
 
 
+@torch.no_grad()
+def euler(
+    field: Callable[[Tensor, Tensor, Condition], Tensor], x: Tensor, sigmas: Tensor, condition: Condition
+) -> Iterator[DenoisingState]:
+    """Euler steps `x + (sigma_next - sigma) field(x, sigma, condition)` from noise `x (B, …)` down `sigmas (N+1,)`.
+
+    Yields N+1 states, each before its step, the last without a velocity. Lazy: whoever stops early pays for no further
+    call of `field`. Without gradients; on the device of `x`.
+    """
+    grid = sigmas.to(x.device, torch.float32)
+    x, levels = x.float(), grid.tolist()
+    for step in range(len(levels) - 1):
+        velocity = field(x, grid[step].expand(len(x)), condition)
+        yield DenoisingState(x, levels[step], step, velocity)
+        x = x + (grid[step + 1] - grid[step]) * velocity
+    yield DenoisingState(x, levels[-1], len(levels) - 1, None)
+
+
 class GenerationPipeline:
-    """A stock text-to-image pipeline as conditions, schedule, noise and pictures.
+    """A stock text-to-image pipeline taken apart: conditions of prompts, schedule, noise, denoising, decoding.
 
     `call` holds `height` and `width` in pixels, `steps` (denoising steps), and any other argument of the
-    stock call that belongs to every picture, such as `max_sequence_length`. `chunk` is how many prompts
+    stock call that is the same for every picture, such as `max_sequence_length`. `chunk` is how many prompts
     the text encoder reads at once.
     """
 
@@ -48,14 +67,14 @@ class GenerationPipeline:
             if not isinstance(call.get(key), int) or call[key] < 1:
                 raise UserError(f"{key} is {call.get(key)!r} in the pipeline's call; give a whole number, 1 or more")
         self.pipe, self.family, self.chunk = pipe, family, chunk
-        self._plain = pipe  # what noise and schedule are read from
+        self.generation_pipe = pipe  # noise and schedule are recorded from it
         self.height, self.width = call["height"], call["width"]
         self.call = {"num_inference_steps": call.pop("steps"), **call}
         self._sigmas: Tensor | None = None
 
     @torch.no_grad()
     def conditions(self, prompts: list[str]) -> Condition:
-        """Conditions of the prompts, one row each, in order. UserError: an empty or a truncated prompt."""
+        """Conditions of the prompts, one row each, in order. UserError for an empty or a truncated prompt."""
         check_prompts(self.pipe, self.family, prompts, self.call)
         chunks = [prompts[i : i + self.chunk] for i in range(0, len(prompts), self.chunk)]
         return stack([record(self.pipe, self.family, prompt=chunk, **self.call)[0] for chunk in chunks])
@@ -63,17 +82,17 @@ class GenerationPipeline:
     def sigmas(self) -> Tensor:
         """The stock pipeline's schedule for this size and these steps: `(N+1,)` fp32, falling, last 0."""
         if self._sigmas is None:
-            self._sigmas = first_call(self._plain, self.family, **self._blank(1))[1]
+            self._sigmas = first_call(self.generation_pipe, self.family, **self._call_without_prompt(1))[1]
         return self._sigmas.clone()
 
     def noise(self, seeds: list[int]) -> Tensor:
-        """`(B, *shape)` fp32: row i is what the stock pipeline draws with `Generator().manual_seed(seeds[i])`."""
+        """`(B, *shape)` fp32: row i is the stock pipeline's noise with `Generator().manual_seed(seeds[i])`."""
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        blank = self._blank(len(seeds))  # fp32: the stock states are not rounded to the transformer's dtype
-        call, _ = first_call(self._plain, self.family, torch.float32, generator=generators, **blank)
+        call = {**self._call_without_prompt(len(seeds)), "generator": generators}
+        # fp32: the stock states are not rounded to the transformer's dtype
+        call, _ = first_call(self.generation_pipe, self.family, torch.float32, **call)
         return self.family.split(call)[0].float().clone()
 
-    @torch.no_grad()
     def denoise(
         self,
         condition: Condition,
@@ -81,38 +100,35 @@ class GenerationPipeline:
         field: Callable[[Tensor, Tensor, Condition], Tensor],
         sigmas: Tensor | None = None,
     ) -> Iterator[DenoisingState]:
-        """Euler steps from `noise (B, …)` along `field`; N+1 states, the last at sigma 0 without a velocity."""
-        grid = (self.sigmas() if sigmas is None else sigmas).to(noise.device, torch.float32)
-        x, levels = noise.float(), grid.tolist()
-        for step in range(len(levels) - 1):
-            velocity = field(x, grid[step].expand(len(x)), condition)
-            yield DenoisingState(x, levels[step], step, velocity)
-            x = x + (grid[step + 1] - grid[step]) * velocity
-        yield DenoisingState(x, levels[-1], len(levels) - 1, None)
+        """`euler` from `noise (B, …)` on the stock schedule, or on `sigmas`; the last state holds the clean latents."""
+        return euler(field, noise, self.sigmas() if sigmas is None else sigmas, condition)
 
     @torch.no_grad()
     def images(self, x: Tensor) -> list[Image]:
         """Pictures of the clean latents `x (B, …)`, decoded as the stock pipeline does, about a megapixel at once."""
-        size = min(self.chunk, max(1, 2**20 // (self.height * self.width)))
-        parts = (self.family.decode(self.pipe, part, self.height, self.width) for part in x.split(size))
+        parts = (self.family.decode(self.pipe, part, self.height, self.width) for part in x.split(self._per_megapixel))
         return [image for part in parts for image in part]
 
     @torch.no_grad()
-    def clean(self, pictures: list[Image]) -> Tensor:
+    def encode_images(self, pictures: list[Image]) -> Tensor:
         """Clean latents x0 `(B, *shape)` fp32 of finished pictures, resized to this pipeline's size where they differ.
 
-        What `images` would be given to draw them, but for what the autoencoder loses.
+        The inverse of `images`, up to what the autoencoder loses.
         """
-        size, vae = max(1, min(self.chunk, 2**20 // (self.height * self.width))), self._plain.vae
-        parts = []
+        size, pipe, parts = self._per_megapixel, self.generation_pipe, []
         for start in range(0, len(pictures), size):
             part = pictures[start : start + size]
-            pixels = self._plain.image_processor.preprocess(part, height=self.height, width=self.width)
-            parts.append(self.family.clean(self._plain, pixels.to(vae.device, vae.dtype)))
+            pixels = pipe.image_processor.preprocess(part, height=self.height, width=self.width)
+            parts.append(self.family.encode_images(pipe, pixels.to(pipe.vae.device, pipe.vae.dtype)))
         return torch.cat(parts)
 
-    def _blank(self, rows: int) -> dict[str, Any]:
-        return {**self.call, **self.family.blank(self._plain, rows, **self.call)}
+    @property
+    def _per_megapixel(self) -> int:
+        """Pictures that the autoencoder takes at once."""
+        return max(1, min(self.chunk, 2**20 // (self.height * self.width)))
+
+    def _call_without_prompt(self, rows: int) -> dict[str, Any]:
+        return {**self.call, **self.family.dummy_prompt(self.generation_pipe, rows, **self.call)}
 
 
 def check_prompts(
@@ -120,7 +136,7 @@ def check_prompts(
 ) -> None:
     """UserError for no prompt, an empty one, or one the tokenizer would cut at `max_sequence_length`.
 
-    `names`: what it calls each prompt, a file and a line for example.
+    `names` is how the message names each prompt, such as by file and line.
     """
     if not prompts:
         raise UserError("there is no prompt; give at least one")

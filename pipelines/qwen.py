@@ -1,10 +1,10 @@
-"""Qwen-Image, with Qwen-Image-Edit and Qwen-Image-Edit-Plus (2509, 2511): one transformer, packed tokens.
+"""The family `qwen-image`: Qwen-Image, Qwen-Image-Edit and Edit-Plus (2509, 2511); one transformer, packed tokens.
 
 Prompts have as many tokens as they need: a condition always carries its mask, so rows of any length stack, and
 where all rows are full the transformer is called without one, as the stock pipelines do. `img_shapes` says where the
-target and the source lie, and is equal for all rows of a batch. An instruction is read together with its source, a
-thousand tokens of Qwen2.5-VL, so each edit is encoded alone by the stock pipeline (Edit-Plus takes no batches at
-all). Guidance leaves the length of the unguided velocity, token by token, and changes only its direction.
+target and the source lie, and is equal for all rows of a batch. An instruction is encoded together with its source, a
+thousand tokens of Qwen2.5-VL, so the stock pipeline encodes each edit alone (Edit-Plus takes no batches at all).
+Guidance keeps the length of the unguided velocity, token by token, and changes only its direction.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .condition import Condition
 from .family import Family, classifier_free
-from .record import Condition
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 TEXT = ("encoder_hidden_states", "encoder_hidden_states_mask")
-STILL = "still"  # a condition's `fixed` has it once its words are cut
+TRIMMED = "trimmed"  # a key of `Condition.fixed`, set once the text padding is trimmed
 BUCKET = 32
-"""Words of uneven rows are padded to a multiple of this for CUDA graphs; the mask hides what is added."""
+"""For CUDA graphs, rows of unlike text lengths are padded to a multiple of this; the mask hides what is added."""
 
 
 def _lengths(pipe: Any, prompts: list[str]) -> list[int]:
@@ -37,56 +37,59 @@ def _lengths(pipe: Any, prompts: list[str]) -> list[int]:
     return [len(ids) - pipe.prompt_template_encode_start_idx for ids in pipe.tokenizer(texts)["input_ids"]]
 
 
-def _blank(pipe: Any, rows: int, **call: Any) -> dict[str, Any]:
+def _dummy_prompt(pipe: Any, rows: int, **call: Any) -> dict[str, Any]:
     like = pipe.transformer if pipe.text_encoder is None else pipe.text_encoder
     size = (rows, 1, pipe.transformer.config.joint_attention_dim)
-    words = torch.zeros(size, device=pipe._execution_device, dtype=like.dtype)
-    return {"prompt_embeds": words, "prompt_embeds_mask": torch.ones_like(words[..., 0], dtype=torch.long)}
+    text = torch.zeros(size, device=pipe._execution_device, dtype=like.dtype)
+    return {"prompt_embeds": text, "prompt_embeds_mask": torch.ones_like(text[..., 0], dtype=torch.long)}
 
 
 def _size_of(pipe: Any, image: Image, call: dict[str, Any]) -> tuple[int, int]:
-    """(height, width) of the call's area in the source's shape, in whole 32 pixels: what the stock pipelines draw."""
+    """(height, width) of the call's area in the source's shape, multiples of 32 pixels, as in the stock pipelines."""
     ratio = image.width / image.height
     width = math.sqrt(call.get("height", 1024) * call.get("width", 1024) * ratio)
     return max(1, round(width / ratio / 32)) * 32, max(1, round(width / 32)) * 32
 
 
 def _split(call: dict[str, Any]) -> tuple[Tensor, Condition]:
-    tokens, words, mask = call["hidden_states"], *(call[key] for key in TEXT)
+    tokens, text, mask = call["hidden_states"], *(call[key] for key in TEXT)
     shapes = [list(shape) for shape in call["img_shapes"][0]]  # (frames, rows, columns) of tokens: target, source
     n = math.prod(shapes[0])
-    mask = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device) if mask is None else mask.bool()
-    kwargs = {TEXT[0]: words, TEXT[1]: mask, "guidance": call["guidance"]}
+    mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if mask is None else mask.bool()
+    kwargs = {TEXT[0]: text, TEXT[1]: mask, "guidance": call["guidance"]}
     context = tokens[:, n:].clone() if tokens.shape[1] > n else None
     shape, fixed = tuple(tokens[:, :n].shape[1:]), {"img_shapes": shapes}
     return tokens[:, :n], Condition("qwen-image", shape, kwargs, context, fixed=fixed, ragged=TEXT)
 
 
-def _cut(condition: Condition, multiple: int = 1) -> Condition:
-    """Words cut to the longest row, and no mask where all rows are full; else as many words as a multiple of this."""
-    if STILL in condition.fixed:
+def _trimmed(condition: Condition, multiple: int = 1) -> Condition:
+    """The text cut to the longest row, without a mask where all rows are full.
+
+    With a mask, the text is padded to a multiple of `multiple` tokens.
+    """
+    if TRIMMED in condition.fixed:
         return condition
-    words, mask = (condition.kwargs[key] for key in TEXT)
-    assert words is not None and mask is not None
+    text, mask = (condition.kwargs[key] for key in TEXT)
+    assert text is not None and mask is not None
     lengths = mask.sum(dim=1).tolist()
     longest, even = max(lengths), len(set(lengths)) == 1
-    words, hides = words[:, :longest], None if even else mask[:, :longest]
-    more = 0 if hides is None else -longest % multiple
-    if more and hides is not None:
-        words, hides = F.pad(words, (0, 0, 0, more)), F.pad(hides, (0, more))
-    kwargs = {**condition.kwargs, TEXT[0]: words, TEXT[1]: hides}
-    return replace(condition, kwargs=kwargs, fixed={**condition.fixed, STILL: True})
+    text, kept = text[:, :longest], None if even else mask[:, :longest]
+    more = 0 if kept is None else -longest % multiple
+    if more and kept is not None:
+        text, kept = F.pad(text, (0, 0, 0, more)), F.pad(kept, (0, more))
+    kwargs = {**condition.kwargs, TEXT[0]: text, TEXT[1]: kept}
+    return replace(condition, kwargs=kwargs, fixed={**condition.fixed, TRIMMED: True})
 
 
 def _velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-    condition = _cut(condition)
-    words, mask = (condition.kwargs[key] for key in TEXT)
+    condition = _trimmed(condition)
+    text, mask = (condition.kwargs[key] for key in TEXT)
     tokens = x if condition.context is None else torch.cat([x, condition.context.to(x.dtype)], dim=1)
     out = transformer(
         hidden_states=tokens.to(transformer.img_in.weight.dtype),
-        timestep=(sigma * 1000).to(words.dtype) / 1000,  # type: ignore[union-attr]
+        timestep=(sigma * 1000).to(text.dtype) / 1000,  # type: ignore[union-attr]
         guidance=condition.kwargs["guidance"],
-        encoder_hidden_states=words,
+        encoder_hidden_states=text,
         encoder_hidden_states_mask=mask,
         img_shapes=[[tuple(shape) for shape in condition.fixed["img_shapes"]]] * len(x),
         return_dict=False,
@@ -95,7 +98,7 @@ def _velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) 
 
 
 def _guide(v: Tensor, v_null: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance, then each token's velocity brought back to the length it has in `v`."""
+    """Classifier-free guidance, then each token's velocity rescaled to the norm it has in `v`."""
     guided = classifier_free(v, v_null, scale)
     return guided * (v.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
@@ -107,7 +110,7 @@ def _decode(pipe: Any, x: Tensor, height: int, width: int) -> list[Image]:
     return pipe.image_processor.postprocess(pipe.vae.decode(grid, return_dict=False)[0][:, :, 0], output_type="pil")
 
 
-def _clean(pipe: Any, pixels: Tensor) -> Tensor:
+def _encode_images(pipe: Any, pixels: Tensor) -> Tensor:
     grid = pipe.vae.encode(pixels.unsqueeze(2)).latent_dist.mode().float()
     mean, std = (torch.tensor(pipe.vae.config[key]).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
     grid = ((grid - mean.to(grid)) / std.to(grid)).squeeze(2)
@@ -121,8 +124,8 @@ QWEN_IMAGE = Family(
     other_editing=("QwenImageEditPlusPipeline",),
     lora_targets=r"transformer_blocks\.\d+\.attn\.(to_[qkv]|add_[qkv]_proj|to_add_out|to_out\.0)"
     r"|transformer_blocks\.\d+\.(img|txt)_mlp\.net\.(0\.proj|2)",
-    unguided={"true_cfg_scale": 1.0},
-    guided=lambda scale: {"true_cfg_scale": scale, "negative_prompt": " "},
+    guidance_off={"true_cfg_scale": 1.0},
+    guidance_on=lambda scale: {"true_cfg_scale": scale, "negative_prompt": " "},
     guide=_guide,
     prompt_kwargs=TEXT,
     text_components=("text_encoder",),
@@ -131,10 +134,10 @@ QWEN_IMAGE = Family(
     prompt_lengths=_lengths,
     size_of=_size_of,
     grid=lambda condition: tuple(condition.fixed["img_shapes"][0][1:]),
-    blank=_blank,
+    dummy_prompt=_dummy_prompt,
     split=_split,
     velocity=_velocity,
-    still=partial(_cut, multiple=BUCKET),
+    sync_free=partial(_trimmed, multiple=BUCKET),
     decode=_decode,
-    clean=_clean,
+    encode_images=_encode_images,
 )

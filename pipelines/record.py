@@ -1,176 +1,26 @@
-"""Run a stock diffusers pipeline up to its first transformer call, and keep that call.
+"""`record`: run a stock diffusers pipeline up to its first transformer call and return that call as a `Condition`.
 
-A forward pre-hook catches the call's arguments and ends the run with a private exception; it hangs on a
-shallow double, so the user's pipeline is never touched. What is kept, minus the noisy latents and the time, is a
-`Condition`: everything needed to ask any adapter on the same transformer for a velocity at any state.
-Conditions of equal layout stack into a batch, also where the pipeline itself refuses batches.
+A forward pre-hook catches the call's arguments and ends the run with a private exception. It runs on a shallow copy, so
+the user's pipeline is never changed. With the condition, the velocity of any adapter on the same transformer can be
+computed at any state; conditions of equal layout stack into a batch, also where the pipeline itself refuses batches.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import json
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from danceopd.errors import UserError
-
-from .hollow import hollow
+from .condition import Condition
 
 if TYPE_CHECKING:
     from .family import Family
-
-
-@dataclass(frozen=True, eq=False)
-class Condition:
-    """One recorded transformer call without its noisy latents and its time.
-
-    `family` is a key of `FAMILIES`, `shape` the shape of one row's latents (e.g. `(16, 32)`), `kwargs` the
-    transformer arguments that have a row for each picture (batch dimension 0), `context` the source tokens
-    `(B, m, C)` that follow the latents, or None for a plain prompt. `shared` are tensors that all rows use alike
-    (position tables without a batch dimension), `fixed` plain values that JSON can hold (a row's image shapes).
-    `ragged` names the kwargs whose dimension 1 counts text tokens: rows of different lengths are padded with
-    zeros (False) when they are stacked, so a mask or a length must stand beside them.
-    """
-
-    family: str
-    shape: tuple[int, ...]
-    kwargs: dict[str, Tensor | None]
-    context: Tensor | None = None
-    shared: dict[str, Tensor] = field(default_factory=dict)
-    fixed: dict[str, Any] = field(default_factory=dict)
-    ragged: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        """Rows."""
-        return next(len(value) for value in (*self.kwargs.values(), self.context) if value is not None)
-
-    @cached_property
-    def layout(self) -> tuple:
-        """Hashable; conditions of equal layout stack.
-
-        Besides shapes it holds the fixed values, and a checksum of what is shared and of every `*_ids` tensor:
-        transformers read positions from row 0 only, so two sources with as many tokens but another grid must
-        not share a batch.
-        """
-        kwargs = tuple((key, self._part(key)) for key in sorted(self.kwargs))
-        shared = tuple((key, _layout(self.shared[key], True)) for key in sorted(self.shared))
-        fixed = json.dumps(self.fixed, sort_keys=True)
-        return self.family, self.shape, kwargs, _layout(self.context), shared, fixed, self.ragged
-
-    def rows(self, index: slice | list[int] | Tensor) -> Condition:
-        """The rows at `index` (slice: views; list of int or LongTensor: copies), as a Condition."""
-        if isinstance(index, list):
-            index = torch.tensor(index, dtype=torch.long)
-        if isinstance(index, Tensor):
-            device = next(v for v in (*self.kwargs.values(), self.context) if v is not None).device
-            index = index.to(device)
-        return self._map(lambda value: value[index])
-
-    def to(self, device: torch.device | str | None = None) -> Condition:
-        """The same condition with every tensor on `device`."""
-        shared = {key: value.to(device) for key, value in self.shared.items()}
-        return replace(self._map(lambda value: value.to(device)), shared=shared)
-
-    def state(self) -> dict[str, Tensor]:
-        """A flat dict of contiguous tensors, ready for safetensors; `from_state` is its inverse."""
-        facts = {"family": self.family, "shape": self.shape, "fixed": self.fixed, "ragged": self.ragged}
-        state = {"facts": torch.tensor(list(json.dumps(facts, sort_keys=True).encode()), dtype=torch.uint8)}
-        for key, value in self.kwargs.items():
-            name, value = ("none." + key, torch.zeros(0)) if value is None else ("kwargs." + key, value)
-            state[name] = value.detach().contiguous()
-        state.update({"shared." + key: value.detach().contiguous() for key, value in self.shared.items()})
-        if self.context is not None:
-            state["context"] = self.context.detach().contiguous()
-        return state
-
-    @classmethod
-    def from_state(cls, state: dict[str, Tensor]) -> Condition:
-        """The condition whose `state()` this is; KeyError when it is not one."""
-        kwargs: dict[str, Tensor | None] = {}
-        shared: dict[str, Tensor] = {}
-        for key in state:
-            kind, _, name = key.partition(".")
-            if name and kind in ("none", "kwargs"):
-                kwargs[name] = state[key] if kind == "kwargs" else None
-            elif name and kind == "shared":
-                shared[name] = state[key]
-        facts = json.loads(bytes(state["facts"].tolist()))
-        shape, ragged = tuple(facts["shape"]), tuple(facts["ragged"])
-        return cls(facts["family"], shape, kwargs, state.get("context"), shared, facts["fixed"], ragged)
-
-    def _part(self, key: str) -> tuple | None:
-        return _layout(self.kwargs[key], key.endswith("_ids"), key in self.ragged)
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Condition:
-        kwargs = {key: None if value is None else change(value) for key, value in self.kwargs.items()}
-        return replace(self, kwargs=kwargs, context=None if self.context is None else change(self.context))
-
-
-def _layout(value: Tensor | None, content: bool = False, ragged: bool = False) -> tuple | None:
-    if value is None:
-        return None
-    seen = zlib.crc32(value[0].cpu().contiguous().numpy().tobytes()) if content and len(value) else 0
-    return tuple(value.shape[2 if ragged else 1 :]), str(value.dtype).removeprefix("torch."), seen
-
-
-def stack(conditions: Sequence[Condition]) -> Condition:
-    """One condition with the rows of all, in order; UserError when their layouts differ."""
-    if not conditions:
-        raise ValueError("stack needs at least one condition")
-    first = conditions[0]
-    if len(conditions) == 1:
-        return first
-    for number, other in enumerate(conditions[1:], start=1):
-        if other.layout != first.layout:
-            raise UserError(
-                f"condition {number} cannot share a batch with condition 0: {_difference(first, other)}; give all "
-                f"rows of a batch the same picture size, source size and max_sequence_length"
-            )
-    kwargs: dict[str, Tensor | None] = {}
-    for key, value in first.kwargs.items():
-        parts = [c.kwargs[key] for c in conditions]
-        kwargs[key] = None if value is None else torch.cat(_even(parts) if key in first.ragged else parts)  # type: ignore[arg-type]
-    context = None if first.context is None else torch.cat([c.context for c in conditions])  # type: ignore[misc]
-    return replace(first, kwargs=kwargs, context=context)
-
-
-def _even(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Padded with zeros along dimension 1 to the longest."""
-    longest = max(part.shape[1] for part in parts)
-    return [
-        torch.cat([part, part.new_zeros(len(part), longest - part.shape[1], *part.shape[2:])], dim=1)
-        if part.shape[1] < longest
-        else part
-        for part in parts
-    ]
-
-
-def _difference(a: Condition, b: Condition) -> str:
-    if a.family != b.family or a.shape != b.shape:
-        return f"{a.family} latents {a.shape} against {b.family} latents {b.shape}"
-    if a.kwargs.keys() != b.kwargs.keys() or a.shared.keys() != b.shared.keys():
-        odd = (a.kwargs.keys() ^ b.kwargs.keys()) | (a.shared.keys() ^ b.shared.keys())
-        return f"its transformer call has other arguments ({', '.join(sorted(odd))})"
-    odd = {key for key in a.fixed.keys() | b.fixed.keys() if a.fixed.get(key) != b.fixed.get(key)}
-    if odd:
-        key = min(odd)
-        return f"{key} is {b.fixed.get(key)} against {a.fixed.get(key)}"
-    pairs = [
-        ("context", _layout(a.context), _layout(b.context)),
-        *((key, a._part(key), b._part(key)) for key in a.kwargs),
-        *((key, _layout(a.shared[key], True), _layout(b.shared[key], True)) for key in a.shared),
-    ]
-    key, x, y = next(pair for pair in pairs if pair[1] != pair[2])
-    shown = ["none" if v is None else f"{v[0]} {v[1]}" for v in (x, y)]
-    return f"{key} has other positions" if shown[0] == shown[1] else f"{key} is {shown[1]} against {shown[0]}"
 
 
 class _Recorded(Exception):
@@ -184,7 +34,7 @@ def first_call(
 
     `call` are the pipeline's own arguments; guidance is switched off. Without a `generator` the noise comes
     from a private one, so the global random state is left alone. Pipelines may round what they hand to the
-    transformer to its dtype; `dtype` goes before that.
+    transformer to its dtype; `dtype` stands for that dtype when it is given.
     """
     caught: dict[str, Any] = {}
 
@@ -194,42 +44,56 @@ def first_call(
         raise _Recorded
 
     call.setdefault("generator", torch.Generator().manual_seed(0))
-    double = _double(pipe, family.text_components if call.get("prompt") is None else (), dtype)
-    hook = double.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    copied = _disposable_copy(pipe, family.text_components if call.get("prompt") is None else (), dtype)
+    hook = copied.transformer.register_forward_pre_hook(keep, with_kwargs=True)
     lists = {key: list(value) for key, value in call.items() if isinstance(value, list)}  # pipelines write into them
     try:
-        double(**{**family.extra(pipe, call), **call, **lists, **family.unguided})
+        copied(**{**family.extra(pipe, call), **call, **lists, **family.guidance_off})
     except _Recorded:
-        return caught, double.scheduler.sigmas.detach().to("cpu", torch.float32, copy=True)
+        return caught, copied.scheduler.sigmas.detach().to("cpu", torch.float32, copy=True)
     finally:
         hook.remove()
         pipe.maybe_free_model_hooks()
     raise RuntimeError(f"{type(pipe).__name__} returned without calling its transformer")
 
 
-def _double(pipe: Any, without: Sequence[str], dtype: torch.dtype | None) -> Any:
-    """The pipeline with its own scheduler, its own settings, and a transformer that holds no blocks.
+def _disposable_copy(pipe: Any, without: Sequence[str], dtype: torch.dtype | None) -> Any:
+    """A shallow copy with its own scheduler and settings, and a transformer without blocks; `without` are None in it.
 
     The same classes and configurations, and the same other components. So an interrupted run leaves no trace
-    on the user's pipeline, and the dozen walks over all modules that a stock call makes cost next to nothing.
+    on the user's pipeline, and the dozen loops over all modules that a stock call makes cost next to nothing.
     """
-    double, transformer = copy.copy(pipe), getattr(pipe.transformer, "_orig_mod", pipe.transformer)
+    copied, transformer = copy.copy(pipe), getattr(pipe.transformer, "_orig_mod", pipe.transformer)
     like = next(transformer.parameters())
-    empty = hollow(transformer, like if dtype is None else like.new_empty(0, dtype=dtype))
+    empty = empty_module(transformer, like if dtype is None else like.new_empty(0, dtype=dtype))
     changed = {"transformer": empty, "scheduler": copy.copy(pipe.scheduler), **dict.fromkeys(without)}
-    double.__dict__.update(changed, _progress_bar_config={"disable": True})
-    return double
+    copied.__dict__.update(changed, _progress_bar_config={"disable": True})
+    return copied
 
 
 def record(pipe: Any, family: Family, **call: Any) -> tuple[Condition, Tensor]:
     """Run the stock `pipe(**call)` up to its first transformer call.
 
     Returns the condition (as many rows as the pipeline's batch) and the scheduler's sigmas for that call,
-    `(N+1,)` fp32 on the CPU, last 0. Errors of the pipeline itself pass through.
+    `(N+1,)` fp32 on the CPU, last 0. Errors of the pipeline itself pass through. TypeError when the family's `split`
+    left an argument in `kwargs` that is no tensor.
     """
     kwargs, sigmas = first_call(pipe, family, **call)
     condition = family.split(kwargs)[1]
-    strange = [key for key, value in condition.kwargs.items() if not isinstance(value, Tensor | None)]
-    if strange:
-        raise TypeError(f"{family.name}: cannot record the transformer argument(s) {', '.join(strange)}")
+    wrong = [key for key, value in condition.kwargs.items() if not isinstance(value, Tensor | None)]
+    if wrong:
+        raise TypeError(f"{family.name}: cannot record the transformer argument(s) {', '.join(wrong)}")
     return replace(condition, family=family.name), sigmas
+
+
+def empty_module(module: nn.Module, like: Tensor) -> Any:
+    """A copy of `module` without children, buffers or forward pre-hooks, and with one empty parameter like `like`.
+
+    Stands in for a model that is not to run: pipelines read its config, and dtype and device from its parameters. The
+    module given is left as it is.
+    """
+    empty = copy.copy(module)
+    empty._modules, empty._buffers, empty._forward_pre_hooks = {}, {}, OrderedDict()
+    empty._forward_pre_hooks_with_kwargs = OrderedDict()
+    empty._parameters = {"like": nn.Parameter(like.new_empty(0), requires_grad=False)}
+    return empty

@@ -1,7 +1,7 @@
-"""Stable Diffusion 3 and 3.5: one pipeline class, generation only; latents are a grid, not tokens.
+"""The family `sd3`: Stable Diffusion 3 and 3.5, one pipeline class, generation only; latents are a grid, not tokens.
 
-The transformer reads time as 0 to 1000, the prompt as CLIP and T5 states one after the other, and CLIP's pooled
-summary. Guidance doubles the batch in the stock pipeline; it is off when a call is recorded.
+The transformer takes time from 0 to 1000, CLIP and T5 states one after the other, and CLIP's pooled embedding.
+Guidance doubles the batch in the stock pipeline; it is off when a call is recorded.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .condition import Condition
 from .family import Family, stock_limit
-from .record import Condition
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
 def _lengths(pipe: Any, prompts: list[str]) -> list[int]:
-    """Tokens of each prompt for the T5, which reads it whole; for CLIP where there is no T5."""
+    """T5 tokens of each prompt, since T5 reads it whole; CLIP tokens where there is no T5."""
     return [len(ids) for ids in (pipe.tokenizer_3 or pipe.tokenizer)(prompts)["input_ids"]]
 
 
@@ -27,7 +27,7 @@ def _limit(pipe: Any, call: dict[str, Any]) -> int:
     return stock_limit(pipe, call) if pipe.tokenizer_3 else pipe.tokenizer_max_length
 
 
-def _blank(pipe: Any, rows: int, **call: Any) -> dict[str, Any]:
+def _dummy_prompt(pipe: Any, rows: int, **call: Any) -> dict[str, Any]:
     config = pipe.transformer.config
     like = next((e for e in (pipe.text_encoder_3, pipe.text_encoder) if e is not None), pipe.transformer)
     how = {"device": pipe._execution_device, "dtype": like.dtype}
@@ -53,7 +53,7 @@ def _decode(pipe: Any, x: Tensor, height: int, width: int) -> list[Image]:
     return pipe.image_processor.postprocess(pipe.vae.decode(grid, return_dict=False)[0], output_type="pil")
 
 
-def _clean(pipe: Any, pixels: Tensor) -> Tensor:
+def _encode_images(pipe: Any, pixels: Tensor) -> Tensor:
     latents = pipe.vae.encode(pixels).latent_dist.mode().float()
     return (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
 
@@ -64,16 +64,16 @@ SD3 = Family(
     editing=None,
     lora_targets=r"transformer_blocks\.\d+\.attn2?\.(to_[qkv]|add_[qkv]_proj|to_add_out|to_out\.0)"
     r"|transformer_blocks\.\d+\.ff(_context)?\.net\.(0\.proj|2)",
-    unguided={"guidance_scale": 1.0},
-    guided=lambda scale: {"guidance_scale": scale},
+    guidance_off={"guidance_scale": 1.0},
+    guidance_on=lambda scale: {"guidance_scale": scale},
     prompt_kwargs=("encoder_hidden_states", "pooled_projections"),
     text_components=("text_encoder", "text_encoder_2", "text_encoder_3"),
     steady=r"context_embedder|time_text_embed\.text_embedder",
     prompt_lengths=_lengths,
     prompt_limit=_limit,
-    blank=_blank,
+    dummy_prompt=_dummy_prompt,
     split=_split,
     velocity=_velocity,
     decode=_decode,
-    clean=_clean,
+    encode_images=_encode_images,
 )

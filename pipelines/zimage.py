@@ -1,9 +1,10 @@
-"""Z-Image: unpadded captions in lists; one transformer, two token layouts: basic draws, omni edits.
+"""The family `z-image`: one transformer with two token layouts, basic for generation and omni for editing.
 
 The layouts differ in token order, positions and in how captions are modulated, so on one transformer they give
-different pictures of one prompt; a Condition whose `fixed` has "sources" is omni. Captions are recorded padded, a
-row's segments one after the other, with each segment's length beside them; source latents and SigLIP2 features as
-tokens, with their grids in `fixed`. The transformer's time runs from 0 (noise) to 1, and its output is x0 − ε.
+different pictures of one prompt; a Condition whose `fixed` has "sources" is omni. The stock call takes unpadded
+captions in lists. They are recorded padded, a row's segments one after the other, with the length of each segment;
+source latents and SigLIP2 features are recorded as tokens, with their grids in `fixed`. The transformer's time runs
+from 0 (noise) to 1, and its output is x0 − ε.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from danceopd.errors import UserError
 
+from .condition import Condition
 from .family import Family
-from .record import Condition
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-LENGTHS, PADDING = "lengths", "cap_padding"  # of a still condition: see _z_still
+LENGTHS, PADDING = "lengths", "cap_padding"  # set by _z_sync_free
 MULTIPLE = 32  # tokens to which the transformer pads each segment
 
 
@@ -36,14 +37,14 @@ def _is_omni(pipe: Any) -> bool:
     return hasattr(pipe, "prepare_siglip_embeds")
 
 
-def _sees(pipe: Any) -> bool:
+def _reads_siglip(pipe: Any) -> bool:
     return pipe.transformer.config.siglip_feat_dim is not None
 
 
 def _z_lengths(pipe: Any, prompts: list[str]) -> list[int]:
     if _is_omni(pipe):
         before, after = "<|vision_end|>", "<|vision_start|>"
-        if _sees(pipe):  # draws as well: that text is the longer one
+        if _reads_siglip(pipe):  # generates as well, with a longer template
             before, after = "<|im_start|>user\n", ""
         texts = [f"{before}{prompt}<|im_end|>\n<|im_start|>assistant\n{after}" for prompt in prompts]
     else:
@@ -55,7 +56,7 @@ def _z_lengths(pipe: Any, prompts: list[str]) -> list[int]:
     return [len(ids) for ids in pipe.tokenizer(texts)["input_ids"]]
 
 
-def _z_encode(pipe: Any, prompts: list[str], images: Any = None, **call: Any) -> list[dict[str, Any]]:
+def _z_encode_prompts(pipe: Any, prompts: list[str], images: Any = None, **call: Any) -> list[dict[str, Any]]:
     settings = {key: call[key] for key in ("max_sequence_length",) if key in call}
     if _is_omni(pipe):
         settings["num_condition_images"] = 0 if images is None else 1
@@ -64,7 +65,7 @@ def _z_encode(pipe: Any, prompts: list[str], images: Any = None, **call: Any) ->
     return [{"prompt_embeds": [row]} for row in rows]
 
 
-def _z_blank(pipe: Any, rows: int, **call: Any) -> dict[str, Any]:
+def _z_dummy_prompt(pipe: Any, rows: int, **call: Any) -> dict[str, Any]:
     caption = torch.zeros(1, pipe.transformer.config.cap_feat_dim, device=pipe._execution_device)
     return {"prompt_embeds": [[caption] if _is_omni(pipe) else caption] * rows}
 
@@ -115,11 +116,11 @@ def _z_velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition
     return -torch.stack([row.float() for row in out]).squeeze(2)
 
 
-def _z_still(condition: Condition) -> Condition:
-    """The segments' lengths in `fixed`; of basic captions rounded up as the transformer rounds them itself.
+def _z_sync_free(condition: Condition) -> Condition:
+    """The condition with its segments' lengths in `fixed`; those of basic captions rounded up as the transformer does.
 
-    It puts its own pad token where a caption ends, which `_padded` does in its stead. Omni positions go on from the
-    exact lengths, so those stay.
+    The transformer puts its own pad token after the end of a caption; `_padded` does that here. Omni positions continue
+    from the exact lengths, so those stay.
     """
     feats, counts = condition.kwargs["cap_feats"], condition.kwargs["cap_lengths"]
     assert feats is not None and counts is not None
@@ -136,7 +137,7 @@ def _z_still(condition: Condition) -> Condition:
 
 @contextmanager
 def _padded(transformer: Any, padding: Tensor, lengths: list[list[int]]) -> Iterator[None]:
-    """Inside, embedded captions have the transformer's pad token where `padding (B, m)` is True."""
+    """A context in which embedded captions have the transformer's pad token where `padding (B, m)` is True."""
     hidden = torch.cat([row[: sum(parts)] for row, parts in zip(padding, lengths, strict=True)])[:, None]
 
     def put(module: Any, inputs: Any, embedded: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ def _padded(transformer: Any, padding: Tensor, lengths: list[list[int]]) -> Iter
 
 
 def _grids(tokens: Tensor | None, sizes: list[list[int]], rows: int) -> list[list[Tensor]]:
-    """A row's tokens `(m, C)` as its pictures `(h, w, C)`; no pictures for every row where there are no tokens."""
+    """Each row's tokens `(m, C)` split into pictures `(h, w, C)`; empty lists where there are no tokens."""
     if tokens is None:
         return [[] for _ in range(rows)]
     parts = (row.split([prod(size) for size in sizes]) for row in tokens)
@@ -166,31 +167,31 @@ def _no_siglip(images: Any, batch_size: int, device: Any, dtype: Any) -> list[li
     return [[] for _ in range(batch_size)]
 
 
-def _z_ready(pipe: Any) -> Any:
+def _z_prepare_editing(pipe: Any) -> Any:
     """An omni pipeline that can edit, over the same transformer.
 
     A transformer without SigLIP2 layers (Z-Image, Z-Image-Turbo) edits from source latents alone. The stock class
-    hands sources to its VAE in bfloat16, whatever the VAE is, so a VAE of another dtype is copied.
+    gives sources to its VAE in bfloat16, whatever the VAE is, so a VAE of another dtype is copied.
     """
-    blind = not _sees(pipe)
-    if not blind and (pipe.siglip is None or pipe.siglip_processor is None):
+    without_siglip = not _reads_siglip(pipe)
+    if not without_siglip and (pipe.siglip is None or pipe.siglip_processor is None):
         raise UserError(
             "the transformer reads SigLIP2 features and its pipeline has no siglip; set editing_base to the folder or "
             "the hub name of a ZImageOmniPipeline that has it"
         )
-    hushed = pipe.__dict__.get("prepare_siglip_embeds") is _no_siglip
+    replaced = pipe.__dict__.get("prepare_siglip_embeds") is _no_siglip
     cast = pipe.vae is not None and pipe.vae.dtype != torch.bfloat16
-    if not cast and blind == hushed:
+    if not cast and without_siglip == replaced:
         return pipe
     ready = copy.copy(pipe)
     if cast:
         ready.vae = copy.deepcopy(pipe.vae).bfloat16()
-    if blind:
+    if without_siglip:
         ready.prepare_siglip_embeds = _no_siglip
     return ready
 
 
-def _z_clean(pipe: Any, pixels: Tensor) -> Tensor:
+def _z_encode_images(pipe: Any, pixels: Tensor) -> Tensor:
     latents = pipe.vae.encode(pixels).latent_dist.mode().float()
     return (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
 
@@ -201,22 +202,22 @@ Z_IMAGE = Family(
     editing="ZImageOmniPipeline",
     lora_targets=r"(layers|noise_refiner|context_refiner|siglip_refiner)\.\d+"
     r"\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123])",
-    unguided={"guidance_scale": 0.0},
-    guided=lambda scale: {"guidance_scale": scale - 1},  # stock: v + s (v − v_null), off where s is 0 or less
+    guidance_off={"guidance_scale": 0.0},
+    guidance_on=lambda scale: {"guidance_scale": scale - 1},  # stock: v + s (v − v_null), off where s is 0 or less
     prompt_kwargs=("cap_feats", "cap_lengths"),
     text_components=("text_encoder",),
     steady=r"rope_embedder|cap_embedder|siglip_embedder|(context|siglip)_refiner\.\d+",
     timed=r"t_embedder|((noise_refiner|layers)\.\d+|all_final_layer\.[^.]+)\.adaLN_modulation",
     optional=("siglip", "siglip_processor"),
-    ready=_z_ready,
-    draws=_sees,
+    prepare_editing=_z_prepare_editing,
+    editing_generates=_reads_siglip,
     smallest_source=64,
     prompt_lengths=_z_lengths,
-    encode=_z_encode,
-    blank=_z_blank,
+    encode_prompts=_z_encode_prompts,
+    dummy_prompt=_z_dummy_prompt,
     split=_z_split,
     velocity=_z_velocity,
-    still=_z_still,
+    sync_free=_z_sync_free,
     decode=_z_decode,
-    clean=_z_clean,
+    encode_images=_z_encode_images,
 )

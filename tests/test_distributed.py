@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_resume import WEIGHTS, models, recipe
 
 from danceopd.merge import merge
-from danceopd.recipe import Recipe
+from danceopd.recipe.recipe import Recipe
 
 __all__ = ["models"]  # the fixture
 

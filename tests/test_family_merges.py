@@ -12,16 +12,17 @@ import math
 
 import pytest
 import torch
-from tinies import TINYS
+from tinies import TINIES
 from tiny import random_adapter, random_image
-from tiny_parts import watched
+from tiny_parts import recorded_steps
 
 import danceopd
-from danceopd.backbone import Backbone
-from danceopd.fields import AdapterField, BaseField
-from danceopd.lora import read_adapter, write_adapter
+from danceopd.adapters.read import read_adapter
+from danceopd.adapters.write import write_adapter
+from danceopd.models.backbone import Backbone
+from danceopd.models.fields import AdapterField, BaseField
 from danceopd.pipelines import EditingPipeline, GenerationPipeline
-from danceopd.pipelines.families import FAMILIES
+from danceopd.pipelines.registry import FAMILIES
 
 WORDS = ["a red circle", "two blue square", "a white ring above"]
 EDITS = ["make it red", "remove the star", "add a ring"]
@@ -71,10 +72,10 @@ def said_otherwise(folder):
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
 
 
-@pytest.mark.parametrize("tiny", TINYS, ids=lambda tiny: tiny.family)
+@pytest.mark.parametrize("tiny", TINIES, ids=lambda tiny: tiny.family)
 def test_all_gates_together_on_every_family(tiny, tmp_path, monkeypatch):
     """Every condition that a gate asks stacks, every contrast differs, and the figures are numbers."""
-    monkeypatch.setattr("danceopd.evidence.FLOOR", 0.0)  # random weights hardly hear a prompt
+    monkeypatch.setattr("danceopd.labelfree.evidence.FLOOR", 0.0)  # random weights hardly hear a prompt
     recipe = recipe_of(tiny, tiny.build(), tmp_path).resolved()
     said_otherwise(tmp_path)
     recipe["data"]["generation"] = str(tmp_path / "generation.jsonl")
@@ -90,7 +91,7 @@ def test_all_gates_together_on_every_family(tiny, tmp_path, monkeypatch):
     assert seen["gate/leak"] > 0 and seen["gate/rho"] != 0
 
 
-@pytest.mark.parametrize("tiny", TINYS, ids=lambda tiny: tiny.family)
+@pytest.mark.parametrize("tiny", TINIES, ids=lambda tiny: tiny.family)
 def test_the_stock_pipelines_with_the_exported_lora_draw_what_the_student_draws(tiny, tmp_path):
     family, stock = FAMILIES[tiny.family], tiny.build()
     backbone = Backbone(copy.deepcopy(stock.transformer), family)
@@ -109,8 +110,8 @@ def test_the_stock_pipelines_with_the_exported_lora_draw_what_the_student_draws(
             asked = {"prompt": EDITS[0], "image": random_image(0)}
         call = {**tiny.call, **asked, "num_inference_steps": call["steps"], "output_type": "latent"}
         del call["steps"]
-        call |= {**family.extra(ours.pipe, call), **family.unguided}
-        final = watched(ours.pipe, **call, generator=torch.Generator().manual_seed(3))[1][-1][2]
+        call |= {**family.extra(ours.pipe, call), **family.guidance_off}
+        final = recorded_steps(ours.pipe, **call, generator=torch.Generator().manual_seed(3))[1][-1][2]
         for name, field in fields.items():
             *_, last = ours.denoise(condition, ours.noise([3]), field)
             error = float((last.x - final).abs().max() / final.abs().max())

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from test_distributed import check, made
 from test_resume import WEIGHTS, models
 
+from danceopd.common.distributed import Processes
 from danceopd.errors import UserError
 from danceopd.merge import merge
-from danceopd.processes import Processes
-from danceopd.recipe import Recipe
+from danceopd.recipe.recipe import Recipe
 
 __all__ = ["models"]  # the fixture
 
@@ -120,8 +120,8 @@ def test_accelerate_launch_on_two_machines_that_share_no_disk(models: Path, want
 def test_mpi_on_cpus(tmp_path: Path) -> None:
     """By what Open MPI tells its processes, as `accelerate launch --cpu --mpirun_hostfile` starts them."""
     code = (
-        "import torch\nfrom danceopd.processes import Processes\nhere = Processes('cpu')\n"
-        "rank = torch.tensor(float(here.rank + 1))\nhere.add(rank)\nprint(here.rank, here.count, rank.item())\n"
+        "import torch\nfrom danceopd.common.distributed import Processes\nhere = Processes('cpu')\n"
+        "rank = torch.tensor(float(here.rank + 1))\nhere.all_reduce(rank)\nprint(here.rank, here.world_size, rank.item())\n"
     )
     (tmp_path / "sum.py").write_text(code)
     names, port, both = ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE"), spare(), []
@@ -155,7 +155,7 @@ LOST = {"PMI_SIZE": "2", "PMI_RANK": "1"}
     ],
 )
 def test_processes_that_would_each_run_alone(monkeypatch, said: dict, device: str, says: str) -> None:
-    monkeypatch.setattr("danceopd.processes.device_of", torch.device)
+    monkeypatch.setattr("danceopd.common.distributed.resolve_device", torch.device)
     monkeypatch.setattr(os, "environ", {**os.environ, **said})  # accelerate writes to it
     with pytest.raises(UserError, match=says):
         Processes(device)
@@ -165,7 +165,7 @@ def test_processes_that_would_each_run_alone(monkeypatch, said: dict, device: st
 def test_one_process_of_a_launcher_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "10.0.0.1", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert Processes("cpu").count == 1
+    assert Processes("cpu").world_size == 1
 
 
 @pytest.mark.slow

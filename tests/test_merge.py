@@ -10,11 +10,12 @@ from diffusers import DiffusionPipeline, Flux2Transformer2DModel
 from PIL import Image
 from tiny import random_adapter, tiny_klein
 
+from danceopd.adapters.read import read_adapter
+from danceopd.adapters.write import write_adapter
+from danceopd.data.encode import Encoder, free_encoders
 from danceopd.errors import UserError
-from danceopd.lora import read_adapter, write_adapter
 from danceopd.merge import merge
-from danceopd.recipe import Recipe
-from danceopd.work import Encoder, release_encoders
+from danceopd.recipe.recipe import Recipe
 
 CALL = {"height": 64, "width": 64, "steps": 4, "max_sequence_length": 24}
 
@@ -230,7 +231,7 @@ def test_continued_run_encodes_nothing_anew(models, tmp_path, monkeypatch):
     def refused(*arguments):
         raise AssertionError("a row was encoded again")
 
-    monkeypatch.setattr("danceopd.work.Encoder._encode", refused)
+    monkeypatch.setattr("danceopd.data.encode.Encoder._encode", refused)
     merge(recipe(models, tmp_path / "run"), silent)
 
 
@@ -258,8 +259,8 @@ def test_the_transformer_goes_to_the_device_when_the_encoders_have_left(models, 
     monkeypatch.setenv("DANCEOPD_CACHE", str(tmp_path / "cache"))
     to, moved = DiffusionPipeline.to, Flux2Transformer2DModel.to
     monkeypatch.setattr(DiffusionPipeline, "to", told("to device", to, lambda pipe: weights(pipe.transformer)))
-    monkeypatch.setattr(sys.modules["danceopd.merge"], "release_encoders", told("encoders leave", release_encoders))
-    monkeypatch.setattr("danceopd.work.Encoder._encode", told("encode", Encoder._encode))
+    monkeypatch.setattr(sys.modules["danceopd.merge"], "free_encoders", told("encoders leave", free_encoders))
+    monkeypatch.setattr("danceopd.data.encode.Encoder._encode", told("encode", Encoder._encode))
     monkeypatch.setattr(Flux2Transformer2DModel, "to", told("transformer", moved, weights))
     with pytest.raises(Stop):
         merge(recipe(models, tmp_path / "run"), stop)
@@ -272,7 +273,7 @@ def test_the_transformer_goes_to_the_device_when_the_encoders_have_left(models, 
 
 def test_fused_run_folder_loads_alone(done, models, tmp_path):
     """`--fuse`: the run folder is a pipeline whose pictures are the student's, and still a LoRA."""
-    from danceopd.student import fuse_in_place
+    from danceopd.adapters.fuse import fuse_in_place
 
     folder = tmp_path / "student"
     shutil.copytree(done[0], folder)

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("danceopd", "pipelines", "checkpoints")
 SHIPPED_DATA = (".safetensors", ".json", ".txt", ".md", ".yaml", ".jinja")
 WHERE = """
-import danceopd, danceopd.pipelines, danceopd.checkpoints, danceopd.scenes.grammar
-from danceopd.shipped import _root
+import danceopd, danceopd.pipelines, danceopd.checkpoints, danceopd.worlds.scenes.grammar
+from danceopd.common.shipped import _root
 print(danceopd.__file__, danceopd.pipelines.__file__, _root(), sep="\\n")
 """
 
@@ -98,7 +98,7 @@ def test_an_installed_package_works_from_another_folder(tree, wheel, tmp_path: P
     program = python.parent / "danceopd"
     assert run(program, "version", cwd=tmp_path / "elsewhere", env=env).startswith("danceopd ")
     if (ROOT / "checkpoints" / "base").is_dir():
-        code = "from danceopd.recipe import Recipe; print(Recipe().base)"
+        code = "from danceopd.recipe.recipe import Recipe; print(Recipe().base)"
         assert run(python, "-c", code, cwd=tmp_path / "elsewhere", env=env).strip() == str(below / "checkpoints/base")
 
 
@@ -109,7 +109,7 @@ def test_lazy_names_and_the_room_of_the_same_name() -> None:
         "sys.modules['danceopd.merge'] = fake; danceopd.merge_room = fake\n"
         "danceopd.merge = fake  # what importing the room does to its package\n"
         "assert danceopd.merge() == 'merged'\n"
-        "from danceopd import Recipe, UserError\nassert Recipe.__module__ == 'danceopd.recipe'\n"
+        "from danceopd import Recipe, UserError\nassert Recipe.__module__ == 'danceopd.recipe.recipe'\n"
         "assert {'merge', 'Recipe', 'load_student'} <= set(dir(danceopd))\n"
         "try:\n    danceopd.nothing\nexcept AttributeError as error:\n    print(error)\n"
     )

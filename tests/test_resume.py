@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from tiny import random_adapter, random_image, tiny_klein
 
-from danceopd.data_record import remember_data
+from danceopd.adapters.write import write_adapter
+from danceopd.data.dataset import open_datasets
 from danceopd.errors import UserError
-from danceopd.lora import write_adapter
 from danceopd.merge import merge
-from danceopd.recipe import Recipe
-from danceopd.work import open_work
+from danceopd.recipe.recipe import Recipe
+from danceopd.run.provenance import remember_data
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 STEPS = 24
@@ -155,7 +155,7 @@ def test_data_that_changed_is_named_and_the_run_left_alone(sources: tuple[Recipe
         merge(wanted, stop)
     left = sorted(p.read_bytes() for p in (tmp_path / "run" / "checkpoints").rglob("*.safetensors"))
     prompts = tmp_path / "p.txt"
-    drawn = open_work(wanted)["generation"].rows
+    drawn = open_datasets(wanted)["generation"].rows
     lines = prompts.read_text().splitlines()
     lines[drawn[-1]] += " on a blue square"
     prompts.write_text("\n".join(lines))
@@ -173,11 +173,11 @@ def test_what_of_the_data_may_change(sources: tuple[Recipe, Path], tmp_path: Pat
 
     def check(steps: int = 8) -> None:
         more = wanted.model_copy(update={"steps": steps})
-        remember_data(run, more, open_work(more))
+        remember_data(run, more, open_datasets(more))
 
     check()
-    drawn = set(open_work(wanted)["generation"].rows)
-    later = sorted(set(open_work(wanted.model_copy(update={"steps": 20}))["generation"].rows) - drawn)
+    drawn = set(open_datasets(wanted)["generation"].rows)
+    later = sorted(set(open_datasets(wanted.model_copy(update={"steps": 20}))["generation"].rows) - drawn)
     lines = prompts.read_text().splitlines()
     lines[later[0]] = "a green star"
     prompts.write_text("\n".join(lines))

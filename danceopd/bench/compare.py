@@ -1,389 +1,238 @@
-"""Numbers about models: means with intervals, paired differences, the gap closed, the worst regression.
+"""Two finished benches compared item by item: paired differences with intervals, win/loss/tie, a sign test.
 
-Input is rows: one plain dict an item and model, with `model`, `capability`, `category`, `key` and `score` (None where
-there is none: a picture is missing, an answer cannot be read). The overall score is the unweighted mean of the
-category means, as in the paper. Failures are in no mean and in every count; `lower` and `upper` are the mean with each
-failure at the lowest and the highest score. Intervals are 95 %: Wilson's for shares, bootstrap percentiles for the
-rest; differences are paired by item and resampled within each category, and a category's only item may differ by the
-whole scale. Equal rows give equal numbers. Probes and held-out items stand apart from the rest.
+The suite, its version, its protocol, the judge and the seeds must be equal, and only items of both benches are counted.
+What else differs (the call, the limit, the machine) is noted beside the numbers. Differences are the first model minus
+the second. Everything is read from the folders, so either bench may have been made elsewhere.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+from danceopd.bench import statistics
+from danceopd.bench.pairwise import Pair
+from danceopd.bench.results import load
+from danceopd.common.messages import did_you_mean
+from danceopd.errors import UserError
 
-Scale = tuple[float, float]
-Scores = Mapping[str, Mapping[str, "float | None"]]
-"""category -> item key -> score, None for a failure."""
-
-RESAMPLES = 2000
-Z = 1.959964
-LEAST_GAP = 0.02
-"""A teacher that is ahead of the base by less than this share of the scale leaves no gap that could be closed."""
-TIE = 1e-9
+FORMAT = "danceopd-compare/1"
 
 
-def ordinary(row: Mapping[str, Any]) -> bool:
-    """Whether an item counts in the scores: no probe, and not held out."""
-    return not row.get("probe") and not row.get("heldout")
+@dataclass(frozen=True)
+class Side:
+    """One model of one finished bench."""
+
+    folder: Path
+    model: str
+    scores: dict
+    rows: list[dict]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The model's entry in `scores.json`."""
+        return next(m for m in self.scores["models"] if m["name"] == self.model)
+
+    def path(self, image: str | None) -> Path | None:
+        """The path of an image of the bench; None where there is none."""
+        file = None if image is None else self.folder / image
+        return file if file is not None and file.is_file() else None
 
 
-def _is_share(capability: str, share: bool | None) -> bool:
-    return capability == "generation" if share is None else share
+def load_side(folder: str | Path, model: str | None = None) -> Side:
+    """The student of a bench folder, or another of its models; UserError if there is no such bench or model."""
+    folder = Path(folder)
+    scores, rows = load(folder)
+    try:
+        names = [m["name"] for m in scores["models"]]
+        chosen = model or scores["student"]
+    except (KeyError, TypeError):
+        raise UserError(f"{folder}/scores.json is not from `danceopd bench`; give a bench folder") from None
+    if chosen not in names:
+        what = "student" if chosen is None else f"model {chosen!r}"
+        raise UserError(f"bench {folder} has no {what}{did_you_mean(chosen or '', names)}; choose one with --models")
+    mine = [row for row in rows if row["model"] == chosen]
+    if not mine:
+        raise UserError(f"bench {folder} has no rows of {chosen!r}; choose another model with --models")
+    return Side(folder, chosen, scores, mine)
 
 
-def scale_of(share: bool, scale: Scale | None = None) -> Scale:
-    """The scale that was given, else 0 to 1 for shares and 0 to 10 for the rest."""
-    return scale or ((0.0, 1.0) if share else (0.0, 10.0))
-
-
-def _number(value: float) -> float:
-    return round(float(value), 6)
-
-
-def score_of(row: Mapping[str, Any]) -> float | None:
-    """A row's score; None where it has none, and where it is no number."""
-    value = row["score"]
-    return float(value) if value is not None and math.isfinite(value) else None
-
-
-def scores_of(
-    rows: Iterable[Mapping[str, Any]],
-    model: str,
-    capability: str,
-    value: Callable[[Mapping[str, Any]], float | None] = score_of,
-    wanted: Callable[[Mapping[str, Any]], bool] = ordinary,
-) -> dict[str, dict[str, float | None]]:
-    """category -> item key -> score (None: failed), for one model and capability, in the order of the rows."""
-    found: dict[str, dict[str, float | None]] = {}
-    for row in rows:
-        if row["model"] == model and row["capability"] == capability and wanted(row):
-            found.setdefault(row["category"], {})[row["key"]] = value(row)
-    return found
-
-
-def _wilson(values: np.ndarray) -> tuple[float, float]:
-    n, p = len(values), float(values.mean())
-    middle = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
-    half = Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def _resampled(groups: Sequence[np.ndarray], seed: int = 20260622) -> np.ndarray:
-    """Bootstrap draws of the macro mean; a group is (items,) or (series, items), resampled along its items."""
-    random = np.random.default_rng(seed)
-    total: np.ndarray | float = 0.0
-    for group in groups:
-        index = random.integers(0, group.shape[-1], (RESAMPLES, group.shape[-1]))
-        total = total + group[..., index].mean(-1)
-    return np.asarray(total) / len(groups)
-
-
-def _bounds(draws: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def _scored(values: Iterable[float | None]) -> np.ndarray:
-    return np.array([v for v in values if v is not None], float)
-
-
-def _figure(groups: Sequence[Sequence[float | None]], centre: Any, low: Any, high: Any, scale: Scale) -> dict:
-    """A macro mean with its interval, its counts, and the bounds that its failures leave."""
-    n, total = sum(len(_scored(group)) for group in groups), sum(map(len, groups))
-    lower, upper = (
-        np.mean([np.mean([end if v is None else v for v in group]) for group in groups if len(group)]) for end in scale
+def setup_differences(a: Side, b: Side) -> list[str]:
+    """What must be equal and is not, in words: suite, version, protocol, judge, seed."""
+    one, other = (
+        {**s.scores["suite"], "seed": s.scores.get("seed"), "judge": _judge(s.scores.get("judge"))} for s in (a, b)
     )
+    words = []
+    for key in ("name", "version", "protocol", "seed"):
+        if one.get(key) != other.get(key):
+            name = {"name": "suite", "version": "suite version"}.get(key, key)
+            words.append(f"{name} ({_short(one.get(key))} and {_short(other.get(key))})")
+    if one["judge"] != other["judge"]:
+        mine, theirs = (s if isinstance(s, Mapping) else {} for s in (one["judge"], other["judge"]))
+        keys = [key for key in dict.fromkeys([*mine, *theirs]) if mine.get(key) != theirs.get(key)]
+        parts = [f"{key} {_short(mine.get(key))} and {_short(theirs.get(key))}" for key in keys[:3]]
+        words.append(f"judge ({', '.join(parts) if mine and theirs else 'only one bench has one'})")
+    if one["seed"] == other["seed"]:
+        seeds = {_item(row): row.get("seed") for row in b.rows}
+        apart = sum(_item(row) in seeds and seeds[_item(row)] != row.get("seed") for row in a.rows)
+        if apart:
+            words.append(f"seeds of {apart} items")
+    return words
+
+
+def _judge(identity: Any) -> Any:
+    """The judge's identity; for replayed answers that of the judge who gave them, if it is recorded."""
+    if not isinstance(identity, Mapping) or identity.get("kind") != "replay":
+        return identity
+    recorded = identity.get("recorded") or []
+    return recorded[0] if len(recorded) == 1 else {"kind": "replay", "recorded": recorded}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "…"
+
+
+def _item(row: Mapping[str, Any]) -> tuple:
+    """Equal for rows of the same item; the key alone could belong to another prompt."""
+    return row["capability"], row["category"], row["key"], row.get("prompt")
+
+
+def compare(a: Side, b: Side, anyway: bool = False) -> dict[str, Any]:
+    """The comparison as plain JSON; see `statistics.difference` for its figures.
+
+    `capabilities`: by name `a` and `b` (summaries of the common items), `difference`, `metrics`. `probes` and `heldout`
+    have a difference each. `items`: every common item with both scores and images, the largest loss of the first model
+    first. `only`: how many items just one bench has. `warnings`: what should be equal and is not, accepted with
+    `anyway` only; `notes`: what else differs. UserError where the setups differ or no item is common.
+    """
+    if (a.folder.resolve(), a.model) == (b.folder.resolve(), b.model):
+        raise UserError(f"both sides are {a.model!r} of {a.folder}; give two benches, or two models with --models a,b")
+    warnings = setup_differences(a, b)
+    if warnings and not anyway:
+        raise UserError(
+            f"{a.folder} and {b.folder} were not run alike: they differ in {'; '.join(warnings)}; run both benches "
+            "alike, or add --anyway to compare the items that they have in common"
+        )
+    ones, others = ({_item(row): row for row in s.rows} for s in (a, b))
+    common = [item for item in ones if item in others]
+    if not common:
+        raise UserError(f"{a.folder} and {b.folder} have no item in common; compare benches of one suite")
+    rows = [found[item] | {"model": name} for name, found in (("a", ones), ("b", others)) for item in common]
+    suite = a.scores["suite"]
+    kinds = {c: _kind(suite, c) for c in dict.fromkeys(row["capability"] for row in rows)}
     return {
-        "mean": None if n == 0 else _number(centre),
-        "n": n,
-        "low": None if n == 0 else _number(low),
-        "high": None if n == 0 else _number(high),
-        "failed": total - n,
-        "lower": _number(lower),
-        "upper": _number(upper),
+        "format": FORMAT,
+        "a": _about(a),
+        "b": _about(b),
+        "suite": {key: suite.get(key) for key in ("name", "version", "protocol")},
+        "seed": a.scores.get("seed"),
+        "judge": a.scores.get("judge"),
+        "warnings": warnings,
+        "notes": _notes(a, b),
+        "only": {"a": len(ones) - len(common), "b": len(others) - len(common)},
+        "capabilities": {c: found for c, kind in kinds.items() if (found := _capability(rows, c, **kind))},
+        "probes": _apart(rows, kinds, "probe", {r["probe"]: r["capability"] for r in rows if r.get("probe")}),
+        "heldout": _heldout(rows, kinds),
+        "items": _items([(ones[item], others[item]) for item in common]),
     }
 
 
-def mean(values: Sequence[float | None], share: bool, scale: Scale | None = None) -> dict:
-    """{mean, n, low, high, failed, lower, upper} of one category; `share` says that the values are 0 or 1.
-
-    None counts in `failed` and not in `n`; with nothing else the mean is None. `scale` is the lowest and highest value.
-    """
-    array = _scored(values)
-    low, high = (0.0, 0.0) if not len(array) else _wilson(array) if share else _bounds(_resampled([array]))
-    return _figure([values], array.mean() if len(array) else None, low, high, scale_of(share, scale))
+def _kind(suite: Mapping[str, Any], capability: str) -> dict[str, Any]:
+    """`share` and `scale` of a capability, as the bench recorded them."""
+    scale = (suite.get("scale") or {}).get(capability)
+    return {"share": (suite.get("share") or {}).get(capability), "scale": tuple(scale) if scale else None}
 
 
-def macro(groups: Sequence[Sequence[float | None]], share: bool, scale: Scale | None = None) -> dict:
-    """{mean, n, low, high, failed, lower, upper} of the unweighted mean of category means.
-
-    Shares use the Agresti-Coull variance of each category, since resampling a category that is all right or
-    all wrong would claim certainty. A category with nothing but failures is in `lower` and `upper` only.
-    """
-    arrays = [array for group in groups if len(array := _scored(group))]
-    if not arrays:
-        return _figure(groups, None, None, None, scale_of(share, scale))
-    centre = float(np.mean([a.mean() for a in arrays]))
-    if share:
-        rates = [((a.sum() + 2) / (len(a) + 4), len(a) + 4) for a in arrays]
-        half = Z * math.sqrt(sum(p * (1 - p) / n for p, n in rates)) / len(arrays)
-        low, high = max(0.0, centre - half), min(1.0, centre + half)
-    else:
-        low, high = _bounds(_resampled(arrays))
-    return _figure(groups, centre, low, high, scale_of(share, scale))
+def _about(s: Side) -> dict[str, Any]:
+    kept = {key: s.about.get(key) for key in ("label", "role", "path", "sha256")}
+    return {"folder": str(s.folder), "model": s.model, "created": s.scores.get("created")} | kept
 
 
-def summary(
-    rows: Sequence[dict], model: str, capability: str, share: bool | None = None, scale: Scale | None = None
-) -> dict | None:
-    """{overall, groups, categories} of one model, or None when it has no item of that capability.
-
-    `share`: scores are 0 or 1; nothing said means that generation's are. `scale`: see `scale_of`.
-    """
-    found = scores_of(rows, model, capability)
-    if not found:
-        return None
-    share = _is_share(capability, share)
-    values = {category: list(by_key.values()) for category, by_key in found.items()}
-    group_of = {row["category"]: row.get("group") for row in rows if ordinary(row)}
-    groups = {group: [values[c] for c in values if group_of[c] == group] for group in group_of.values() if group}
-    return {
-        "overall": macro(list(values.values()), share, scale),
-        "groups": {group: macro(parts, share, scale) for group, parts in groups.items() if parts},
-        "categories": {category: mean(found, share, scale) for category, found in values.items()},
-    }
-
-
-def in_subset(row: Mapping[str, Any], parts: Iterable[str]) -> bool:
-    """Whether a row belongs to a subset: in one of its categories (any, where none is named), with all its `tag:…`."""
-    parts = set(parts)
-    tags = {part for part in parts if part.startswith("tag:")}
-    there = {f"tag:{tag}" for tag in row.get("tags") or ()}
-    return tags <= there and (parts == tags or row["category"] in parts)
-
-
-def subsets(
-    rows: Sequence[dict],
-    models: Sequence[str],
-    capability: str,
-    named: Mapping[str, Iterable[str]],
-    share: bool | None = None,
-    scale: Scale | None = None,
-) -> dict[str, dict[str, dict]]:
-    """subset -> model -> its overall figure there; subsets without an item of the capability are left out."""
-    found = {}
-    for name, parts in named.items():
-        kept = [row for row in rows if in_subset(row, parts)]
-        sums = {model: s["overall"] for model in models if (s := summary(kept, model, capability, share, scale))}
-        if sums:
-            found[name] = sums
+def _notes(a: Side, b: Side) -> list[str]:
+    """What differs and does not have to be equal."""
+    found = []
+    for key in ("limit", "call", "base", "machine", "versions"):
+        one, other = a.scores.get(key), b.scores.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            names = [name for name in dict.fromkeys([*one, *other]) if one.get(name) != other.get(name)]
+            found += [f"{key} {name}: {_short(one.get(name))} and {_short(other.get(name))}" for name in names]
+        elif one != other:
+            found.append(f"{key}: {_short(one)} and {_short(other)}")
     return found
 
 
-def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p of the exact sign test: how likely so uneven a split is when neither side is better; 1 for none."""
-    n = wins + losses
-    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
-    return min(1.0, 2 * tail / 2**n)
+def _is(key: str, value: Any, row: Mapping[str, Any]) -> bool:
+    return row.get(key) == value
 
 
-def _difference(pairs: Mapping[str, list[tuple[float | None, float | None]]], scale: Scale) -> dict:
-    """One figure over paired scores by category: the macro mean of the differences, wins, losses, ties and p."""
-    width = scale[1] - scale[0]
-    values = {c: [None if a is None or b is None else a - b for a, b in pair] for c, pair in pairs.items()}
-    arrays = [array for found in values.values() if len(array := _scored(found))]
-    low, high = _bounds(_resampled(arrays)) if arrays else (0.0, 0.0)
-    for lone in (a[0] / len(arrays) for a in arrays if len(a) == 1):  # resampling one item would claim certainty
-        low, high = low - lone - width / len(arrays), high - lone + width / len(arrays)
-    centre = np.mean([a.mean() for a in arrays]) if arrays else None
-    figure = _figure(list(values.values()), centre, low, high, (-width, width))
-    every = np.concatenate(arrays) if arrays else np.zeros(0)
-    wins, losses = int((every > TIE).sum()), int((every < -TIE).sum())
-    return figure | {
-        "wins": wins,
-        "losses": losses,
-        "ties": len(every) - wins - losses,
-        "p": _number(sign_test(wins, losses)),
-    }
+def _metric(name: str, row: Mapping[str, Any]) -> float | None:
+    return (row.get("metrics") or {}).get(name)
 
 
-def difference(one: Scores, other: Scores, scale: Scale) -> dict | None:
-    """`one` minus `other`, paired by item: a figure with wins, losses, ties and the sign test's p; `categories` alike.
-
-    Items that only one side has are left out, None on either side counts in `failed`; None without a common item.
-    A failure can hide any difference that the scale allows, so `lower` and `upper` are wide.
-    """
-    pairs = {
-        category: found
-        for category, values in one.items()
-        if (found := [(v, other[category][k]) for k, v in values.items() if k in other.get(category, {})])
-    }
-    if not pairs:
+def _capability(
+    rows: Sequence[dict], capability: str, share: bool | None, scale: statistics.Scale | None
+) -> dict[str, Any] | None:
+    """Both summaries, the paired difference, and that of every metric that both have."""
+    found = statistics.delta(rows, "a", "b", capability, share, scale)
+    if found is None:
         return None
-    categories = {category: _difference({category: pair}, scale) for category, pair in pairs.items()}
-    return _difference(pairs, scale) | {"categories": categories}
+    metrics = {}
+    for name in dict.fromkeys(n for row in rows if row["capability"] == capability for n in row.get("metrics") or ()):
+        one, other = (statistics.scores_of(rows, side, capability, partial(_metric, name)) for side in "ab")
+        figure = statistics.difference(one, other, (0.0, 0.0))  # a metric has no lowest and highest value
+        if figure and figure["n"]:
+            metrics[name] = {key: figure[key] for key in ("mean", "low", "high", "n", "p")}
+    sums = {side: statistics.summary(rows, side, capability, share, scale) for side in "ab"}
+    return {**sums, "difference": found, "metrics": metrics}
 
 
-def delta(
-    rows: Sequence[dict],
-    model: str,
-    other: str,
-    capability: str,
-    share: bool | None = None,
-    scale: Scale | None = None,
-) -> dict | None:
-    """`model` minus `other`, paired by item; see `difference`."""
-    found = scale_of(_is_share(capability, share), scale)
-    return difference(scores_of(rows, model, capability), scores_of(rows, other, capability), found)
-
-
-def gap_closed(
-    rows: Sequence[dict],
-    student: str,
-    base: str,
-    teacher: str,
-    capability: str,
-    share: bool | None = None,
-    scale: Scale | None = None,
-) -> dict | None:
-    """{share, low, high} = (student - base) / (teacher - base); share None where the teacher is not ahead."""
-    by_model = [scores_of(rows, name, capability) for name in (student, base, teacher)]
-    groups = []
-    for category, values in by_model[0].items():
-        series = [[by_key.get(category, {}).get(k) for by_key in by_model] for k in values]
-        whole = [scores for scores in series if None not in scores]
-        if whole:
-            groups.append(np.array(whole, float).T)
-    if not groups:
-        return None
-    s, b, t = np.mean([g.mean(-1) for g in groups], axis=0)
-    low_end, high_end = scale_of(_is_share(capability, share), scale)
-    if t - b < LEAST_GAP * (high_end - low_end):
-        return {"share": None, "low": None, "high": None, "teacher": teacher}
-    draws = _resampled(groups)
-    gaps = draws[2] - draws[1]
-    held = gaps > TIE
-    low, high = _bounds((draws[0] - draws[1])[held] / gaps[held])  # half of the draws lie above a gap that is there
-    return {"share": _number((s - b) / (t - b)), "low": _number(low), "high": _number(high), "teacher": teacher}
-
-
-def against_best(
-    rows: Sequence[dict],
-    student: str,
-    teachers: Sequence[str],
-    capability: str,
-    share: bool | None = None,
-    scale: Scale | None = None,
-) -> dict[str, dict]:
-    """category -> the student minus the best teacher there: `teacher`, and the figure of `difference`.
-
-    The best one is chosen by its mean on the same items, which favours teachers: luck counts for them.
-    """
-    theirs = {name: scores_of(rows, name, capability) for name in teachers}
-    means = {n: {c: v.mean() for c, k in t.items() if len(v := _scored(k.values()))} for n, t in theirs.items()}
-    width = scale_of(_is_share(capability, share), scale)
+def _apart(rows: Sequence[dict], kinds: Mapping[str, dict], what: str, names: Mapping[Any, str]) -> dict[str, dict]:
+    """Name -> the difference over the rows whose field `what` is that name; `names` maps names to capabilities."""
     found = {}
-    for category, values in scores_of(rows, student, capability).items():
-        able = [name for name in teachers if category in means[name]]
-        if able:
-            best = max(able, key=lambda name: means[name][category])
-            paired = difference({category: values}, theirs[best], width)
-            if paired:
-                found[category] = {"teacher": best} | paired["categories"][category]
+    for name, capability in names.items():
+        share, ends = kinds[capability]["share"], kinds[capability]["scale"]
+        scale = statistics.scale_of(capability == "generation" if share is None else share, ends)
+        one, other = (statistics.scores_of(rows, side, capability, wanted=partial(_is, what, name)) for side in "ab")
+        if figure := statistics.difference(one, other, scale):
+            found[str(name)] = {"capability": capability} | figure
     return found
 
 
-def worst_regression(
-    rows: Sequence[dict],
-    student: str,
-    teachers: Sequence[str],
-    capability: str,
-    share: bool | None = None,
-    scale: Scale | None = None,
-) -> dict | None:
-    """The category in which the student stands lowest against the best teacher there: {category, teacher, mean, …}."""
-    found = against_best(rows, student, teachers, capability, share, scale)
-    known = [category for category in found if found[category]["mean"] is not None]
-    if not known:
-        return None
-    worst = min(known, key=lambda category: found[category]["mean"])
-    return {"category": worst} | {k: found[worst][k] for k in ("teacher", "mean", "low", "high", "n")}
+def _heldout(rows: Sequence[dict], kinds: Mapping[str, dict]) -> dict[str, dict]:
+    """Capability -> the difference over the held-out items."""
+    parts = {c: _apart(rows, kinds, "heldout", {True: c}) for c in kinds}
+    return {capability: part["True"] for capability, part in parts.items() if part}
 
 
-def heldout(
-    rows: Sequence[dict],
-    student: str,
-    others: Sequence[str],
-    capability: str,
-    share: bool | None = None,
-    scale: Scale | None = None,
-) -> dict | None:
-    """Held-out items apart: `models` (seen and held out, in the categories that both have), `deltas`, `categories`.
-
-    `seen` are the ordinary items. `drop` is held out minus seen, two samples of different items; `deltas` are the
-    student minus each other model on the held-out items, paired. None where the student has no held-out item.
-    """
-    share = _is_share(capability, share)
-    scale = scale_of(share, scale)
-    apart = {
-        name: scores_of(rows, name, capability, wanted=lambda row: bool(row.get("heldout")))
-        for name in (student, *others)
-    }
-    if not apart[student]:
-        return None
-    models = {}
-    for name, found in apart.items():
-        seen = {c: v for c, v in scores_of(rows, name, capability).items() if c in found}
-        if found:
-            held = macro([list(found[c].values()) for c in seen or found], share, scale)
-            usual = macro([list(v.values()) for v in seen.values()], share, scale) if seen else None
-            models[name] = {"heldout": held, "seen": usual, "drop": _drop(found, seen)}
-    deltas = {n: d for n in others if (d := difference(apart[student], apart[n], scale))}
-    return {"categories": list(apart[student]), "models": models, "deltas": deltas}
+def _items(pairs: Sequence[tuple[dict, dict]]) -> list[dict]:
+    """Both scores and both images of every item, the largest loss of the first model first."""
+    found = []
+    for one, other in pairs:
+        mine, theirs = statistics.score_of(one), statistics.score_of(other)
+        apart = None if mine is None or theirs is None else mine - theirs
+        kept = {key: one.get(key) for key in ("capability", "category", "key", "prompt", "probe", "heldout")}
+        images = {"a_image": one.get("image"), "b_image": other.get("image")}
+        found.append(kept | {"a": mine, "b": theirs, "difference": apart} | images)
+    return sorted(found, key=lambda item: (item["difference"] is None, item["difference"] or 0.0))
 
 
-def _drop(held: Scores, seen: Scores) -> dict | None:
-    """Held out minus seen, macro over the categories in which both have scores; the two are resampled apart."""
-    parts = [
-        (a, b) for c, v in seen.items() if len(a := _scored(held[c].values())) and len(b := _scored(v.values()))
+def pairs(a: Side, b: Side) -> list[Pair]:
+    """The common ordinary items as pairs of images, for a judge to vote on."""
+    others = {_item(row): row for row in b.rows}
+    return [
+        Pair(
+            key=row["key"],
+            capability=row["capability"],
+            category=row["category"],
+            prompt=row["prompt"],
+            a=a.path(row.get("image")),
+            b=b.path(others[_item(row)].get("image")),
+            source=a.path(row.get("source")),
+        )
+        for row in a.rows
+        if _item(row) in others and statistics.ordinary(row)
     ]
-    if not parts:
-        return None
-    ones, others = zip(*parts)
-    low, high = _bounds(_resampled(ones) - _resampled(others, seed=1))  # one seed would pair strangers
-    centre = np.mean([a.mean() - b.mean() for a, b in parts])
-    return {"mean": _number(centre), "low": _number(low), "high": _number(high)}
-
-
-def comparison(
-    rows: Sequence[dict],
-    student: str,
-    base: str | None,
-    teachers: Sequence[str],
-    others: Sequence[str],
-    capability: str,
-    share: bool | None = None,
-    scale: Scale | None = None,
-) -> dict | None:
-    """Everything about the student in one capability: deltas, gaps closed, regressions, held-out items."""
-    if summary(rows, student, capability, share, scale) is None:
-        return None
-    sums = {name: summary(rows, name, capability, share, scale) for name in teachers}
-    standing = {n: s["overall"]["mean"] for n, s in sums.items() if s and s["overall"]["mean"] is not None}
-    best = max(standing, key=lambda name: standing[name]) if standing else None
-    kind: dict[str, Any] = {"share": share, "scale": scale}
-    gaps = {t: g for t in teachers if base and (g := gap_closed(rows, student, base, t, capability, **kind))}
-    return {
-        "best_teacher": best,
-        "deltas": {name: found for name in others if (found := delta(rows, student, name, capability, **kind))},
-        "gap_closed": gaps.get(best) if best else None,
-        "gaps": gaps,
-        "against_best": against_best(rows, student, teachers, capability, **kind),
-        "worst": worst_regression(rows, student, teachers, capability, **kind),
-        "heldout": heldout(rows, student, others, capability, **kind),
-    }

@@ -1,10 +1,10 @@
-"""The interference matrix: what happened to each teacher's own categories, in the student and in everything else.
+"""The interference matrix: what the student, the blends and the other teachers kept of each teacher's strengths.
 
-A category is a teacher's own where it is ahead of the base by more than noise: the paired 95 % interval lies above
-zero and the gain is at least `compare.LEAST_GAP` of the scale, over at least `LEAST_ITEMS` items. Rows are those
-categories, and each teacher's together; columns are the student, the blends, the other teachers. A cell is two paired
-differences, against that teacher and against the base, and a verdict in a word. With many categories a few of the
-verdicts are chance: an interval of 95 % is wrong once in twenty.
+A category is a teacher's own if the teacher is significantly ahead of the base there: the 95 % interval of the paired
+difference is above zero, and the gain at least `statistics.LEAST_GAP` of the scale, over `LEAST_ITEMS` items or more.
+Rows are those categories, and all of a teacher's together; columns are the student, the blends, the other teachers. A
+cell has two paired differences, against that teacher and against the base, and a verdict. With many categories a few
+verdicts are due to chance: a 95 % interval is wrong once in twenty.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from danceopd.bench import compare
+from danceopd.bench import statistics
 
 LEAST_ITEMS = 6
-"""With fewer, not even a win in every item is beyond chance (sign test)."""
+"""With fewer, not even a win in every item is significant (sign test)."""
 VERDICTS = {
     "above": "better than the teacher",
-    "kept": "not told apart from the teacher",
-    "part": "below the teacher, above the base",
-    "lost": "below the teacher, no better than the base",
-    "harmed": "below the base",
+    "kept": "no significant difference from the teacher",
+    "part": "worse than the teacher, better than the base",
+    "lost": "worse than the teacher, no better than the base",
+    "harmed": "worse than the base",
 }
+"""A cell's verdict, as scores.json has it -> what reports print."""
 
 
 def interference(
@@ -32,29 +33,29 @@ def interference(
     teachers: Sequence[str],
     others: Sequence[str] = (),
     share: Mapping[str, bool] | None = None,
-    scale: Mapping[str, compare.Scale] | None = None,
+    scale: Mapping[str, statistics.Scale] | None = None,
 ) -> dict[str, Any] | None:
     """The matrix as plain JSON, or None without a base and a teacher. `others` are further columns (blends).
 
-    `share` and `scale` are by capability, as a suite says them. {models, verdicts, teachers, categories, unowned}:
-    `teachers`, a row a teacher and capability over all its own categories (`categories` names them); `categories`, a
-    row a teacher and own category, `first` where it leads the others. A row has `gain` (the teacher minus the base)
-    and `cells`, by model: {`teacher`, `base`: figures of `compare.difference` against each; `verdict`}. `unowned`:
-    categories that are no teacher's, with `base` only in the cells.
+    `share` and `scale` are those of the suite, by capability. {models, verdicts, teachers, categories, unowned}:
+    `teachers` has a row for each teacher and capability, over all its own categories (`categories` names them);
+    `categories` a row for each teacher and own category, `first` if it is ahead of the others there. A row has `gain`
+    (the teacher minus the base) and `cells`, by model: {`teacher`, `base`: figures of `statistics.difference` against
+    each; `verdict`}. `unowned`: categories of no teacher, with `base` only in the cells.
     """
     teachers = [name for name in teachers if name != base]
     if base is None or not teachers:
         return None
     columns = [name for name in dict.fromkeys([student, *others, *teachers]) if name != base]
     found: dict[str, Any] = {"models": columns, "verdicts": VERDICTS, "teachers": [], "categories": [], "unowned": []}
-    for capability in dict.fromkeys(row["capability"] for row in rows if compare.ordinary(row)):
+    for capability in dict.fromkeys(row["capability"] for row in rows if statistics.ordinary(row)):
         ends = (scale or {}).get(capability)
-        width = compare.scale_of((share or {}).get(capability, capability == "generation"), ends)
-        scores = {name: compare.scores_of(rows, name, capability) for name in (base, *columns)}
+        width = statistics.scale_of((share or {}).get(capability, capability == "generation"), ends)
+        scores = {name: statistics.scores_of(rows, name, capability) for name in (base, *columns)}
         owned: set[str] = set()
         for teacher in teachers:
-            gains = compare.difference(scores[teacher], scores[base], width)
-            own = [c for c, gain in (gains or {"categories": {}})["categories"].items() if _beyond_noise(gain, width)]
+            gains = statistics.difference(scores[teacher], scores[base], width)
+            own = [c for c, gain in (gains or {"categories": {}})["categories"].items() if _significant(gain, width)]
             if own:
                 row = {"capability": capability, "teacher": teacher, "categories": own}
                 found["teachers"].append(row | _row(scores, base, teacher, own, columns, width))
@@ -75,7 +76,7 @@ def interference(
 
 
 def _mark_first(rows: Sequence[dict]) -> None:
-    """Sets `first` where a teacher is further ahead of the base than any other that owns the category."""
+    """Sets `first` in the row of the teacher that is furthest ahead of the base in a category."""
     top: dict[str, float] = {}
     for row in rows:
         top[row["category"]] = max(top.get(row["category"], 0.0), row["gain"]["mean"])
@@ -83,28 +84,28 @@ def _mark_first(rows: Sequence[dict]) -> None:
         row["first"] = row["gain"]["mean"] == top[row["category"]]
 
 
-def _beyond_noise(gain: dict, scale: compare.Scale) -> bool:
-    least = compare.LEAST_GAP * (scale[1] - scale[0])
+def _significant(gain: dict, scale: statistics.Scale) -> bool:
+    least = statistics.LEAST_GAP * (scale[1] - scale[0])
     return gain["n"] >= LEAST_ITEMS and gain["low"] > 0 and gain["mean"] >= least
 
 
 def _difference(
-    one: compare.Scores, other: compare.Scores, categories: Sequence[str], scale: compare.Scale
+    one: statistics.Scores, other: statistics.Scores, categories: Sequence[str], scale: statistics.Scale
 ) -> dict | None:
-    """One figure over some categories, without their own."""
-    found = compare.difference({c: one[c] for c in categories if c in one}, other, scale)
+    """The figure over some categories, without those by category."""
+    found = statistics.difference({c: one[c] for c in categories if c in one}, other, scale)
     return found and {key: value for key, value in found.items() if key != "categories"}
 
 
 def _row(
-    scores: Mapping[str, compare.Scores],
+    scores: Mapping[str, statistics.Scores],
     base: str,
     teacher: str,
     categories: Sequence[str],
     columns: Sequence[str],
-    scale: compare.Scale,
+    scale: statistics.Scale,
 ) -> dict[str, Any]:
-    """`gain` and `cells` of one row."""
+    """The `gain` and the `cells` of one row."""
     cells = {}
     for name in columns:
         if name == teacher:
@@ -117,7 +118,7 @@ def _row(
 
 
 def _verdict(teacher: dict, base: dict) -> str | None:
-    """One of `VERDICTS`; None where nothing could be scored."""
+    """One of `VERDICTS`; None where nothing was scored."""
     if teacher["mean"] is None or base["mean"] is None:
         return None
     if base["high"] < 0:

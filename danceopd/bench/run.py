@@ -1,61 +1,65 @@
-"""Run a bench: every model draws the same prompts and edits from the same noise, and a suite scores the pictures.
+"""Run a bench: every model generates the same items from the same noise, and a suite scores the images.
 
-Four steps, each of which continues where it was stopped: who is compared and what is asked (no weight loaded), the
-drawing of what is missing (`draw`, over one process or many), the scoring of what is there (`score`, by the suite or a
-judge), and the summing up (`scores.json`, `report.html`). Pictures that were made elsewhere join at the scoring. The
-folder belongs to one set of items, models and seeds, which `bench.json` names; judges and scores can be asked again.
+Four steps, each of which continues where it was stopped: choose the models and the items (no weights are loaded),
+generate the missing images (generate.py, in one process or several), score them (scoring.py, by the suite or a judge),
+and write `scores.json` and `report.html`. Images made elsewhere join at the scoring. A folder belongs to one set of
+items, models and seeds, which `bench.json` records; it can be judged and scored again.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
-from danceopd.bench.draw import Drawing, Drawn, Journal, Missing, Progress, missing_pictures, seed_of
-from danceopd.bench.models import Lineup, line_up, pictures_of
-from danceopd.bench.pictures import Pictures
-from danceopd.bench.report import report as write_report
-from danceopd.bench.score import Scoring
-from danceopd.bench.scores import summarise
-from danceopd.bench.suites import Item, judged, suite_items, suite_named
-from danceopd.bench.trained import field_gap, watched
-from danceopd.disk import disk_faults, lock, replace_file, sweep
+from danceopd.bench.generate import Generated, GenerationLog, ImageGenerator, Missing, Progress, missing_images
+from danceopd.bench.images import ImageStore
+from danceopd.bench.lineup import Lineup, add_image_folders, build_lineup
+from danceopd.bench.options import BlendOptions, JudgeOptions, SuiteOptions
+from danceopd.bench.report.report import report as write_report
+from danceopd.bench.report.training import monitor_summary, validation_error
+from danceopd.bench.results import summarise
+from danceopd.bench.scoring import Scoring
+from danceopd.bench.suites.protocol import Item, JudgedSuite, Suite
+from danceopd.bench.suites.registry import load_suite, suite_items
+from danceopd.common.distributed import Processes
+from danceopd.common.files import disk_errors, lock_file, remove_partial_files, write_json
+from danceopd.common.system import describe_machine, resolve_device
 from danceopd.errors import UserError
-from danceopd.extract import device_of
-from danceopd.machine import describe
-from danceopd.pipelines.families import family_of
-from danceopd.processes import Processes
-from danceopd.recipe import Recipe
-from danceopd.work import call_of
+from danceopd.models.base import pipeline_call
+from danceopd.pipelines.registry import family_of
+from danceopd.recipe.recipe import Recipe
 
-__all__ = ["Bench", "BenchResult", "bench", "seed_of"]
+if TYPE_CHECKING:
+    from danceopd.bench.host import ModelHost
+    from danceopd.bench.judges.session import JudgeSession
+    from danceopd.bench.metrics.features import Network
 
 CEILING = 96
-"""Items a capability that the ceiling is measured on."""
+"""Items of each capability on which the ceiling is measured."""
 MARK = "bench.json"
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """A finished bench: its folder, what `scores.json` and `samples.jsonl` hold, and the report's path.
+    """A finished bench: its folder, the contents of `scores.json` and `samples.jsonl`, and the report's path.
 
-    Of several processes the first has it (`first`); the others only drew, and hold nothing.
+    Of several processes only the main one (`is_main`) has it; the others generated images and hold nothing.
     """
 
     folder: Path
     scores: dict = field(default_factory=dict)
     rows: list[dict] = field(default_factory=list)
     report: Path = Path()
-    first: bool = True
+    is_main: bool = True
 
     def overall(self, model: str, capability: str) -> float:
-        """A model's overall score: share correct in generation, the suite's score in editing."""
+        """A model's overall score in "generation" or "editing"."""
         found = next(m for m in self.scores["models"] if m["name"] == model)
         return found[capability]["overall"]["mean"]
 
@@ -67,7 +71,7 @@ def bench(
     output: str | Path | None = None,
     **options: Any,
 ) -> BenchResult:
-    """Score a student beside what it came from; `Bench` says what the options are."""
+    """Score a student against the models that it came from; `options` are the further fields of `Bench`."""
     return Bench(student, suite, against, output, **options).run()
 
 
@@ -77,52 +81,41 @@ def _silent(done: int, total: int, what: str) -> None:
 
 @dataclass
 class Bench:
-    """What is compared, on what, and how it is scored; `run` does it, `estimate` says what it would take.
+    """One bench: which models, on which items, scored how. `run` does it, `estimate` says what it would take.
 
     `student`: a run folder, a LoRA's folder or file, a fused pipeline's folder, or a shipped name; None with `images`.
-    `against`: see `line_up`; nothing given means base, teachers and blend, and "none" nobody. `output`: by default
-    `bench` inside the student's folder. `limit`: items a capability. `probes` adds held-out and compound items.
-    `batch`: pictures drawn at once, by default what their size allows. `blend_weights`: shares of the first teacher to
-    try, or one weight a teacher by name; `blend_methods`: ways to blend (`blend.METHODS`). The best blend stands in
-    the table, the others in the report.
+    `against`: see `build_lineup`; nothing means base, teachers and blend, ["none"] no model. `output`: by default
+    `bench` inside the student's folder. `images`: folders of images made elsewhere in the suite's official layout, by
+    model name.
 
-    `categories`: only these. `only_score` draws nothing and loads no model. `images`: folders of pictures made
-    elsewhere in the suite's official tree, by name. `judge`: who scores a judged suite (`judges.judge_named`), "none"
-    for pictures and judge-free metrics only; with its `judge_options`, asked `repeats` times, for at most `max_cost`
-    dollars. `data`, `language`, `official_prompts`, `samples` (pictures a prompt): the suite's own. `features`: what
-    sees each edit (`features.networks`). Raises UserError for anything a user can mend.
+    `limit`: items of each capability. `categories`: only these. `probes` adds held-out and compound items. `batch`:
+    images generated at once, by default what their size allows. `only_score` generates nothing and loads no model.
+    `features`: networks for judge-free metrics (`features.load_networks`). Raises UserError for wrong input.
     """
 
     student: str | Path | None = None
     suite: str = "scenes"
     against: Sequence[str] | None = None
     output: str | Path | None = None
+    images: Mapping[str, str | Path] = field(default_factory=dict)
+    recipe: Recipe | None = None
+    blends: BlendOptions = field(default_factory=BlendOptions)
     limit: int | None = None
+    categories: Sequence[str] = ()
+    probes: bool = False
     seed: int = 0
     device: str = "cpu"
-    probes: bool = False
     batch: int | None = None
-    progress: Progress = _silent
-    blend_weights: Sequence[float] | Mapping[str, float] = ()
-    recipe: Recipe | None = None
-    blend_methods: Sequence[str] = ("linear",)
-    categories: Sequence[str] = ()
     only_score: bool = False
-    images: Mapping[str, str | Path] = field(default_factory=dict)
-    data: str | Path | None = None
-    judge: str | None = None
-    judge_options: Mapping[str, Any] = field(default_factory=dict)
-    repeats: int = 1
-    max_cost: float | None = None
-    language: str | None = None
-    official_prompts: str | Path | None = None
-    samples: int | None = None
+    suite_options: SuiteOptions = field(default_factory=SuiteOptions)
+    judge: JudgeOptions = field(default_factory=JudgeOptions)
     features: Sequence[str] = ()
+    progress: Progress = _silent
 
     def __post_init__(self) -> None:
         for name, value, least in (
-            ("limit", self.limit, 1), ("batch", self.batch, 1), ("seed", self.seed, 0), ("samples", self.samples, 1),
-            ("repeats", self.repeats, 1),
+            ("limit", self.limit, 1), ("batch", self.batch, 1), ("seed", self.seed, 0),
+            ("samples", self.suite_options.samples, 1), ("repeats", self.judge.repeats, 1),
         ):  # fmt: skip
             if value is not None and value < least:
                 hint = ", or leave it out for the whole suite" if name == "limit" else ""
@@ -131,87 +124,88 @@ class Bench:
             raise UserError("there is nothing to score; give a student, or --images NAME=FOLDER")
 
     def run(self) -> BenchResult:
-        """Draw what is missing, score what is there, and write `scores.json`, `samples.jsonl` and `report.html`.
+        """Generate the missing images, score all, and write `scores.json`, `samples.jsonl` and `report.html`.
 
-        The same call again continues an interrupted bench. In several processes each draws its share.
+        The same call again continues an interrupted bench. With several processes each generates its share.
         """
         started = time.perf_counter()
-        processes = Processes(self.device if self._draws else "cpu")
-        journal, held = Journal(self.folder), None
+        processes = Processes(self.device if self._generates else "cpu")
+        log, lock = GenerationLog(self.folder), None
         seconds: dict[str, Any] = {"models": {}}
         try:
             missing: Missing = {}
-            with processes.first():
-                if processes.main:
+            with processes.main_first():
+                if processes.is_main:
                     self._check()
                     if self.session is not None:
                         self.session.judge.check()
-                    held = self._open()
-                    missing = missing_pictures(self.lineup, self.items, journal.merge()) if self._draws else {}
-            missing = processes.said(missing)
+                    lock = self._open()
+                    missing = missing_images(self.lineup, self.items, log.merge()) if self._generates else {}
+            missing = processes.broadcast(missing)
             if missing:
-                progress = self.progress if processes.main else _silent
+                progress = self.progress if processes.is_main else _silent
                 how = (self.call or {}, self.seed, self.batch, processes, progress)
-                seconds = Drawing(self.lineup, self.items, self.pictures, *how).run(missing, self._measure_ceiling)
-            if not processes.main:
-                return BenchResult(self.folder, first=False)
-            return self._scored(self._scoring(journal.merge()), seconds, started, processes)
+                generator = ImageGenerator(self.lineup, self.items, self.store, *how)
+                seconds = generator.run(missing, self._measure_ceiling)
+            if not processes.is_main:
+                return BenchResult(self.folder, is_main=False)
+            return self._scored(self._scoring(log.merge()), seconds, started, processes)
         finally:
-            if held is not None:
-                held.close()
+            if lock is not None:
+                lock.close()
 
     def estimate(self) -> dict:
-        """What `run` would take, as plain JSON: `items`, `models`, `pictures` to draw and `judge`.
+        """What `run` would take, as plain JSON: `items`, `models`, `images` to generate, and `judge`.
 
-        `judge` has questions, tokens and dollars, None where no judge is asked. Nothing is asked and nothing written.
+        `judge` has questions, tokens and dollars, None where no judge is asked. Nothing is asked or written.
         """
         self._check()
-        drawn = Journal(self.folder).read() if (self.folder / MARK).is_file() else {}
-        lost = missing_pictures(self.lineup, self.items, drawn) if self._draws else {}
+        generated = GenerationLog(self.folder).read() if (self.folder / MARK).is_file() else {}
+        missing = missing_images(self.lineup, self.items, generated) if self._generates else {}
         found: dict[str, Any] = {
             "items": {c: len(items) for c, items in self.items.items()},
             "models": [m.label for m in self.lineup.models],
-            "pictures": sum(len(rows) for found in lost.values() for rows in found.values()),
+            "images": sum(len(rows) for by_capability in missing.values() for rows in by_capability.values()),
             "judge": None,
         }
-        session = self.session
-        if session is not None:
-            asked = session.estimate(self._scoring(drawn).questions())
-            found["judge"] = {"name": self.judge, **vars(asked)}
+        if self.session is not None:
+            cost = self.session.estimate(self._scoring(generated).questions())
+            found["judge"] = {"name": self.judge.judge, **vars(cost)}
         return found
 
-    # -- what is asked, of whom ----------------------------------------------------------------------------
+    # -- the models, the items, the judge ------------------------------------------------------------------
 
     @cached_property
-    def chosen(self) -> Any:
-        """The suite."""
-        return suite_named(
+    def loaded_suite(self) -> Suite:
+        """The suite with its data."""
+        options = self.suite_options
+        return load_suite(
             self.suite,
-            data=self.data and Path(self.data).expanduser(),
-            language=self.language,
-            official_prompts=self.official_prompts and Path(self.official_prompts).expanduser(),
-            samples=self.samples,
+            data=options.data and Path(options.data).expanduser(),
+            language=options.language,
+            official_prompts=options.official_prompts and Path(options.official_prompts).expanduser(),
+            samples=options.samples,
         )
 
     @cached_property
     def lineup(self) -> Lineup:
-        """Who is compared."""
+        """The models that are compared."""
         folders = {name: Path(folder).expanduser() for name, folder in self.images.items()}
         if self.student is None:
-            return pictures_of(folders)
+            return add_image_folders(folders)
         words = [word for word in self.against or () if word]
-        named = [] if words == ["none"] else words or None
-        made = line_up(self.student, named, self.blend_weights, self.recipe, self.blend_methods)
-        return pictures_of(folders, made) if folders else made
+        against = [] if words == ["none"] else words or None
+        lineup = build_lineup(self.student, against, self.blends.weights, self.recipe, self.blends.methods)
+        return add_image_folders(folders, lineup) if folders else lineup
 
     @cached_property
     def items(self) -> dict[str, list[Item]]:
-        """capability -> items."""
-        return suite_items(self.chosen, self.limit, self.probes, self.categories)
+        """Capability -> items."""
+        return suite_items(self.loaded_suite, self.limit, self.probes, self.categories)
 
     @cached_property
     def folder(self) -> Path:
-        """Where everything is written."""
+        """The output folder."""
         if self.output is not None:
             return Path(self.output)
         if self.student is None:
@@ -220,84 +214,88 @@ class Bench:
         return path / "bench" if path.is_dir() else Path("bench") / path.stem
 
     @cached_property
-    def pictures(self) -> Pictures:
-        """Where the pictures lie."""
-        return Pictures(self.folder, self.chosen)
+    def store(self) -> ImageStore:
+        """The images in the output folder."""
+        return ImageStore(self.folder, self.loaded_suite)
 
     @cached_property
     def call(self) -> dict[str, Any] | None:
-        """How the pipelines are called; None where nobody draws."""
+        """The arguments of the pipelines; None where no model generates."""
         lineup = self.lineup
         if lineup.folder is None:
             return None
-        return call_of(lineup.folder, lineup.call, family_of(lineup.folder, lineup.family))
+        return pipeline_call(lineup.folder, lineup.call, family_of(lineup.folder, lineup.family))
 
     @cached_property
-    def session(self) -> Any:
-        """The judge's session; None where no judge is asked. UserError where one is missing, or is too many."""
-        if not judged(self.chosen):
-            if self.judge not in (None, "none"):
-                raise UserError(f"suite {self.suite} scores by itself and asks no judge; leave --judge out")
+    def session(self) -> JudgeSession | None:
+        """The judge's session, None where no judge is asked. UserError if --judge is missing, or not wanted."""
+        judge = self.judge.judge
+        if not isinstance(self.loaded_suite, JudgedSuite):
+            if judge not in (None, "none"):
+                raise UserError(f"suite {self.suite} scores without a judge; leave --judge out")
             return None
-        if self.judge is None:
+        if judge is None:
             raise UserError(
-                f"suite {self.suite} asks a judge; give --judge openai:MODEL@URL, hf:PATH, cmd:PROGRAM or replay:FILE, "
-                "or --judge none for pictures and judge-free metrics only"
+                f"suite {self.suite} needs a judge; give --judge openai:MODEL@URL, hf:PATH, cmd:PROGRAM or "
+                "replay:FILE, or --judge none for images and judge-free metrics only"
             )
-        if self.judge == "none":
+        if judge == "none":
             return None
-        from danceopd.bench.judges import Session, judge_named
+        from danceopd.bench.judges.registry import load_judge
+        from danceopd.bench.judges.session import JudgeSession
 
-        judge = judge_named(self.judge, **self.judge_options)
-        return Session(judge, self.folder / "judge.jsonl", self.repeats, self.max_cost)
+        made = load_judge(judge, **self.judge.arguments)
+        return JudgeSession(made, self.folder / "judge.jsonl", self.judge.repeats, self.judge.max_cost)
 
     @cached_property
-    def networks(self) -> Any:
-        """What sees each edit besides the judge."""
+    def networks(self) -> tuple[Network, ...]:
+        """The networks of `features`."""
         if not self.features:
             return ()
-        from danceopd.bench.features import networks
+        from danceopd.bench.metrics.features import load_networks
 
-        return networks(self.features, device_of(self.device).type)
+        return load_networks(self.features, resolve_device(self.device).type)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the pictures of this folder are."""
-        suite = self.chosen
+        """What the images of this folder are: suite, items, seed, call and models; the contents of `bench.json`."""
+        suite = self.loaded_suite
         found = {"suite": suite.name, "version": suite.version, "protocol": suite.protocol, "seed": self.seed}
         found |= {"limit": self.limit, "probes": self.probes, "call": self.call}
         found |= {"categories": sorted(self.categories)} if self.categories else {}
-        found["models"] = {m.name: m.sha256 or str(m.pictures and m.pictures.absolute()) for m in self.lineup.models}
+        found["models"] = {
+            m.name: m.sha256 or str(m.image_folder and m.image_folder.absolute()) for m in self.lineup.models
+        }
         return json.loads(json.dumps(found))
 
     @property
-    def _draws(self) -> bool:
+    def _generates(self) -> bool:
         return not self.only_score and self.lineup.folder is not None
 
-    def _scoring(self, drawn: Drawn) -> Scoring:
-        given = (self.chosen, self.lineup, self.items, self.pictures, self.seed, drawn, self.progress, self.networks)
-        return Scoring(*given)
+    def _scoring(self, generated: Generated) -> Scoring:
+        where = (self.loaded_suite, self.lineup, self.items, self.store)
+        return Scoring(*where, self.seed, generated, self.progress, self.networks)
 
     def _check(self) -> None:
-        """Everything that can be refused before a model is loaded or a folder is made."""
+        """UserError for everything that can be refused before a model is loaded or a folder is made."""
         _ = self.session, self.items, self.identity, self.networks
-        place = self.folder
-        if place.is_dir() and not (place / MARK).is_file() and any(p.name != ".lock" for p in place.iterdir()):
-            raise UserError(f"output folder {place} holds files that are not a bench; choose another --output")
-        self._same()
-        pictured = any(m.pictures is not None for m in self.lineup.models)
-        if self.only_score and not pictured and not any(self._there()):
+        folder = self.folder
+        if folder.is_dir() and not (folder / MARK).is_file() and any(p.name != ".lock" for p in folder.iterdir()):
+            raise UserError(f"output folder {folder} holds files that are not a bench; choose another --output")
+        self._check_identity()
+        imported = any(m.image_folder is not None for m in self.lineup.models)
+        if self.only_score and not imported and not any(self._existing()):
             raise UserError(
-                f"there is no picture to score in {self.folder / 'images'}; draw them first, without --only-score"
+                f"there is no image to score in {self.folder / 'images'}; generate them first, without --only-score"
             )
 
-    def _there(self) -> Any:
+    def _existing(self) -> Iterator[str | None]:
         for model in self.lineup.models:
             for items in self.items.values():
-                yield from (self.pictures.found(model.name, item) for item in items)
+                yield from (self.store.existing(model.name, item) for item in items)
 
-    def _same(self) -> None:
-        """UserError where the folder holds another bench."""
+    def _check_identity(self) -> None:
+        """UserError if the folder holds another bench."""
         mark = self.folder / MARK
         if not mark.is_file():
             return
@@ -307,7 +305,7 @@ class Bench:
             if not other:
                 return
             raise UserError(
-                f"output folder {self.folder} holds another bench (of other {', '.join(other)}); choose another "
+                f"output folder {self.folder} holds another bench (other {', '.join(other)}); choose another "
                 "--output, or delete that folder"
             )
         raise UserError(
@@ -315,36 +313,40 @@ class Bench:
             "--output, or delete that folder"
         )
 
-    # -- doing it ------------------------------------------------------------------------------------------
+    # -- the steps -----------------------------------------------------------------------------------------
 
-    def _open(self) -> Any:
-        """The folder's lock, with everything in place that scoring needs besides the pictures drawn."""
-        with disk_faults(self.folder):
+    def _open(self) -> IO[str] | None:
+        """Lock the folder, and write everything that scoring needs besides the generated images."""
+        with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            held = lock(self.folder / ".lock")
-            sweep(self.folder)
+            lock = lock_file(self.folder / ".lock")
+            remove_partial_files(self.folder)
         try:
             every = [item for items in self.items.values() for item in items]
-            folders = {m.name: m.pictures for m in self.lineup.models if m.pictures is not None}
-            self.pictures.take(folders, every)
-            self._same()
+            folders = {m.name: m.image_folder for m in self.lineup.models if m.image_folder is not None}
+            self.store.import_folders(folders, every)
+            self._check_identity()
             if not (self.folder / MARK).is_file():
-                _write_json(self.folder / MARK, self.identity)
-            self.pictures.keep_beside(every)
+                write_json(self.folder / MARK, self.identity)
+            self.store.save_inputs(every)
         except BaseException:
-            if held is not None:
-                held.close()
+            if lock is not None:
+                lock.close()
             raise
-        return held
+        return lock
 
-    def _measure_ceiling(self, stage: Any) -> None:
-        """What right pictures score after the autoencoder's round trip, kept beside the samples."""
+    def _measure_ceiling(self, host: ModelHost) -> None:
+        """Write `ceiling.json`: what correct images score after the autoencoder's round trip."""
         file = self.folder / "ceiling.json"
-        if hasattr(self.chosen, "ceiling") and not file.is_file():
-            self.progress(0, 1, "ceiling")
-            _write_json(file, self.chosen.ceiling(stage.round_trip, min(self.limit or CEILING, CEILING)))
+        if file.is_file():
+            return
+        self.progress(0, 1, "ceiling")
+        ceiling = self.loaded_suite.ceiling(host.round_trip, min(self.limit or CEILING, CEILING))
+        if ceiling is not None:
+            write_json(file, ceiling)
 
     def _scored(self, scoring: Scoring, seconds: dict, started: float, processes: Processes) -> BenchResult:
+        """Score everything, and write the results."""
         rows = scoring.run(self.session)
         self.progress(0, 1, "report")
         ceiling = self.folder / "ceiling.json"
@@ -354,27 +356,23 @@ class Bench:
             "categories": list(self.categories),
             "call": self.call,
             "judge": self.session and self.session.judge.identity,
-            "judging": self.session and self._judging(),
-            "pictures": self._sets(rows),
-            "watch": watched(self.student),
-            "field_gap": field_gap(self.student),
+            "judging": self.session and _judging(self.session),
+            "pictures": self._image_sets(rows),
+            "watch": monitor_summary(self.student),
+            "field_gap": validation_error(self.student),
             "ceiling": json.loads(ceiling.read_text(encoding="utf-8")) if ceiling.is_file() else None,
-            "machine": describe(str(processes.device)),
+            "machine": describe_machine(str(processes.device)),
             "seconds": seconds | {"total": round(time.perf_counter() - started, 2)},
         }
-        scores = summarise(rows, self.lineup, self.chosen, settings)
-        _write_json(self.folder / "scores.json", scores)
+        scores = summarise(rows, self.lineup, self.loaded_suite, settings)
+        write_json(self.folder / "scores.json", scores)
         found = BenchResult(self.folder, scores, rows, write_report(self.folder))
         self.progress(1, 1, "report")
         return found
 
-    def _judging(self) -> dict:
-        found = {"repeats": self.session.repeats, "usage": self.session.usage, "stopped": self.session.stopped}
-        return found | {"agreement": self.session.agreement()}
-
-    def _sets(self, rows: Sequence[dict]) -> dict[str, dict]:
-        """model -> what its pictures are as a set: near-duplicates, constant ones."""
-        from danceopd.bench.metrics import measure_set
+    def _image_sets(self, rows: Sequence[dict]) -> dict[str, dict]:
+        """Model -> near-duplicates, constant images and diversity of all of its images."""
+        from danceopd.bench.metrics.collapse import measure_set
 
         found: dict[str, dict] = {m.name: {} for m in self.lineup.models}
         for row in rows:
@@ -383,6 +381,7 @@ class Bench:
         return {model: measure_set(images) for model, images in found.items()}
 
 
-def _write_json(path: Path, value: Any) -> None:
-    with disk_faults(path):
-        replace_file(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+def _judging(session: JudgeSession) -> dict:
+    """Repeats, usage and self-agreement of a judge."""
+    found = {"repeats": session.repeats, "usage": session.usage, "stopped": session.stopped}
+    return found | {"agreement": session.agreement()}

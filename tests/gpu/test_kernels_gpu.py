@@ -8,22 +8,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import attention_cases
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import attend_cases
 from kernel_cases import CASES, FP32, compare
 from tiny_transformers import FAMILIES, build, forward
 
-from danceopd.attention import choose, core, installed, using
-from danceopd.attention.cores import Call, Source, candidates
-from danceopd.attention.front import joint_qkv
-from danceopd.attention.masks import over, rows_of
-from danceopd.attention.parts import Stream
-from danceopd.attention.prologue import joint_attention
+from danceopd.kernels import attention, installed, using
+from danceopd.kernels import backend as kernel_backend
+from danceopd.kernels.attention_backends import AttentionCall, CachedKV, candidates
+from danceopd.kernels.functional import joint_qkv
+from danceopd.kernels.inputs import Stream
+from danceopd.kernels.masks import extend, unpad
+from danceopd.kernels.prologue import joint_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,8 +40,8 @@ def poisoned():
 
 
 def needs(backend: str) -> None:
-    if choose.missing(backend):
-        pytest.skip(str(choose.missing(backend)))
+    if kernel_backend.unavailable(backend):
+        pytest.skip(str(kernel_backend.unavailable(backend)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -107,7 +105,7 @@ def test_whole_transformers(name, dtype, backend):
         with installed(model), using(backend):
             fused = forward(model, call)
     error, eager = ((out.float().cpu() - exact).norm() / exact.norm() for out in (fused, stock))
-    assert error <= 1.1 * eager + (1e-5 if dtype == torch.float32 else 1e-3)  # half types: the core may be another
+    assert error <= 1.1 * eager + (1e-5 if dtype == torch.float32 else 1e-3)  # half types: the attention backend may differ
 
 
 def moved(value, dtype, key):
@@ -136,11 +134,11 @@ def test_captured_and_replayed(backend):
 
 ALONE = """
 import torch
-from danceopd.attention import using
-from danceopd.attention.front import swiglu_behind
+from danceopd.kernels import using
+from danceopd.kernels.functional import swiglu_concat
 x = torch.randn(1, 64, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 with using("cuda"):
-    out = swiglu_behind(x)
+    out = swiglu_concat(x)
 (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
 print("finite", bool(grad.isfinite().all()))
 """
@@ -190,26 +188,26 @@ def test_memory_of_the_training_forward():
     assert peaks["cuda"] <= 0.5 * peaks["torch"], peaks
 
 
-# The attention core
+# The attention backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", attend_cases.CASES)
+@pytest.mark.parametrize("case", attention_cases.CASES)
 def test_ragged_attention_is_no_further_from_float64_than_sdpa(case, backend):
     needs(backend)
-    if backend == "cuda" and attend_cases.CASES[case].dtype == FP32:
+    if backend == "cuda" and attention_cases.CASES[case].dtype == FP32:
         pytest.skip("the CUDA kernel takes bf16 and fp16")
-    found = attend_cases.compare(case, backend, "cuda")
+    found = attention_cases.compare(case, backend, "cuda")
     assert found["error"] <= 1.1 * found["eager"] + 1e-6 and found["hidden"] == 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("form", attend_cases.FORMS)
+@pytest.mark.parametrize("form", attention_cases.FORMS)
 def test_the_prologue_equals_prep_and_attention(form, backend):
     needs(backend)
-    if backend == "cuda" and attend_cases.FORMS[form].dtype == FP32:
+    if backend == "cuda" and attention_cases.FORMS[form].dtype == FP32:
         pytest.skip("the CUDA kernel takes bf16 and fp16")
-    found = attend_cases.compare_prepared(form, backend, "cuda")
+    found = attention_cases.compare_prepared(form, backend, "cuda")
     assert found["error"] <= 1.1 * found["eager"] + 1e-6 and found["hidden"] == 0 and found["apart"] < 0.05
 
 
@@ -227,7 +225,7 @@ def test_the_prologue_at_full_size_captured_and_replayed(tokens):
         fixed = {"head_dim": 128, "eps": 1e-5, "round_first": True}
         return joint_attention(stream, None, mask, **fixed, prologue=prologue)
 
-    with torch.no_grad(), using("cuda"), core.forced("ours"):
+    with torch.no_grad(), using("cuda"), attention.forced("ours"):
         run(True)  # compiles and loads, which cannot be captured
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -245,29 +243,29 @@ def attention_shape(tokens: int, text: int, heads: int, dim: int, source: int = 
     generator = torch.Generator("cuda").manual_seed(0)
     make = lambda n: torch.randn(2, n, heads, dim, generator=generator, device="cuda", dtype=torch.bfloat16)  # noqa: E731
     mask = torch.arange(text, device="cuda") < torch.tensor([[text], [text // 2]], device="cuda")
-    return [make(tokens) for _ in "qkv"], mask, Source(make(source), make(source), text) if source else None
+    return [make(tokens) for _ in "qkv"], mask, CachedKV(make(source), make(source), text) if source else None
 
 
 @pytest.mark.parametrize("shape", [(1280, 256, 24, 128), (4352, 256, 24, 128), (1101, 77, 38, 64)])
 @pytest.mark.parametrize("name", ["cudnn", "flash4", "varlen", "ours"])
-def test_every_core_agrees_with_sdpa(name, shape):
+def test_every_attention_backend_agrees_with_sdpa(name, shape):
     """On ragged rows at full size: wherever a token is, within what bf16 allows."""
     needs("cuda")
     (q, k, v), mask, _ = attention_shape(*shape)
-    call = Call(q, k, v, mask, rows_of(mask, shape[0]))
-    reason = core.absent(name, call)
+    call = AttentionCall(q, k, v, mask, unpad(mask, shape[0]))
+    reason = attention.unavailable(name, call)
     if reason:
         pytest.skip(reason)
     with torch.no_grad():
-        exact = core.CORES["sdpa"](call._replace(q=q.float(), k=k.float(), v=v.float()))
-        eager = core.CORES["sdpa"](call)
+        exact = attention.ATTENTION_BACKENDS["sdpa"](call._replace(q=q.float(), k=k.float(), v=v.float()))
+        eager = attention.ATTENTION_BACKENDS["sdpa"](call)
         try:
-            found = core.CORES[name](call)
+            found = attention.ATTENTION_BACKENDS[name](call)
         except Exception as error:
             if name == "ours":
                 raise
             pytest.skip(f"{name} refuses this form, as `measure` would find: {error}")
-    there = over(mask, shape[0])
+    there = extend(mask, shape[0])
     error, allowed = ((out.float() - exact)[there].norm() for out in (found, eager))
     assert error <= 1.2 * allowed + 1e-3 * exact[there].norm()
 
@@ -275,39 +273,39 @@ def test_every_core_agrees_with_sdpa(name, shape):
 @pytest.mark.parametrize("source", [1024, 4096])
 def test_a_cached_source_at_full_size(source):
     needs("cuda")
-    (q, k, v), _, kept = attention_shape(4608, 512, 24, 128, source)
-    call = Call(q, k, v, source=kept)
+    (q, k, v), _, cached = attention_shape(4608, 512, 24, 128, source)
+    call = AttentionCall(q, k, v, source=cached)
     with torch.no_grad():
-        eager, found = core.CORES["sdpa"](call), core.CORES["ours"](call)
+        eager, found = attention.ATTENTION_BACKENDS["sdpa"](call), attention.ATTENTION_BACKENDS["ours"](call)
     assert (found.float() - eager.float()).norm() <= 8e-3 * eager.float().norm()
 
 
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_core_is_measured_once_and_kept(masked, gradient, tmp_path, monkeypatch):
+def test_the_backend_is_measured_once_and_kept(masked, gradient, tmp_path, monkeypatch):
     monkeypatch.setenv("DANCEOPD_CACHE", str(tmp_path))
-    monkeypatch.setattr(core, "_chosen", {})
+    monkeypatch.setattr(attention, "_chosen", {})
     (q, k, v), mask, _ = attention_shape(1280, 256, 24, 128)
     q.requires_grad_(gradient)
     mask = mask if masked else None
-    out = core.attend(q, k, v, mask)
-    ((key, choice),) = core.known().items()
-    assert choice.core in candidates(Call(q, k, v, mask, None if mask is None else rows_of(mask, 1280)))
+    out = attention.attend(q, k, v, mask)
+    ((key, choice),) = attention.choices().items()
+    assert choice.backend in candidates(AttentionCall(q, k, v, mask, None if mask is None else unpad(mask, 1280)))
     assert key.startswith("ragged" if masked else "dense") and out.isfinite().all() and out.requires_grad == gradient
-    monkeypatch.setattr(core, "measure", lambda *a: pytest.fail("measured twice"))
-    monkeypatch.setattr(core, "_chosen", {})
-    assert torch.equal(core.attend(q, k, v, mask), out)
+    monkeypatch.setattr(attention, "measure", lambda *a: pytest.fail("measured twice"))
+    monkeypatch.setattr(attention, "_chosen", {})
+    assert torch.equal(attention.attend(q, k, v, mask), out)
 
 
 def test_ragged_attention_captured_and_replayed():
     needs("cuda")
     (q, k, v), mask, _ = attention_shape(1280, 256, 24, 128)
-    with torch.no_grad(), using("cuda"), core.forced("ours"):
-        core.attend(q, k, v, mask)
+    with torch.no_grad(), using("cuda"), attention.forced("ours"):
+        attention.attend(q, k, v, mask)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = core.attend(q, k, v, mask)
+            captured = attention.attend(q, k, v, mask)
         q.copy_(torch.randn_like(q))
         graph.replay()
-        assert torch.equal(captured, core.attend(q, k, v, mask))
+        assert torch.equal(captured, attention.attend(q, k, v, mask))

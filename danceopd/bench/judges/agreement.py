@@ -1,9 +1,9 @@
-"""How far two judges, or two answers of one judge, agree about the same things.
+"""Agreement of two judges, or of two answers of one judge, about the same questions.
 
-Exact agreement, mean absolute difference, quadratic-weighted kappa (Cohen 1968) and Spearman's rank correlation for
-numbers; exact agreement and Cohen's kappa for choices. Kappa is 1 for equal answers and 0 for what the two would
-share by chance: 1 - mean (a_i - b_i)^2 / mean over all i, j of (a_i - b_j)^2, which needs no bins. It is None where
-both sides never vary.
+Pairs of answers go in, figures by aspect come out. Numbers get exact agreement, mean absolute difference,
+quadratic-weighted kappa (Cohen 1968) and Spearman's rank correlation; choices get exact agreement and Cohen's kappa.
+Kappa is 1 for equal answers and 0 for agreement by chance alone: 1 - mean (a_i - b_i)^2 / mean over all i, j of
+(a_i - b_j)^2, which needs no bins. It is None where neither side varies.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from danceopd.bench.judges.ledger import lines
-from danceopd.bench.judges.question import Answer
+from danceopd.bench.judges.answers import LoggedAnswer, read_log
+from danceopd.bench.judges.protocol import Answer
 from danceopd.errors import UserError
 
-Pair = tuple[str, Answer, Answer]  # (aspect, one answer, the other)
+AnswerPair = tuple[str, Answer, Answer]  # (aspect, one answer, the other)
 
 
-def agreement(pairs: Iterable[Pair]) -> dict[str, dict[str, Any]]:
+def agreement(pairs: Iterable[AnswerPair]) -> dict[str, dict[str, Any]]:
     """Aspect -> figures over its pairs of answers.
 
-    ``n`` counts the pairs that both sides answered, ``unread`` those that at least one did not. An answer of several
+    ``n`` counts the pairs with two usable answers, ``unread`` the others. An answer of several
     numbers counts as several ratings; ``exact`` is the share of pairs equal in all of them.
     """
     grouped: dict[str, list[tuple[Answer, Answer]]] = defaultdict(list)
@@ -35,19 +35,19 @@ def agreement(pairs: Iterable[Pair]) -> dict[str, dict[str, Any]]:
 
 
 def agreement_of_files(first: Path, second: Path) -> dict[str, dict[str, Any]]:
-    """The same between two files of answers: two judges, or one judge on two days. Same keys and repeats are paired."""
+    """The same for two files of answers (two judges, or one judge twice), paired by key and repeat."""
     sides = []
     for file in (first, second):
         if not file.is_file():
-            raise UserError(f"there is no file of answers {file}; give the judge.jsonl of a run")
-        sides.append({(line.answer.key, line.answer.repeat): line for line in lines(file)})
+            raise UserError(f"there is no file of answers {file}; give the judge.jsonl of a bench")
+        sides.append({(line.answer.key, line.answer.repeat): line for line in read_log(file)})
     shared = [key for key in sides[0] if key in sides[1]]
     if not shared:
-        raise UserError(f"{first} and {second} have no question in common; compare two judges on the same pictures")
+        raise UserError(f"{first} and {second} have no question in common; compare two judges on the same images")
     return agreement((_aspect(sides[0][key]), sides[0][key].answer, sides[1][key].answer) for key in shared)
 
 
-def _aspect(line: Any) -> str:
+def _aspect(line: LoggedAnswer) -> str:
     return line.aspect or line.answer.key.rpartition("/")[2]
 
 

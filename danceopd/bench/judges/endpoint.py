@@ -1,9 +1,9 @@
 """A judge behind an OpenAI-compatible endpoint.
 
-Questions go out side by side, each with a deadline of its own. What may work the next time (no connection, no answer
-in time, half an answer, 408, 409, 429, 5xx) is tried again after a wait that doubles and is drawn from its upper half,
-or that the server names, which then holds for all; what cannot work (no access, no such model) ends the run with one
-sentence. An attempt that was sent and lost may have been billed: it is counted at its estimated price.
+Several questions are asked at once, each with its own deadline. What may work later (no connection, a timeout, half an
+answer, 408, 409, 429, 5xx) is retried after an exponential backoff with jitter, or after the wait that the server asks
+for, which then holds for all questions. What cannot work (no access, no such model) ends the run with one sentence. A
+request that was sent and got no answer may have been billed: it is counted at its estimated price.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from danceopd.bench.judges.codec import Codec
 from danceopd.bench.judges.cost import (
     OPENAI_HOST,
     OVERHEAD,
     TYPICAL_OUT,
-    TYPICAL_THOUGHT,
-    picture_tokens,
+    TYPICAL_THINKING,
+    Codec,
+    image_tokens,
     prices_of,
     text_tokens,
 )
-from danceopd.bench.judges.question import Answer, Question, Quote, Status
-from danceopd.bench.judges.reading import read
-from danceopd.bench.suites import picture
+from danceopd.bench.judges.parse import read
+from danceopd.bench.judges.protocol import Answer, Question, Quote, Status
+from danceopd.data.images import picture
 from danceopd.errors import UserError
 
 DEFAULT_URL = f"https://{OPENAI_HOST}/v1"
 FILTERED = re.compile(r"content[_ ]?(?:filter|policy)|responsible_?ai|moderation|safety", re.I)
-THINKING = 8000  # tokens that a model known to think may spend before its answer
-LOST = 2  # how often a question may be sent and its answer lost, before it has failed
-LONGEST_WAIT = 60.0  # seconds; a server may ask for twice that
-PATIENCE = 5  # how many times more often than ``tries`` a rate limit may turn a question away
-HOPELESS = 12  # failures in a row after which the endpoint is taken to be down
+THINKING = 8000  # tokens that a reasoning model may spend before its answer
+MAX_LOST = 2  # how often a request may be sent and get no whole answer, before its question has failed
+MAX_WAIT = 60.0  # seconds; a server may ask for twice that
+RATE_LIMIT_FACTOR = 5  # a rate limit may reject a question this many times more often than ``tries``
+MAX_FAILURES = 12  # failed questions in a row after which the endpoint counts as down
 
 
-class Endpoint:
-    """``model`` at ``url``; ``temperature`` None is not sent. Times in seconds, prices in dollars a million tokens.
+class EndpointJudge:
+    """``model`` at ``url``; ``temperature`` None is not sent. Times in seconds, prices in dollars per million tokens.
 
-    ``thinking`` tokens may be spent before an answer, beside those of the answer itself; None: `THINKING` where the
-    model is known to think. Their price is that of written tokens.
+    ``thinking``: tokens that may be spent before an answer, besides those of the answer; None: `THINKING` for known
+    reasoning models, else 0. They are priced as output tokens.
     """
 
     sees = ()
@@ -74,12 +74,12 @@ class Endpoint:
         thinking: int | None = None,
     ) -> None:
         if not model:
-            raise UserError("the judge has no model; write openai:MODEL@URL, as openai:gpt-4.1-2025-04-14")
+            raise UserError("--judge openai: names no model; write openai:MODEL@URL, such as openai:gpt-4.1-2025-04-14")
         if concurrency < 1 or tries < 1 or not timeout > 0:
-            raise UserError("the judge's concurrency, tries and timeout must be above zero")
+            raise UserError("--judge-concurrency, --judge-timeout and the judge's tries must be above zero")
         self.model = model
         self.url = (url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL).rstrip("/")
-        self.codec = Codec.named(codec, longest)
+        self.codec = Codec.parse(codec, longest)
         self.temperature, self.detail, self.key_file = temperature, detail, key_file
         self.concurrency, self.timeout, self.tries, self.first_wait = concurrency, timeout, tries, first_wait
         self.prices = prices_of(model, self.url, price_in, price_out)
@@ -112,36 +112,36 @@ class Endpoint:
         tokens_in = text_tokens(question.text) + OVERHEAD
         for part in question.parts:
             if not isinstance(part, str):
-                tokens_in += picture_tokens(*self.codec.size(picture(part)))
-        expected = min(TYPICAL_OUT, question.max_tokens) + min(TYPICAL_THOUGHT, self.thinking)
+                tokens_in += image_tokens(*self.codec.size(picture(part)))
+        expected = min(TYPICAL_OUT, question.max_tokens) + min(TYPICAL_THINKING, self.thinking)
         if self.prices is None:
             return Quote(tokens_in, expected, None, None)
         at_most = self.prices.cost(tokens_in, question.max_tokens + self.thinking)
-        return Quote(tokens_in, expected, self.prices.cost(tokens_in, expected), at_most * (1 + LOST))
+        return Quote(tokens_in, expected, self.prices.cost(tokens_in, expected), at_most * (1 + MAX_LOST))
 
     def ask(self, questions: Iterable[Question]) -> Generator[Answer, None, None]:
         source, waiting = iter(questions), set[Future[Answer]]()
         wrong: BaseException | None = None
         in_a_row = 0
-        with _Loop(self) as loop:
+        with _Client(self) as client:
             while True:
                 while wrong is None and len(waiting) < self.concurrency:
                     if (question := next(source, None)) is None:
                         break
-                    waiting.add(loop.start(question))
+                    waiting.add(client.start(question))
                 if not waiting:
                     break
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
                     if error := future.exception():
-                        wrong = wrong or error  # the others are paid for: take them before stopping
+                        wrong = wrong or error  # the other answers are paid for: take them before stopping
                         continue
                     answer = future.result()
                     in_a_row = in_a_row + 1 if answer.status == "failed" else 0
-                    if in_a_row >= HOPELESS:
+                    if in_a_row >= MAX_FAILURES:
                         wrong = wrong or UserError(
                             f"judge {self.name} at {self.url} failed {in_a_row} times in a row ({answer.text}); the "
-                            "answers so far are kept: run the same command again when it is back"
+                            "answers so far are kept, so run the same command again when it is back"
                         )
                     yield answer
         if wrong is not None:
@@ -152,38 +152,38 @@ class Endpoint:
             try:
                 key = Path(self.key_file).expanduser().read_text(encoding="utf-8").strip()
             except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"--judge-key-file {self.key_file} cannot be read ({error}); mend that") from None
+                raise UserError(f"--judge-key-file {self.key_file} is unreadable ({error}); give a text file") from None
             if not key:
-                raise UserError(f"--judge-key-file {self.key_file} is empty; write the key into it")
+                raise UserError(f"--judge-key-file {self.key_file} is empty; write the API key into it")
             return key
         if key := os.environ.get("OPENAI_API_KEY", "").strip():
             return key
         if urlsplit(self.url).hostname == OPENAI_HOST:
-            raise UserError(f"judge {self.name} needs a key; set OPENAI_API_KEY or give --judge-key-file")
-        return "none"  # a local server asks for no key, and the client insists on one
+            raise UserError(f"judge {self.name} needs an API key; set OPENAI_API_KEY or give --judge-key-file")
+        return "none"  # a local server needs no key, but the client insists on one
 
 
 @dataclass
-class _Tally:
+class _Attempts:
     """The attempts at one question so far."""
 
     began: float
-    attempts: int = 0
-    limited: int = 0  # of these, turned away by a rate limit
-    lost: int = 0  # sent, and no whole answer came back
+    count: int = 0
+    limited: int = 0  # of these, rejected by a rate limit
+    lost: int = 0  # of these, sent without getting a whole answer
     why: str = ""
 
 
-class _Loop:
-    """An event loop in a thread of its own, with the client; leaving it cancels what is still out."""
+class _Client:
+    """The openai client on an event loop in its own thread; leaving it cancels the open requests."""
 
-    def __init__(self, judge: Endpoint) -> None:
+    def __init__(self, judge: EndpointJudge) -> None:
         self.judge = judge
         self.openai = _package()
         self.key = judge._key()
-        self.not_before = 0.0  # monotonic seconds: a server that asked for a pause gets it from all
+        self.not_before = 0.0  # monotonic seconds: a pause that the server asked for holds for all questions
 
-    def __enter__(self) -> _Loop:
+    def __enter__(self) -> _Client:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True, name="judge")
         self.thread.start()
@@ -197,7 +197,7 @@ class _Loop:
         self.loop.close()
 
     def start(self, question: Question) -> Future[Answer]:
-        """Sends a question off; its pictures are encoded here, so that the loop never waits for that."""
+        """Send a question; its images are encoded here, so that the event loop never waits for that."""
         judge = self.judge
         content: list[dict[str, Any]] = []
         for part in question.parts:
@@ -223,7 +223,7 @@ class _Loop:
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     async def _connect(self) -> Any:
-        # retries and deadlines are kept here: the client's own count neither attempts nor a server that drips
+        # retries and deadlines are done here: the client's own neither count attempts nor stop a slow drip of bytes
         judge = self.judge
         return self.openai.AsyncOpenAI(api_key=self.key, base_url=judge.url, max_retries=0, timeout=judge.timeout)
 
@@ -235,42 +235,43 @@ class _Loop:
         await self.client.close()
 
     async def _answer(self, question: Question, body: dict[str, Any]) -> Answer:
-        tally = _Tally(time.monotonic())
+        tried = _Attempts(time.monotonic())
         while True:
             await asyncio.sleep(max(0.0, self.not_before - time.monotonic()))
-            tally.attempts += 1
+            tried.count += 1
             pause: float | None = None
             try:
                 reply = await asyncio.wait_for(self.client.chat.completions.create(**body), self.judge.timeout)
                 if getattr(reply, "choices", None):
-                    return self._read(question, reply, tally)
-                tally.why = f"an answer without choices: {str(getattr(reply, 'error', reply))[:200]}"
-                tally.lost += 1
+                    return self._parsed(question, reply, tried)
+                tried.why = f"an answer without choices: {str(getattr(reply, 'error', reply))[:200]}"
+                tried.lost += 1
             except self.openai.APIStatusError as error:
-                if refused := self._refused(question, error, tally):
+                if refused := self._refused(question, error, tried):
                     return refused
-                tally.why = f"HTTP {error.status_code}: {error.message[:200]}"
+                tried.why = f"HTTP {error.status_code}: {error.message[:200]}"
                 pause = _retry_after(error.response.headers)
-                tally.limited += error.status_code == 429
+                tried.limited += error.status_code == 429
                 if error.status_code not in (408, 409, 429) and error.status_code < 500:
-                    return self._ended(question, "failed", tally)
+                    return self._ended(question, "failed", tried)
             except (self.openai.APIError, ValueError, asyncio.TimeoutError) as error:
-                # no connection, no answer in time, or one that is not whole; what was sent may be billed
+                # no connection, a timeout, or half an answer; what was sent may be billed
                 late = isinstance(error, (asyncio.TimeoutError, self.openai.APITimeoutError))
                 fault = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                tally.why = f"no answer in {self.judge.timeout:g} s" if late else fault
-                tally.lost += 1
-            worn = tally.attempts - tally.limited >= self.judge.tries or tally.limited >= PATIENCE * self.judge.tries
-            if worn or tally.lost > LOST or (pause or 0.0) > 2 * LONGEST_WAIT:
-                return self._ended(question, "failed", tally)
+                tried.why = f"no answer in {self.judge.timeout:g} s" if late else fault
+                tried.lost += 1
+            tries = self.judge.tries
+            spent = tried.count - tried.limited >= tries or tried.limited >= RATE_LIMIT_FACTOR * tries
+            if spent or tried.lost > MAX_LOST or (pause or 0.0) > 2 * MAX_WAIT:
+                return self._ended(question, "failed", tried)
             if pause is not None:
                 self.not_before = max(self.not_before, time.monotonic() + pause)
-            longest = min(LONGEST_WAIT, self.judge.first_wait * 2 ** (tally.attempts - 1))
+            longest = min(MAX_WAIT, self.judge.first_wait * 2 ** (tried.count - 1))
             await asyncio.sleep(
                 longest * random.uniform(0.5, 1.0) if pause is None else pause * random.uniform(1.0, 1.1)
             )
 
-    def _read(self, question: Question, reply: Any, tally: _Tally) -> Answer:
+    def _parsed(self, question: Question, reply: Any, tried: _Attempts) -> Answer:
         choice, message = reply.choices[0], reply.choices[0].message
         text = message.content if isinstance(message.content, str) else ""
         got = read(text, question.reads)
@@ -279,51 +280,51 @@ class _Loop:
         elif choice.finish_reason == "content_filter":
             got, text = replace(got, status="refused", numbers=None, choice=None), text or "content_filter"
         elif not text.strip():
-            text = f"(nothing was said; the answer ended by {choice.finish_reason})"
-        spent = self._ended(question, got.status, tally, text=text, usage=getattr(reply, "usage", None) or 0)
+            text = f"(empty answer; it ended by {choice.finish_reason})"
+        spent = self._ended(question, got.status, tried, text=text, usage=getattr(reply, "usage", None) or 0)
         judge = reply.model if isinstance(reply.model, str) and reply.model else self.judge.model
         return replace(spent, numbers=got.numbers, choice=got.choice, reasoning=got.reasoning, judge=judge)
 
-    def _refused(self, question: Question, error: Any, tally: _Tally) -> Answer | None:
-        """A refusal as an answer; UserError where no question can ever be answered."""
+    def _refused(self, question: Question, error: Any, tried: _Attempts) -> Answer | None:
+        """The answer to a refusal, None for other errors; UserError where no question could ever be answered."""
         if error.status_code in (400, 403) and FILTERED.search(f"{error.code} {error.message}"):
-            return self._ended(question, "refused", tally, text=error.message)
+            return self._ended(question, "refused", tried, text=error.message)
         if error.status_code in (401, 403, 404) or error.code == "insufficient_quota":
             why = " ".join(error.message.split())[:200].rstrip(".")
             raise UserError(
-                f"judge {self.judge.name} at {self.judge.url} cannot be asked (HTTP {error.status_code}, {why}); mend "
-                "the key, the name of the model or the account, and run the same command again"
+                f"judge {self.judge.name} at {self.judge.url} cannot be asked (HTTP {error.status_code}, {why}); "
+                "correct the key, the model's name or the account, and run the same command again"
             ) from None
         return None
 
     def _ended(
-        self, question: Question, status: Status, tally: _Tally, text: str | None = None, usage: Any = None
+        self, question: Question, status: Status, tried: _Attempts, text: str | None = None, usage: Any = None
     ) -> Answer:
-        """The answer with what it took. ``usage`` None: no answer came; without counts the estimate is taken."""
+        """An answer with its attempts and price. ``usage`` None: no answer came; without counts the estimate counts."""
         prices, quote = self.judge.prices, self.judge.quote(question)
         tokens_in = getattr(usage, "prompt_tokens", None) or 0
         tokens_out = getattr(usage, "completion_tokens", None) or 0
-        lost = tally.lost + (usage is not None and not tokens_in)
+        lost = tried.lost + (usage is not None and not tokens_in)
         cost = None
         if prices is not None:
-            at_most = (quote.at_most or 0.0) / (1 + LOST)  # of one attempt
+            at_most = (quote.at_most or 0.0) / (1 + MAX_LOST)  # of one attempt
             cost = prices.cost(tokens_in, tokens_out) + lost * at_most
         return Answer(
             question.key,
             status,
-            text=tally.why if text is None else text,
-            attempts=tally.attempts,
+            text=tried.why if text is None else text,
+            attempts=tried.count,
             tokens_in=tokens_in,
             tokens_out=tokens_out,
             cost=cost,
-            seconds=round(time.monotonic() - tally.began, 3),
+            seconds=round(time.monotonic() - tried.began, 3),
             judge=self.judge.model,
             repeat=question.repeat,
         )
 
 
 def _retry_after(headers: Any) -> float | None:
-    """Seconds that a server asks to wait, None where it does not say (or gives a date: the usual wait then does)."""
+    """Seconds that a server asks to wait; None where it does not say, or names a date."""
     for header, divisor in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         try:
             seconds = float(headers.get(header, "")) / divisor
@@ -338,5 +339,5 @@ def _package() -> Any:
     try:
         import openai
     except ImportError:
-        raise UserError('an openai: judge needs the package openai; pip install "danceopd[bench]"') from None
+        raise UserError('an openai: judge needs the package openai; run `pip install "danceopd[bench]"`') from None
     return openai

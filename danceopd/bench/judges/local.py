@@ -1,8 +1,8 @@
-"""A judge on this machine: a vision-language model in transformers, greedy, several questions at a time.
+"""A judge on this machine: a vision-language model of transformers, decoded greedily, several questions a batch.
 
-Whatever `AutoModelForImageTextToText` and the model's own processor and chat template make of the question is what
-the model sees. A processor's video part is left out where it cannot load (Qwen's needs torchvision): no question has
-a video. Weights are part of the judge's identity, byte by byte.
+The model gets a question as `AutoModelForImageTextToText` and its own processor and chat template format it. A
+processor's video part is left out where it cannot be loaded (Qwen's needs torchvision); no question has a video. The
+hash of the weights is part of the judge's identity.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from danceopd.bench.judges.codec import Codec
-from danceopd.bench.judges.cost import text_tokens
-from danceopd.bench.judges.question import Answer, Question, Quote
-from danceopd.bench.judges.reading import read
-from danceopd.bench.suites import picture
+from danceopd.bench.judges.cost import Codec, text_tokens
+from danceopd.bench.judges.parse import read
+from danceopd.bench.judges.protocol import Answer, Question, Quote
+from danceopd.data.images import picture
 from danceopd.errors import UserError
 
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 
 
-class Local:
-    """The model in a folder, or `owner/name` on the hub. ``longest`` bounds the longer side of pictures in pixels."""
+class LocalJudge:
+    """A model in a folder, or `owner/name` on the hub. ``longest``: the longest side of an image in pixels."""
 
     sees = ()
     deterministic = True
@@ -43,9 +42,9 @@ class Local:
         longest: int | None = None,
     ) -> None:
         if batch < 1:
-            raise UserError(f"the judge's batch is {batch}; give 1 or more")
+            raise UserError(f"--judge-batch is {batch}; give 1 or more")
         self.model, self.batch = model, batch
-        self.codec = Codec.named("png", longest)  # nothing is encoded; it knows the size
+        self.codec = Codec.parse("png", longest)  # used for the size only; nothing is encoded
         self._device, self._dtype = device, dtype
 
     @property
@@ -62,18 +61,18 @@ class Local:
             "weights": _fingerprint(self.folder),
             "device": self.device.split(":")[0],
             "dtype": self.dtype,
-            "batch": self.batch,  # padding moves the last bits of a batch
+            "batch": self.batch,  # padding changes the last bits of a batch
             "longest": self.codec.longest,
             "transformers": transformers.__version__,
         }
 
     @cached_property
     def folder(self) -> Path:
-        """The folder of the weights; fetched from the hub where the name is no folder here."""
+        """The folder of the weights, downloaded from the hub if the name is no folder here."""
         place = Path(self.model).expanduser()
         if not place.is_dir():
             if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.model):
-                raise UserError(f"judge hf:{self.model} is no folder here; give a folder, or owner/name on the hub")
+                raise UserError(f"judge hf:{self.model} is no folder; give a folder, or owner/name on the hub")
             from huggingface_hub import snapshot_download
 
             try:
@@ -81,11 +80,11 @@ class Local:
             except Exception as error:  # the hub's client raises a dozen kinds
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise UserError(
-                    f"judge {self.model} is not a folder here and could not be fetched from the hub ({reason}); check "
+                    f"judge {self.model} is no folder here and could not be downloaded from the hub ({reason}); check "
                     "the name and the connection, or download it first and give its folder"
                 ) from None
         if not (place / "config.json").is_file():
-            raise UserError(f"judge {place} has no config.json; give a folder that save_pretrained wrote")
+            raise UserError(f"judge {place} has no config.json; give the folder of a transformers model")
         return place
 
     @cached_property
@@ -99,7 +98,7 @@ class Local:
         return self._dtype or ("float32" if self.device == "cpu" else "bfloat16")
 
     def check(self) -> None:
-        """UserError where there is no such model, or its processor does not load."""
+        """UserError where there is no such model, or its processor cannot be loaded."""
         self._processor  # noqa: B018 - loading is the check
 
     def quote(self, question: Question) -> Quote:
@@ -177,7 +176,7 @@ class Local:
 
     @cached_property
     def _processor(self) -> Any:
-        from danceopd.base_model import quietly
+        from danceopd.models.base import quietly
 
         try:
             with quietly():
@@ -185,12 +184,12 @@ class Local:
         except (ImportError, OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"the processor of judge {self.folder} does not load ({reason}); install what it names, or take "
+                f"the processor of judge {self.folder} cannot be loaded ({reason}); install what it names, or use "
                 "another vision-language model of transformers"
             ) from None
         if getattr(processor, "chat_template", None) is None:
-            raise UserError(f"judge {self.folder} has no chat template; take an instruction-tuned model")
-        processor.tokenizer.padding_side = "left"  # answers of a batch all begin at its end
+            raise UserError(f"judge {self.folder} has no chat template; use an instruction-tuned model")
+        processor.tokenizer.padding_side = "left"  # so that all answers of a batch begin after its last token
         if processor.tokenizer.pad_token_id is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
         return processor
@@ -199,7 +198,7 @@ class Local:
         import torch
         from transformers import AutoModelForImageTextToText
 
-        from danceopd.base_model import quietly
+        from danceopd.models.base import quietly
 
         try:
             with quietly():
@@ -207,8 +206,8 @@ class Local:
         except (ImportError, OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"judge {self.folder} does not load as a vision-language model ({reason}); take one that "
-                "AutoModelForImageTextToText reads"
+                f"judge {self.folder} cannot be loaded as a vision-language model ({reason}); use one that "
+                "AutoModelForImageTextToText supports"
             ) from None
         return model.eval().to(self.device)
 
@@ -231,10 +230,10 @@ def _load_processor(folder: Path) -> Any:
 
 
 def _fingerprint(folder: Path) -> str:
-    """sha256 over the names and contents of all that a model loads."""
+    """sha256 over the names and contents of a model's files."""
     import hashlib
 
-    from danceopd.base_model import file_sha256
+    from danceopd.models.base import file_sha256
 
     files = sorted({file for pattern in FILES for file in folder.glob(pattern)})
     listed = "\n".join(f"{file.name} {file_sha256(file)}" for file in files)

@@ -1,11 +1,11 @@
-"""A judge that is a program: one long-living process, JSON lines in and out.
+"""A judge that is a program: one long-running process that reads and writes JSON lines.
 
-It is started once and reads one object a line: {"key", "aspect", "system", "parts": [{"text"} or {"picture": path}],
+So GenEval's detector, or anything else with its own dependencies, is used without sharing an environment. The program
+is started once and reads one object a line: {"key", "aspect", "system", "parts": [{"text"} or {"picture": path}],
 "reads", "facts", "max_tokens", "repeat"}. It answers each with one line: {"key", "numbers": [...]} or {"key",
-"choice"} or {"key", "text": what a language model said} or {"key", "status": "refused"}, with "reasoning" as it
-likes; other lines are passed over. Pictures are PNG files that are gone after the answer. So GenEval's detector, or
-anything with dependencies of its own, is reached without sharing an environment. A crash or a silence is a failed
-answer, and the program is started anew for the next; after three in a row it is left alone.
+"choice"} or {"key", "text": what a language model said} or {"key", "status": "refused"}, optionally with "reasoning";
+other lines are ignored. Images are PNG files that are deleted after the answer. A crash or a timeout is a failed
+answer, and the program is restarted for the next question; after three in a row the rest fails without being asked.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from danceopd.bench.judges.question import Answer, Question, Quote
-from danceopd.bench.judges.reading import Reading, read
-from danceopd.bench.suites import picture
-from danceopd.disk import sha256
+from danceopd.bench.judges.parse import ParsedAnswer, read
+from danceopd.bench.judges.protocol import Answer, Question, Quote
+from danceopd.common.files import sha256
+from danceopd.data.images import picture
 from danceopd.errors import UserError
 
-IN_A_ROW = 3
+MAX_FAILURES = 3
+"""Failed answers in a row after which the program is not started again."""
 
 
-class Program:
-    """``command`` as a shell would split it. ``timeout`` in seconds; the first answer may take ``start`` more."""
+class ProgramJudge:
+    """``command`` is split as by a shell. ``timeout`` in seconds; the first answer may take ``start`` seconds more."""
 
     sees = ("facts",)
     deterministic = False
@@ -46,15 +47,15 @@ class Program:
         try:
             self.command = shlex.split(command)
         except ValueError as error:
-            raise UserError(f"judge cmd:{command} cannot be split into words ({error}); mend its quotes") from None
+            raise UserError(f"judge cmd:{command} cannot be split into words ({error}); correct its quotes") from None
         if not self.command:
-            raise UserError("the judge has no program; write cmd:PROGRAM, as cmd:'python score.py'")
+            raise UserError("--judge cmd: names no program; write cmd:PROGRAM, such as cmd:'python score.py'")
         if not timeout > 0:
-            raise UserError(f"the judge's timeout is {timeout}; give seconds above zero")
+            raise UserError(f"--judge-timeout is {timeout}; give seconds above zero")
         self.timeout, self.start = timeout, start
         self.check()
         files = [Path(word) for word in self.command if Path(word).is_file()]
-        own = [file for file in files if file.suffix or len(self.command) == 1]  # an interpreter is no judge
+        own = [file for file in files if file.suffix or len(self.command) == 1]  # not the interpreter
         self.identity: dict[str, Any] = {
             "kind": "cmd",
             "command": [Path(word).name if Path(word).is_file() else word for word in self.command],
@@ -66,25 +67,25 @@ class Program:
         return next((Path(word).name for word in self.command[1:] if Path(word).is_file()), Path(self.command[0]).name)
 
     def check(self) -> None:
-        """UserError where there is no such program."""
+        """UserError where the program does not exist."""
         if shutil.which(self.command[0]) is None:
-            raise UserError(f"there is no program {self.command[0]} to judge with; give its path or install it")
+            raise UserError(f"the judge's program {self.command[0]} is not found; give its path or install it")
 
     def quote(self, question: Question) -> Quote:
         return Quote()
 
     def ask(self, questions: Iterable[Question]) -> Generator[Answer, None, None]:
         failures = 0
-        running: _Running | None = None
+        running: _Process | None = None
         try:
             for question in questions:
-                if failures >= IN_A_ROW:
+                if failures >= MAX_FAILURES:
                     why = f"not asked: the program failed {failures} times in a row"
                     yield Answer(question.key, "failed", text=why, judge=self.name, repeat=question.repeat)
                     continue
                 first = running is None
                 if running is None:
-                    running = _Running(self.command)
+                    running = _Process(self.command)
                 answer = self._answer(running, question, self.timeout + (self.start if first else 0.0))
                 if answer.status == "failed":
                     failures += 1
@@ -97,14 +98,14 @@ class Program:
             if running is not None:
                 running.stop()
 
-    def _answer(self, running: _Running, question: Question, seconds: float) -> Answer:
+    def _answer(self, running: _Process, question: Question, seconds: float) -> Answer:
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="danceopd-judge-") as folder:
-            row = running.asked(_request(question, Path(folder)), question.key, seconds)
+            row = running.answer(_request(question, Path(folder)), question.key, seconds)
         if isinstance(row, str):
-            got, text = Reading("failed"), row
+            got, text = ParsedAnswer("failed"), row
         else:
-            got, text = _said(row, question), _text(row)
+            got, text = _parsed(row, question), _text(row)
         return Answer(
             question.key,
             got.status,
@@ -140,10 +141,10 @@ def _request(question: Question, folder: Path) -> dict[str, Any]:
     }
 
 
-def _said(row: dict[str, Any], question: Question) -> Reading:
-    """A program's line, read as strictly as a language model's answer."""
+def _parsed(row: dict[str, Any], question: Question) -> ParsedAnswer:
+    """A program's line, parsed as strictly as a language model's answer."""
     if row.get("status") in ("refused", "failed"):
-        return Reading(row["status"], reasoning=str(row.get("reasoning", "")))
+        return ParsedAnswer(row["status"], reasoning=str(row.get("reasoning", "")))
     return read(_text(row), question.reads)
 
 
@@ -152,8 +153,8 @@ def _text(row: dict[str, Any]) -> str:
     return text if isinstance(text, str) else json.dumps(row, ensure_ascii=False)
 
 
-class _Running:
-    """The process, with threads that read what it says, so that nothing here can wait for ever."""
+class _Process:
+    """The running program, with threads that read its output, so that nothing here can wait for ever."""
 
     def __init__(self, command: list[str]) -> None:
         self.process = subprocess.Popen(
@@ -161,13 +162,13 @@ class _Running:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # what it starts itself ends with it
+            start_new_session=True,  # so that its own children end with it
         )
         self.rows: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        self.complaints: deque[str] = deque(maxlen=5)
-        self.readers = [self._thread(self._read_rows), self._thread(self._read_complaints)]
+        self.errors: deque[str] = deque(maxlen=5)
+        self.readers = [self._thread(self._read_rows), self._thread(self._read_errors)]
 
-    def asked(self, request: dict[str, Any], key: str, seconds: float) -> dict[str, Any] | str:
+    def answer(self, request: dict[str, Any], key: str, seconds: float) -> dict[str, Any] | str:
         """The program's line for this key, or why there is none."""
         deadline = time.monotonic() + seconds
         self._thread(self._write, f"{json.dumps(request, ensure_ascii=False)}\n".encode())
@@ -175,18 +176,18 @@ class _Running:
             try:
                 row = self.rows.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                return f"the program said nothing for {seconds:g} s"
+                return f"the program gave no answer in {seconds:g} s"
             if row is None:
-                with suppress(subprocess.TimeoutExpired):  # it closed its output; it may still live
+                with suppress(subprocess.TimeoutExpired):  # it closed its output, but may still run
                     self.process.wait(timeout=1)
                 self.readers[1].join(timeout=1)
-                said = " ".join(self.complaints)[-300:]
-                return f"the program ended with status {self.process.returncode}{': ' if said else ''}{said}"
+                stderr = " ".join(self.errors)[-300:]
+                return f"the program ended with status {self.process.returncode}{': ' if stderr else ''}{stderr}"
             if row.get("key") == key:
                 return row
 
     def stop(self) -> None:
-        """Ends it and all that it started."""
+        """End the program and everything that it started."""
         with suppress(OSError):
             if self.process.stdin is not None:
                 self.process.stdin.close()
@@ -205,7 +206,7 @@ class _Running:
         return thread
 
     def _write(self, line: bytes) -> None:
-        with suppress(OSError, ValueError):  # it is gone, which the other end notices
+        with suppress(OSError, ValueError):  # it has ended, which the reading thread notices
             stdin: IO[bytes] = self.process.stdin  # type: ignore[assignment]
             stdin.write(line)
             stdin.flush()
@@ -219,7 +220,7 @@ class _Running:
                         self.rows.put(row)
         self.rows.put(None)
 
-    def _read_complaints(self) -> None:
+    def _read_errors(self) -> None:
         with suppress(OSError, ValueError):
             for line in self.process.stderr or ():
-                self.complaints.append(line.decode(errors="replace").strip())
+                self.errors.append(line.decode(errors="replace").strip())

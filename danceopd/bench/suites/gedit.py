@@ -1,9 +1,9 @@
 """The ``gedit`` suite: GEdit-Bench (Step1X-Edit, arXiv 2504.17761), judged by VIEScore.
 
-606 edits of real photographs in English and as many in Chinese, eleven categories; one language a run. The overall
-score is the unweighted mean of the category means. Subsets: `paper` are the six categories of DanceOPD's tables,
-`intersection` the items that the benchmark's authors mark as answered by every model they compared. Pictures lie as
-in the official code: `fullset/<task_type>/<language>/<key>.png`, the source beside it as `<key>_SRCIMG.png`.
+606 edits of real photographs in English and 606 in Chinese, in eleven categories; one language a run. The overall
+score is the unweighted mean of the category means. Subsets: `paper` is the six categories of DanceOPD's tables,
+`intersection` the items that the benchmark's authors mark as answered by every model they compared. Images lie as in
+the official code: `fullset/<task_type>/<language>/<key>.png`, the source beside it as `<key>_SRCIMG.png`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,22 @@ from typing import Any
 
 from PIL import Image
 
-from danceopd.bench.judges.question import Answer, Question
-from danceopd.bench.suites import Item, viescore
-from danceopd.bench.suites.fetch import fetched, located, on_disk, revision
-from danceopd.bench.suites.records import Row, header_checked, kept_pictures, read_rows
-from danceopd.bench.suites.rubric import JudgedSuite, pictures_sha256, refuse_twice, sha256_of
+from danceopd.bench.judges.protocol import Answer, Question
+from danceopd.bench.suites import viescore
+from danceopd.bench.suites.judged import files_sha256, refuse_duplicates
+from danceopd.bench.suites.protocol import Item, JudgedSuite, json_sha256
+from danceopd.bench.suites.records import (
+    Row,
+    downloaded,
+    extracted_images,
+    header_checked,
+    located,
+    on_disk,
+    read_rows,
+    revision,
+)
+from danceopd.common.messages import did_you_mean
 from danceopd.errors import UserError
-from danceopd.sentences import nearest
 
 REPO = "stepfun-ai/GEdit-Bench"
 FILES = ("*.arrow", "*.parquet", "*.json")
@@ -38,18 +47,18 @@ CATEGORIES = {
     "text_change": "local",
     "tone_transfer": "global",
 }
-"""The eleven, spelt as in the data, and what each changes."""
+"""The eleven categories as the data spells them, and their group."""
 PAPER = ("subject-add", "subject-replace", "background_change", "style_change", "color_alter", "subject-remove")
-"""The six of DanceOPD's tables, in their order."""
+"""The six categories of DanceOPD's tables, in their order."""
 LANGUAGES = ("en", "cn")
 SIZE = 606
-"""Items a language in the whole benchmark."""
+"""Items of one language in the whole benchmark."""
 FIELDS = ("task_type", "key", "instruction", "instruction_language", "Intersection_exist")
-PICTURE = "input_image"
+IMAGE = "input_image"
 
 
 class Suite(JudgedSuite):
-    """The suite. ``data``: a local copy (shards, or a table beside its pictures); ``language``: "en" or "cn"."""
+    """The suite. ``data``: a local copy (shards, or a table beside its images); ``language``: "en" or "cn"."""
 
     name = "gedit"
     version = "1"
@@ -64,11 +73,11 @@ class Suite(JudgedSuite):
         official_prompts: str | Path | None = None,
     ):
         if language not in LANGUAGES:
-            hint = "; GEdit-Bench calls Chinese cn" if language.startswith("zh") else nearest(language, LANGUAGES)
+            hint = "; GEdit-Bench calls Chinese cn" if language.startswith("zh") else did_you_mean(language, LANGUAGES)
             raise UserError(f"suite gedit has no language {language!r}{hint}")
         self.language = language
-        self.words = viescore.Words() if official_prompts is None else viescore.official_words(official_prompts)
-        self.data = located(data, self.needs) or fetched(REPO, FILES, self.needs)
+        self.prompts = viescore.judge_prompts(official_prompts)
+        self.data = located(data, self.needs) or downloaded(REPO, FILES, self.needs)
 
     @classmethod
     def here(cls, data: str | Path | None = None) -> Path | None:
@@ -76,7 +85,7 @@ class Suite(JudgedSuite):
 
     @property
     def subsets(self) -> dict[str, tuple[str, ...]]:  # type: ignore[override]
-        """`fullset` is everything; `intersection` only where the data marks it."""
+        """`fullset` is every item; `intersection` is there only where the data marks it."""
         marked = any("intersection" in item.tags for item in self.items)
         found: dict[str, tuple[str, ...]] = {"fullset": tuple(CATEGORIES), "paper": PAPER}
         if marked:
@@ -85,21 +94,21 @@ class Suite(JudgedSuite):
 
     @cached_property
     def items(self) -> list[Item]:
-        """Every item of the language; the pictures inside shards are written below the cache folder first."""
-        rows = [row for row in map(_named, read_rows(self.data, FIELDS, TABLES)) if self._spoken(row)]
+        """Every item of the language; images inside shards are first written below the cache folder."""
+        rows = [row for row in map(_renamed, read_rows(self.data, FIELDS, TABLES)) if self._in_language(row)]
         if not rows:
             raise UserError(f"{self.data} has no row in language {self.language!r}; {self.needs}")
-        refuse_twice(((row.name("key"), row.where) for row in rows), "key")
-        marked = [_marked(row) is not None for row in rows]
+        refuse_duplicates(((row.name("key"), row.where) for row in rows), "key")
+        marked = [_in_intersection(row) is not None for row in rows]
         if any(marked) and not all(marked):
-            raise UserError(f"{rows[marked.index(False)].where} has no field 'Intersection_exist'; mend that row")
+            raise UserError(f"{rows[marked.index(False)].where} has no field 'Intersection_exist'; correct that row")
         return [self._item(row, source) for row, source in zip(rows, self._sources(rows))]
 
     @cached_property
     def rules(self) -> dict[str, Any]:
-        """VIEScore's rules, how the items add up, and which data it was."""
-        words = [[i.category, i.key, i.prompt] for i in self.items]
-        return viescore.rules(self.words) | {
+        """VIEScore's rules, how scores are averaged, and which data it was."""
+        texts = [[i.category, i.key, i.prompt] for i in self.items]
+        return viescore.rules(self.prompts) | {
             "language": self.language,
             "overall": "unweighted mean of the category means",
             "subsets": "fullset: all; paper: DanceOPD's six categories; intersection: as marked in the data",
@@ -108,29 +117,28 @@ class Suite(JudgedSuite):
                 "revision": revision(self.data),
                 "items": len(self.items),
                 "complete": len(self.items) == SIZE,
-                "texts_sha256": sha256_of(words),
-                "pictures_sha256": pictures_sha256(Path(str(i.source)) for i in self.items),
+                "texts_sha256": json_sha256(texts),
+                "pictures_sha256": files_sha256(Path(str(i.source)) for i in self.items),
             },
         }
 
-    def place(self, item: Item) -> str:
+    def image_path(self, item: Item) -> str:
         """`fullset/<task_type>/<language>/<key>.png`."""
         return f"fullset/{item.category}/{self.language}/{item.key}.png"
 
-    def source_place(self, item: Item) -> str | None:
+    def source_path(self, item: Item) -> str | None:
         """`fullset/<task_type>/<language>/<key>_SRCIMG.png`."""
         return f"fullset/{item.category}/{self.language}/{item.key}_SRCIMG.png"
 
     def questions(self, item: Item, image: Image.Image) -> list[Question]:
-        """SC and PQ."""
-        facts = {"suite": self.name, "place": self.place(item), "instruction": item.prompt, "category": item.category}
-        return viescore.questions(item, image, self.words, facts)
+        """The questions SC and PQ, see `viescore`."""
+        return viescore.questions(item, image, self.prompts, self.edit_facts(item))
 
     def verdict(self, item: Item, answers: Mapping[str, Answer]) -> viescore.EditScore:
-        """O, with its parts."""
+        """O with its parts, see `viescore`."""
         return viescore.verdict(answers)
 
-    def _spoken(self, row: Row) -> bool:
+    def _in_language(self, row: Row) -> bool:
         language = row.text("instruction_language")
         if language not in LANGUAGES:
             raise UserError(f"{row.where} is in language {language!r}; GEdit-Bench has en and cn")
@@ -139,10 +147,10 @@ class Suite(JudgedSuite):
     def _item(self, row: Row, source: Path) -> Item:
         category = row.text("task_type")
         if category not in CATEGORIES:
-            raise UserError(f"{row.where} has the task_type {category!r}{nearest(category, CATEGORIES)}")
+            raise UserError(f"{row.where} has the task_type {category!r}{did_you_mean(category, CATEGORIES)}")
         tags = [self.language]
         tags += ["paper"] if category in PAPER else []
-        tags += ["intersection"] if _marked(row) else []
+        tags += ["intersection"] if _in_intersection(row) else []
         return Item(
             key=row.name("key"),
             capability="editing",
@@ -157,17 +165,17 @@ class Suite(JudgedSuite):
         )
 
     def _sources(self, rows: list[Row]) -> list[Path]:
-        """The pictures to edit: out of the shards, or beside the table."""
+        """The source images: extracted from the shards, or beside the table."""
         if rows[0].number is not None:
-            return kept_pictures(rows, PICTURE, [f"{row.name('key')}_{self.language}" for row in rows], self.name)
-        return [header_checked(_beside(row), row.where) for row in rows]
+            return extracted_images(rows, IMAGE, [f"{row.name('key')}_{self.language}" for row in rows], self.name)
+        return [header_checked(_source_of(row), row.where) for row in rows]
 
 
 TABLES = ("info.jsonl", "metadata.jsonl", "gedit_edit.json")
 
 
-def _named(row: Row) -> Row:
-    """A row in the names of the official data; UniWorld's table has others and keeps the language in its path."""
+def _renamed(row: Row) -> Row:
+    """A row under the official field names; UniWorld's table has others and keeps the language in its path."""
     if "task_type" in row.cells or "edit_type" not in row.cells:
         return row
     parts = row.text("id").split("/")
@@ -176,18 +184,18 @@ def _named(row: Row) -> Row:
     return Row(row.cells | {"task_type": row.cells["edit_type"]} | more, row.where, row.home, row.number)
 
 
-def _marked(row: Row) -> bool | None:
+def _in_intersection(row: Row) -> bool | None:
     """Whether the item is in the intersection; None where the data does not say."""
     value = row.cells.get("Intersection_exist")
     if value is not None and value not in (True, False):
-        raise UserError(f"{row.where} holds {value!r} in 'Intersection_exist', not true or false; mend that row")
+        raise UserError(f"{row.where} holds {value!r} in 'Intersection_exist', not true or false; correct that row")
     return None if value is None else bool(value)
 
 
-def _beside(row: Row) -> Path:
-    """The source of a table's row: the path it names, or `<key>_SRCIMG.png` in one of the usual places."""
-    if row.cells.get(PICTURE) is not None:
-        return row.home / row.text(PICTURE)
+def _source_of(row: Row) -> Path:
+    """The source image of a table's row: the path it names, or `<key>_SRCIMG.png` in one of the usual places."""
+    if row.cells.get(IMAGE) is not None:
+        return row.home / row.text(IMAGE)
     name = f"{row.name('key')}_SRCIMG.png"
     usual = [row.home / name, row.home / "fullset" / row.text("task_type") / row.text("instruction_language") / name]
     return next((path for path in usual if path.is_file()), usual[-1])

@@ -1,10 +1,10 @@
-"""The ``geneval`` suite: GenEval (arXiv 2310.11513), 553 prompts of six kinds, each picture right or wrong.
+"""The ``geneval`` suite: GenEval (arXiv 2310.11513), 553 prompts in six categories; each image is correct or not.
 
-Whether a picture is right is decided by whoever is asked: the official evaluator's `results.jsonl` (a replay judge), a
-detector in a process of its own (a program judge, which gets the official record in the question's facts), or a
-vision-language model, which gets the record in words. Which one it was stands in the result, and their numbers do not
-compare. A category is the share of right pictures over all samples, the overall score the mean of the six. Pictures
-lie as in the official code: `00000/samples/0000.png`, `00000/metadata.jsonl` beside them.
+The judge decides: the official evaluator's `results.jsonl` (a replay judge), a detector in its own process (a program
+judge, which gets the official record in the question's facts), or a vision-language model, which gets the record in
+words. The result names the judge; numbers of different kinds of judges do not compare. A category is the share of
+correct images over all samples, the overall score the mean of the six. Images lie as in the official code:
+`00000/samples/0000.png`, with `00000/metadata.jsonl` beside them.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from typing import Any
 
 from PIL import Image
 
-from danceopd.bench.judges.question import Answer, Question, Reads
-from danceopd.bench.suites import Item, picture
-from danceopd.bench.suites.fetch import located
-from danceopd.bench.suites.records import Row, read_rows
-from danceopd.bench.suites.rubric import FAILURES, JudgedScore, JudgedSuite, failure, refuse_twice, sha256_of
+from danceopd.bench.judges.protocol import Answer, Question, Reads
+from danceopd.bench.suites.judged import FAILURES, failure, refuse_duplicates
+from danceopd.bench.suites.protocol import Item, JudgedSuite, Score, json_sha256
+from danceopd.bench.suites.records import Row, located, read_rows
+from danceopd.common.messages import did_you_mean
+from danceopd.data.images import picture
 from danceopd.errors import UserError
-from danceopd.sentences import nearest
 
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 SIZE = 553
 SAMPLES = 4
-"""Pictures a prompt in the published protocol."""
+"""Images for each prompt in the published protocol."""
 TABLES = ("evaluation_metadata.jsonl", "prompts/evaluation_metadata.jsonl")
 READS = Reads(choices=("correct", "incorrect"))
 ASPECT = "correct"
-WORDS_VERSION = "1"
-WORDS = """\
+PROMPT_VERSION = "1"
+PROMPT = """\
 You check one picture that an image model made against a list of facts. All of them have to hold:
 
 <facts>
@@ -52,7 +52,7 @@ Check the facts one by one, then answer with one JSON object and nothing else:
 class Suite(JudgedSuite):
     """The suite. ``data``: `evaluation_metadata.jsonl`, a copy of the official code, or a folder in its result layout.
 
-    ``samples``: pictures a prompt; the published protocol has 4.
+    ``samples``: images for each prompt; the published protocol has 4.
     """
 
     name = "geneval"
@@ -63,10 +63,10 @@ class Suite(JudgedSuite):
 
     def __init__(self, data: str | Path | None = None, samples: int = SAMPLES):
         if samples < 1:
-            raise UserError(f"{samples} samples a prompt are too few; give 1 or more")
+            raise UserError(f"--samples is {samples}; give 1 or more images for each prompt")
         found = located(data, self.needs)
         if found is None:
-            raise UserError(f"suite geneval needs its prompts, which are nowhere on the hub; {self.needs}")
+            raise UserError(f"suite geneval needs its prompts, which are not on the hub; {self.needs}")
         self.data, self.samples = found, samples
 
     @cached_property
@@ -92,12 +92,12 @@ class Suite(JudgedSuite):
 
     @cached_property
     def rules(self) -> dict[str, Any]:
-        """How it asks and adds up, and which prompts it was."""
+        """How it is asked and averaged, and which prompts it was."""
         records = [[i.task["number"], i.task["record"]] for i in self.items if not i.task["sample"]]
         return {
             "prompts": {
-                "source": f"danceopd {WORDS_VERSION}; a program or the official evaluator does not read them",
-                "sha256": {ASPECT: hashlib.sha256(WORDS.encode()).hexdigest()},
+                "source": f"danceopd {PROMPT_VERSION}; a program or the official evaluator does not read them",
+                "sha256": {ASPECT: hashlib.sha256(PROMPT.encode()).hexdigest()},
                 "max_tokens": 1000,
             },
             "resize": "none",
@@ -111,45 +111,45 @@ class Suite(JudgedSuite):
                 "name": "djghosh13/geneval, evaluation_metadata.jsonl",
                 "prompts": len(records),
                 "complete": len(records) == SIZE,
-                "texts_sha256": sha256_of(records),
+                "texts_sha256": json_sha256(records),
             },
         }
 
-    def place(self, item: Item) -> str:
+    def image_path(self, item: Item) -> str:
         """`00000/samples/0000.png`."""
         return f"{item.task['number']:05}/samples/{item.task['sample']:04}.png"
 
-    def places(self, item: Item) -> tuple[str, ...]:
-        """The official place, and the name with five digits that the official sampling script writes."""
-        return self.place(item), f"{item.task['number']:05}/samples/{item.task['sample']:05}.png"
+    def image_paths(self, item: Item) -> tuple[str, ...]:
+        """The official path, and the name with five digits that the official sampling script writes."""
+        return self.image_path(item), f"{item.task['number']:05}/samples/{item.task['sample']:05}.png"
 
-    def records(self, item: Item) -> dict[str, str]:
-        """The small files that the official tree keeps beside the pictures: path -> content."""
+    def extra_files(self, item: Item) -> dict[str, str]:
+        """`00000/metadata.jsonl`, the prompt's record."""
         return {f"{item.task['number']:05}/metadata.jsonl": json.dumps(item.task["record"])}
 
     def questions(self, item: Item, image: Image.Image) -> list[Question]:
-        """One, for a model in words and for a program as the official record."""
+        """One question: the facts in words for a model, the official record for a program."""
         record = item.task["record"]
-        text = WORDS.replace("<facts>", "\n".join(f"{n}. {fact}" for n, fact in enumerate(clauses(record), 1)))
+        text = PROMPT.replace("<facts>", "\n".join(f"{n}. {fact}" for n, fact in enumerate(clauses(record), 1)))
         facts = {
             "suite": self.name,
-            "place": self.place(item),
-            "places": list(self.places(item)),
+            "place": self.image_path(item),
+            "places": list(self.image_paths(item)),
             "metadata": record,
             "prompt": item.prompt,
             "category": item.category,
         }
         return [Question(f"{item.key}/{ASPECT}", ASPECT, (text, picture(image)), READS, facts=facts)]
 
-    def verdict(self, item: Item, answers: Mapping[str, Answer]) -> JudgedScore:
-        """1 or 0."""
+    def verdict(self, item: Item, answers: Mapping[str, Answer]) -> Score:
+        """1 for a correct image, else 0."""
         if failed := failure((ASPECT,), answers):
-            return JudgedScore(None, False, failed[1], failed[0])
+            return Score(None, False, failed[1], failed[0])
         right = answers[ASPECT].choice == READS.choices[0] if READS.choices else False
-        return JudgedScore(float(right), right, answers[ASPECT].reasoning)
+        return Score(float(right), right, answers[ASPECT].reasoning)
 
     def _records(self) -> list[tuple[int, dict[str, Any]]]:
-        """(number, record) of every prompt: lines of the one table, or the folders of a result tree."""
+        """(number, record) of every prompt: the lines of the table, or the folders of a result folder."""
         folders = _folders(self.data) if self.data.is_dir() else []
         if folders:
             rows = [(int(f.name), row) for f in folders for row in _one(f / "metadata.jsonl")]
@@ -157,13 +157,13 @@ class Suite(JudgedSuite):
             rows = list(enumerate(read_rows(self.data, (), TABLES)))
         if not rows:
             raise UserError(f"{self.data} holds no prompts; {self.needs}")
-        refuse_twice(((f"{number:05}", row.where) for number, row in rows), "number")
-        refuse_twice(((row.text("prompt"), row.where) for _, row in rows), "prompt")
+        refuse_duplicates(((f"{number:05}", row.where) for number, row in rows), "number")
+        refuse_duplicates(((row.text("prompt"), row.where) for _, row in rows), "prompt")
         return [(number, checked(row)) for number, row in rows]
 
 
 def _folders(data: Path) -> list[Path]:
-    """The numbered folders of a result tree that have their record."""
+    """The numbered folders of a result folder that hold a record."""
     return sorted((f for f in data.iterdir() if f.name.isdigit() and (f / "metadata.jsonl").is_file()), key=_number)
 
 
@@ -180,27 +180,27 @@ def _one(file: Path) -> Iterable[Row]:
 
 
 def checked(row: Row) -> dict[str, Any]:
-    """A record whose clauses can be checked; UserError names the first that cannot."""
+    """The record of a row; UserError for a clause that no checker could check."""
     tag = row.text("tag")
     row.text("prompt")
     if tag not in CATEGORIES:
-        raise UserError(f"{row.where} has the tag {tag!r}{nearest(tag, CATEGORIES)}")
+        raise UserError(f"{row.where} has the tag {tag!r}{did_you_mean(tag, CATEGORIES)}")
     include = row.cells.get("include")
     if not isinstance(include, list) or not include:
-        raise UserError(f"{row.where} has no list 'include' of what the picture must show; take the official file")
+        raise UserError(f"{row.where} has no list 'include' of what the picture must show; use the official file")
     for at, clause in enumerate([*include, *(row.cells.get("exclude") or [])]):
         known = isinstance(clause, dict) and isinstance(clause.get("class"), str)
         count = clause.get("count") if known else None
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise UserError(f"{row.where} has a clause without 'class' and 'count': {clause!r}; take the official file")
+            raise UserError(f"{row.where} has a clause without 'class' and 'count': {clause!r}; use the official file")
         if "color" in clause and clause["color"] not in COLOURS:
-            raise UserError(f"{row.where} has the colour {clause['color']!r}{nearest(clause['color'], COLOURS)}")
-        if "position" in clause and not _related(clause["position"], at):
+            raise UserError(f"{row.where} has the colour {clause['color']!r}{did_you_mean(clause['color'], COLOURS)}")
+        if "position" in clause and not _is_relation(clause["position"], at):
             raise UserError(f"{row.where} has the position {clause['position']!r}; give [relation, earlier clause]")
     return dict(row.cells)
 
 
-def _related(position: Any, at: int) -> bool:
+def _is_relation(position: Any, at: int) -> bool:
     return (
         isinstance(position, list)
         and len(position) == 2
@@ -211,7 +211,7 @@ def _related(position: Any, at: int) -> bool:
 
 
 def clauses(record: Mapping[str, Any]) -> list[str]:
-    """A record's clauses as sentences."""
+    """A record's clauses as sentences, for a language model."""
     include = record["include"]
     found = []
     for clause in include:

@@ -1,8 +1,8 @@
-"""The ``imgedit`` suite: the basic suite of ImgEdit-Bench (arXiv 2505.20275), 737 edits of nine kinds.
+"""The ``imgedit`` suite: the basic suite of ImgEdit-Bench (arXiv 2505.20275), 737 edits of nine edit types.
 
-One question an item, with the rubric of its kind (`imgedit_rubrics.py`): three numbers from 1 to 5. An item's score is
-their mean, rounded to two decimals as the official script does; the overall score is the unweighted mean of the
-category means, which is how most published tables add up. Pictures lie as in the official code: `<key>.png`.
+One question an item, with the rubric of its edit type (`imgedit_rubrics.py`): three numbers from 1 to 5. An item's
+score is their mean, rounded to two decimals as in the official script; the overall score is the unweighted mean of the
+category means, as in most published tables. Images lie as in the official code: `<key>.png`.
 """
 
 from __future__ import annotations
@@ -22,23 +22,22 @@ from typing import Any
 
 from PIL import Image
 
-from danceopd.bench.judges.question import Answer, Question, Reads
-from danceopd.bench.suites import Item, imgedit_rubrics, picture
-from danceopd.bench.suites.fetch import fetched, located, on_disk, revision
-from danceopd.bench.suites.records import Row, header_checked, read_rows
-from danceopd.bench.suites.rubric import (
+from danceopd.bench.judges.protocol import Answer, Question, Reads
+from danceopd.bench.suites import imgedit_rubrics
+from danceopd.bench.suites.judged import (
     FAILURES,
-    JudgedScore,
-    JudgedSuite,
     failure,
+    files_sha256,
     numbers_of,
-    pictures_sha256,
-    refuse_twice,
-    sha256_of,
+    official_file,
+    refuse_duplicates,
 )
-from danceopd.cache import cache_folder
+from danceopd.bench.suites.protocol import Item, JudgedSuite, Score, json_sha256
+from danceopd.bench.suites.records import Row, downloaded, header_checked, located, on_disk, read_rows, revision
+from danceopd.common.cache import cache_folder
+from danceopd.common.messages import did_you_mean
+from danceopd.data.images import picture
 from danceopd.errors import UserError
-from danceopd.sentences import nearest
 
 REPO, TAR = "sysuyy/ImgEdit", "Benchmark.tar"
 CATEGORIES = {
@@ -52,7 +51,7 @@ CATEGORIES = {
     "compose": "local",
     "action": "local",
 }
-"""The nine, in the order of the published tables, and what each changes."""
+"""The nine edit types in the order of the published tables, and their group."""
 SIZE = 737
 TABLES = ("basic_edit.json", "singleturn.json")
 OFFICIAL_FILE = "prompts.json"
@@ -62,7 +61,7 @@ ASPECT = "score"
 
 
 @dataclass(frozen=True)
-class EditScore(JudgedScore):
+class EditScore(Score):
     """``value``: the mean of the three numbers, 1 to 5, which follow in the rubric's order."""
 
     adherence: float | None = None
@@ -71,7 +70,7 @@ class EditScore(JudgedScore):
 
 
 class Suite(JudgedSuite):
-    """The suite. ``data``: the unpacked `Benchmark.tar`, its `singleturn` folder, or the table beside the pictures."""
+    """The suite. ``data``: the unpacked `Benchmark.tar`, its `singleturn` folder, or the table beside the images."""
 
     name = "imgedit"
     version = "1"
@@ -83,11 +82,11 @@ class Suite(JudgedSuite):
     share = {"editing": False}
 
     def __init__(self, data: str | Path | None = None, official_prompts: str | Path | None = None):
-        self.official = None if official_prompts is None else _official(official_prompts)
+        self.official = None if official_prompts is None else _official_prompts(official_prompts)
         self.revision: str | None = None
         found = located(data, self.needs)
         if found is None:
-            snapshot = fetched(REPO, (TAR,), self.needs)
+            snapshot = downloaded(REPO, (TAR,), self.needs)
             self.revision = revision(snapshot)
             found = _unpacked(snapshot / TAR)
         self.data = found
@@ -98,19 +97,19 @@ class Suite(JudgedSuite):
 
     @cached_property
     def items(self) -> list[Item]:
-        """Every item; UserError for a faulty record or a picture that is not there."""
+        """Every item; UserError for a faulty record or a missing image."""
         table = _table(self.data, self.needs)
         rows = read_rows(table, ())
         if not rows:
             raise UserError(f"{table} has no entries; {self.needs}")
-        refuse_twice(((row.name("key"), row.where) for row in rows), "key")
-        home = _home(self.data, rows[0])
-        return [self._item(row, home) for row in rows]
+        refuse_duplicates(((row.name("key"), row.where) for row in rows), "key")
+        root = _image_root(self.data, rows[0])
+        return [self._item(row, root) for row in rows]
 
     @cached_property
     def rules(self) -> dict[str, Any]:
-        """How it asks and adds up, and which data it was."""
-        texts = {kind: hashlib.sha256(self._words(kind).encode()).hexdigest() for kind in CATEGORIES}
+        """How it is asked and averaged, and which data it was."""
+        texts = {kind: hashlib.sha256(self._prompt(kind).encode()).hexdigest() for kind in CATEGORIES}
         source = f"danceopd {imgedit_rubrics.VERSION}" if self.official is None else "official"
         return {
             "prompts": {"source": source, "sha256": texts, "max_tokens": 1000},
@@ -124,22 +123,21 @@ class Suite(JudgedSuite):
                 "revision": self.revision,
                 "items": len(self.items),
                 "complete": len(self.items) == SIZE,
-                "texts_sha256": sha256_of([[i.key, i.category, i.prompt] for i in self.items]),
-                "pictures_sha256": pictures_sha256(Path(str(i.source)) for i in self.items),
+                "texts_sha256": json_sha256([[i.key, i.category, i.prompt] for i in self.items]),
+                "pictures_sha256": files_sha256(Path(str(i.source)) for i in self.items),
             },
         }
 
-    def place(self, item: Item) -> str:
+    def image_path(self, item: Item) -> str:
         """`<key>.png`."""
         return f"{item.key}.png"
 
     def questions(self, item: Item, image: Image.Image) -> list[Question]:
-        """One, with the rubric of the item's kind."""
+        """One question, with the rubric of the item's edit type."""
         assert item.source is not None
-        text = self._words(item.category).replace("<edit_prompt>", item.prompt)
-        facts = {"suite": self.name, "place": self.place(item), "instruction": item.prompt, "category": item.category}
+        text = self._prompt(item.category).replace("<edit_prompt>", item.prompt)
         parts = (text, picture(item.source), picture(image))
-        return [Question(f"{item.key}/{ASPECT}", ASPECT, parts, READS, facts=facts)]
+        return [Question(f"{item.key}/{ASPECT}", ASPECT, parts, READS, facts=self.edit_facts(item))]
 
     def verdict(self, item: Item, answers: Mapping[str, Answer]) -> EditScore:
         """The mean of the three numbers."""
@@ -149,13 +147,13 @@ class Suite(JudgedSuite):
         value = round(sum(numbers) / len(numbers), 2)
         return EditScore(value, value == READS.high, answers[ASPECT].reasoning, "ok", *numbers)
 
-    def _words(self, kind: str) -> str:
-        return imgedit_rubrics.words(kind) if self.official is None else self.official[kind]
+    def _prompt(self, kind: str) -> str:
+        return imgedit_rubrics.prompt(kind) if self.official is None else self.official[kind]
 
-    def _item(self, row: Row, home: Path) -> Item:
+    def _item(self, row: Row, root: Path) -> Item:
         kind = row.text("edit_type")
         if kind not in CATEGORIES:
-            raise UserError(f"{row.where} has the edit_type {kind!r}{nearest(kind, CATEGORIES)}")
+            raise UserError(f"{row.where} has the edit_type {kind!r}{did_you_mean(kind, CATEGORIES)}")
         return Item(
             key=row.name("key"),
             capability="editing",
@@ -163,14 +161,14 @@ class Suite(JudgedSuite):
             category=kind,
             prompt=row.text("prompt"),
             probe=None,
-            source=header_checked(home / row.text("id"), row.where),
+            source=header_checked(root / row.text("id"), row.where),
             target=None,
             task=None,
         )
 
 
 def _table(data: Path, needs: str) -> Path:
-    """`basic_edit.json` or `singleturn.json`, which hold the same, at any depth."""
+    """`basic_edit.json` or `singleturn.json`, which hold the same rows, at any depth."""
     if data.is_file():
         return data
     for name in TABLES:
@@ -179,20 +177,20 @@ def _table(data: Path, needs: str) -> Path:
     raise UserError(f"{data} holds neither {TABLES[0]} nor {TABLES[1]}; {needs}")
 
 
-def _home(data: Path, first: Row) -> Path:
-    """The folder that the pictures' paths start from, found by the first of them."""
+def _image_root(data: Path, first: Row) -> Path:
+    """The folder that the paths of the source images start from, found by the first of them."""
     path = first.text("id")
     if (first.home / path).is_file():
         return first.home
     top = data if data.is_dir() else data.parent
     found = next(iter(sorted(top.rglob(glob.escape(path)))), None)
     if found is None:
-        raise UserError(f"{first.where}: picture {path} is nowhere below {top}; unpack {TAR} of {REPO} there")
+        raise UserError(f"{first.where}: source image {path} is not below {top}; unpack {TAR} of {REPO} there")
     return found.parents[len(Path(path).parts) - 1]
 
 
 def _unpacked(tar: Path) -> Path:
-    """The tar's single-turn pictures and table below the cache folder, unpacked once."""
+    """The tar's single-turn images and table, unpacked once below the cache folder."""
     facts = tar.stat()
     name = hashlib.sha256(f"{tar.resolve()}\n{facts.st_size}".encode()).hexdigest()[:16]
     folder = cache_folder() / "suites" / "imgedit" / name
@@ -219,19 +217,14 @@ def _unpacked(tar: Path) -> Path:
     return folder
 
 
-def _official(folder: str | Path) -> dict[str, str]:
-    """The nine prompts of `prompts.json` in the user's copy of the official code."""
-    copies = [Path(folder).expanduser() / place / OFFICIAL_FILE for place in OFFICIAL_PLACES]
-    file = next((copy for copy in copies if copy.is_file()), None)
-    if file is None:
-        raise UserError(
-            f"{folder} has no {OFFICIAL_FILE}; give the folder Benchmark/Basic of a copy of "
-            "https://github.com/PKU-YuanGroup/ImgEdit"
-        )
+def _official_prompts(folder: str | Path) -> dict[str, str]:
+    """The judge's nine prompts in `prompts.json` of the user's copy of the official code."""
+    advice = "give the folder Benchmark/Basic of a copy of https://github.com/PKU-YuanGroup/ImgEdit"
+    file = official_file(folder, OFFICIAL_FILE, OFFICIAL_PLACES, advice)
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
         return {kind: str(held[kind]) for kind in CATEGORIES}
     except KeyError as error:
-        raise UserError(f"{file} has no prompt for {error}; take the file of the official repository") from None
+        raise UserError(f"{file} has no prompt for {error}; use the file of the official repository") from None
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error}); take the file of the official repository") from None
+        raise UserError(f"{file} cannot be read ({error}); use the file of the official repository") from None

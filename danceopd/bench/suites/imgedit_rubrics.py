@@ -1,8 +1,8 @@
-"""The words of ImgEdit-Bench's nine rubrics, our own, for three numbers from 1 to 5 each.
+"""The judge's prompts of the ``imgedit`` suite: nine rubrics, in our own words, of three numbers from 1 to 5 each.
 
-What each rubric looks at is the published one's: first whether the edit does what was asked, then two sides of its
-quality, neither of which may stand above the first. Compliance differs by kind of edit; blending and physics are
-shared by the kinds that change a part of a picture.
+Each rubric asks for what the published one asks: first whether the edit does what was asked (compliance, which differs
+by edit type), then two aspects of its quality, neither of which may be scored higher than the first. Edit types that
+change a part of an image share the aspects blending and physics.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ VERSION = "1"
 
 
 class Scale(NamedTuple):
-    """One number: its name, what it is about, and what 1, 2, 3, 4 and 5 mean."""
+    """One number of a rubric: its name, what it is about, and what 1, 2, 3, 4 and 5 mean."""
 
     name: str
     about: str
@@ -25,7 +25,7 @@ class Scale(NamedTuple):
 
 
 class Rubric(NamedTuple):
-    """A kind of edit in words, and its three numbers."""
+    """An edit type in words, and its three numbers."""
 
     kind: str
     scales: tuple[Scale, Scale, Scale]
@@ -240,8 +240,8 @@ RUBRICS = {
 """Edit type of the data -> its rubric."""
 
 
-def words(edit_type: str) -> str:
-    """The question about one kind of edit; `<edit_prompt>` stands for the instruction."""
+def prompt(edit_type: str) -> str:
+    """The judge's prompt for one edit type; `<edit_prompt>` stands for the instruction."""
     kind, scales = RUBRICS[edit_type]
     parts = [
         f"You grade one edit that an image editing model made: {kind}. "

@@ -1,8 +1,9 @@
-"""A benchmark's rows as people have them on disk.
+"""Reading a benchmark's data, from the user's copy or from the hub, into rows of text and paths of images.
 
-Arrow shards (`datasets.save_to_disk`, a hub dataset's files), parquet shards, or a table of text (.jsonl, .json)
-beside its pictures. Texts are read at once; pictures inside shards are written below the cache folder, each once, so
-that every suite hands on paths and never holds a benchmark in memory. A fault names the file and the row.
+Read are Arrow shards (`datasets.save_to_disk`, a hub dataset's files), parquet shards, and tables of text (.jsonl,
+.json) beside their images. Texts are read at once. Images inside shards are extracted once below the cache folder, so
+suites hand on paths and never hold a benchmark in memory. Errors name the file and the row.
+`located` finds the user's copy, `downloaded` gets a dataset from the hub, `on_disk` says whether it is there already.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from typing import Any
 
 from PIL import Image
 
-from danceopd.cache import cache_folder
-from danceopd.disk import part_of
+from danceopd.common.cache import cache_folder
+from danceopd.common.files import partial_path
+from danceopd.data.tables import JsonTable
 from danceopd.errors import UserError
-from danceopd.tables import JsonTable
 
 NOT_TABLES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "prompts.json")
 _NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)\.\w+")
-_STEP = 64  # rows with pictures that are in memory at once
+_STEP = 64  # rows with images that are in memory at once
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its texts, what a sentence calls it, and where it is.
+    """One row: its texts (`cells`) and `where` it is, for error messages.
 
-    ``home``: the folder that its paths start from, or the shard that holds its pictures, as row ``number``.
+    ``home``: the folder that its paths start from, or the shard that holds its images as row ``number``.
     """
 
     cells: dict[str, Any]
@@ -43,29 +44,29 @@ class Row:
     number: int | None = None
 
     def text(self, field: str) -> str:
-        """A field that must hold text; UserError names the row."""
+        """The text of a field; UserError where there is none."""
         value = self.cells.get(field)
         if not isinstance(value, str) or not value.strip():
             shown = "has no field" if value is None else f"holds {value!r}, which is not text, in"
-            raise UserError(f"{self.where} {shown} {field!r}; mend that row, or fetch the data again")
+            raise UserError(f"{self.where} {shown} {field!r}; correct that row, or download the data again")
         return value.strip()
 
     def name(self, field: str) -> str:
-        """A field that becomes part of a file name."""
+        """The text of a field that becomes part of a file name."""
         return file_name(self.text(field), f"{self.where}: {field}")
 
 
 def file_name(value: str, where: str) -> str:
-    """The value, when it can be the name of a file; UserError otherwise."""
+    """The value, if it can be the name of a file; UserError otherwise."""
     if not re.fullmatch(r"[\w -][\w .()+=-]*", value):
-        raise UserError(f"{where} is {value!r}, which cannot be a file's name; use letters, digits, - and _")
+        raise UserError(f"{where} is {value!r}, which cannot be a file name; use letters, digits, - and _")
     return value
 
 
 def read_rows(path: Path, fields: Sequence[str], tables: Sequence[str] = ()) -> list[Row]:
-    """All rows of a file or folder, with the texts named in ``fields``.
+    """All rows of a file or folder, with the columns named in ``fields``.
 
-    In a folder: shards at any depth, else one table of text, those named in ``tables`` before any other.
+    In a folder: shards at any depth, else one table of text; those named in ``tables`` come first.
     """
     shards = _shards(path)
     if shards:
@@ -74,7 +75,7 @@ def read_rows(path: Path, fields: Sequence[str], tables: Sequence[str] = ()) -> 
 
 
 def _shards(path: Path) -> list[Path]:
-    """The arrow or parquet files, in order; UserError where one of several is missing."""
+    """The Arrow or parquet files in order; UserError where one of several is missing."""
     if path.is_file():
         return [path] if path.suffix in (".arrow", ".parquet") else []
     every = sorted(path.rglob("*"))
@@ -90,25 +91,25 @@ def _shards(path: Path) -> list[Path]:
             wanted |= {file.with_name(f"{stem}-{n:0{digits}}-of-{count}{file.suffix}") for n in range(int(count))}
     if lacking := sorted(file for file in wanted if not file.is_file()):
         more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
-        raise UserError(f"{lacking[0]} is missing{more}; the data is incomplete, fetch it again")
+        raise UserError(f"{lacking[0]} is missing{more}; the data is incomplete, download it again")
     return found
 
 
 def _listed(state: Path) -> list[str]:
-    """The shards that `datasets.save_to_disk` noted."""
+    """The shards that `datasets.save_to_disk` listed in its state.json."""
     try:
         return [entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{state} does not list its shards; fetch the data again") from None
+        raise UserError(f"{state} does not list its shards; download the data again") from None
 
 
 def _batches(shard: Path, columns: Iterable[str]) -> Iterator[Any]:
-    """Record batches with those of the columns that are there."""
+    """Record batches of a shard with those of the columns that it has."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UserError(f'reading {shard} needs pyarrow; `pip install "danceopd[data]"`') from None
+        raise UserError(f'reading {shard} needs pyarrow; run `pip install "danceopd[data]"`') from None
     wanted = list(columns)
     try:
         if shard.suffix == ".parquet":
@@ -126,7 +127,7 @@ def _batches(shard: Path, columns: Iterable[str]) -> Iterator[Any]:
                 yield batch.select([name for name in wanted if name in batch.schema.names])
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{shard} is not a readable {shard.suffix[1:]} file ({reason}); fetch it again") from None
+        raise UserError(f"{shard} is not a readable {shard.suffix[1:]} file ({reason}); download it again") from None
 
 
 def _shard_rows(shard: Path, root: Path, fields: Sequence[str]) -> Iterator[Row]:
@@ -137,8 +138,8 @@ def _shard_rows(shard: Path, root: Path, fields: Sequence[str]) -> Iterator[Row]
             number += 1
 
 
-def kept_pictures(rows: Sequence[Row], column: str, names: Sequence[str], suite: str) -> list[Path]:
-    """The pictures inside shards as PNG files below the cache folder, one a row, by ``names``."""
+def extracted_images(rows: Sequence[Row], column: str, names: Sequence[str], suite: str) -> list[Path]:
+    """The images inside shards as PNG files below the cache folder, one for each row, named by ``names``."""
     paths: list[Path] = []
     for row, name in zip(rows, names, strict=True):
         facts = row.home.stat()
@@ -161,10 +162,10 @@ def kept_pictures(rows: Sequence[Row], column: str, names: Sequence[str], suite:
 
 
 def _png(value: Any, row: Row, column: str) -> bytes:
-    """The bytes of a picture as `datasets` keeps them, as PNG."""
+    """The bytes of an image as `datasets` stores them, as PNG."""
     held = value.get("bytes") if isinstance(value, dict) else value
     if not held:
-        raise UserError(f"{row.where} has no picture in {column!r}; fetch the data again")
+        raise UserError(f"{row.where} has no image in {column!r}; download the data again")
     try:
         with Image.open(io.BytesIO(held)) as image:
             if image.format == "PNG":
@@ -173,11 +174,11 @@ def _png(value: Any, row: Row, column: str) -> bytes:
             image.convert("RGB").save(out, format="PNG")
             return out.getvalue()
     except (OSError, ValueError, SyntaxError, TypeError):
-        raise UserError(f"{row.where}: {column!r} is not a picture; fetch the data again") from None
+        raise UserError(f"{row.where}: {column!r} is not an image; download the data again") from None
 
 
 def _write(path: Path, content: bytes) -> None:
-    part = part_of(path)
+    part = partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(content)
@@ -186,12 +187,12 @@ def _write(path: Path, content: bytes) -> None:
         with suppress(OSError):
             part.unlink()
         raise UserError(
-            f"cannot write {path} ({error.strerror}); set DANCEOPD_CACHE to a folder with room for the pictures"
+            f"cannot write {path} ({error.strerror}); set DANCEOPD_CACHE to a folder with room for the images"
         ) from None
 
 
 def _table(path: Path, names: Sequence[str]) -> Path:
-    """The one table of text of a folder, or the file itself."""
+    """The one text table of a folder, or the file itself."""
     if path.is_file():
         if path.suffix not in (".jsonl", ".json"):
             raise UserError(f"{path} is of an unknown kind; give .arrow, .parquet, .jsonl, .json or a folder of them")
@@ -202,33 +203,33 @@ def _table(path: Path, names: Sequence[str]) -> Path:
     if len(found) == 1:
         return found[0]
     if not found:
-        raise UserError(f"{path} holds no .arrow or .parquet shards and no .jsonl or .json table; fetch the data again")
+        raise UserError(f"{path} holds no .arrow or .parquet shards and no .jsonl or .json table; download it again")
     raise UserError(f"{path} holds several tables ({', '.join(f.name for f in found)}); give the path of one")
 
 
 def _table_rows(table: Path) -> list[Row]:
-    """A JSON object a line; or one JSON list of objects, or one JSON object of them by their key."""
+    """The rows of .jsonl (an object a line) or .json (one list of objects, or one object of objects by key)."""
     if table.suffix == ".jsonl":
         lines = JsonTable(table)
         return [Row(lines[n], lines.where(n), table.parent) for n in range(len(lines))]
     try:
         data = json.loads(table.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except (OSError, ValueError) as error:
-        raise UserError(f"{table} is not readable JSON ({error}); fetch it again") from None
+        raise UserError(f"{table} is not readable JSON ({error}); download it again") from None
     pairs: Iterable[tuple[str, Any]] = (
         data.items() if isinstance(data, dict) else ((str(n + 1), v) for n, v in enumerate(data)) if data else ()
     )
     rows = []
     for key, cells in pairs:
         if not isinstance(cells, dict):
-            raise UserError(f"{table}, entry {key} is not a JSON object; fetch the file again")
+            raise UserError(f"{table}, entry {key} is not a JSON object; download the file again")
         more = {"key": key} if isinstance(data, dict) else {}
         rows.append(Row(more | cells, f"{table}, entry {key}", table.parent))
     return rows
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; ValueError for a key that stands in it twice, of which JSON would keep the last in silence."""
+    """A JSON object; ValueError for a repeated key, of which `json` would silently keep the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [key for key, _ in pairs]
@@ -238,11 +239,53 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def header_checked(path: Path, where: str) -> Path:
-    """The path, when it is a picture by its header; UserError names who asks for it."""
+    """The path, if its header is that of an image; UserError names the row (`where`) otherwise."""
     if not path.is_file():
-        raise UserError(f"{where}: picture {path} does not exist; fetch the data again")
+        raise UserError(f"{where}: image {path} does not exist; download the data again")
     try:
         with Image.open(path):
             return path
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise UserError(f"{where}: {path} is not a picture; fetch it again") from None
+        raise UserError(f"{where}: {path} is not an image; download it again") from None
+
+
+def located(data: str | Path | None, needs: str) -> Path | None:
+    """The path of the user's copy, None when none is given. UserError where it does not exist."""
+    if data is None:
+        return None
+    path = Path(data).expanduser()
+    if not path.exists():
+        raise UserError(f"data folder {path} does not exist; {needs}")
+    return path
+
+
+def on_disk(repo: str, patterns: Sequence[str]) -> Path | None:
+    """The snapshot of a hub dataset that was downloaded before, or None; uses no network."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repo, repo_type="dataset", local_files_only=True))
+    except Exception:  # the client raises a dozen kinds
+        return None
+    return folder if any(True for pattern in patterns for _ in folder.rglob(pattern)) else None
+
+
+def downloaded(repo: str, patterns: Sequence[str], needs: str) -> Path:
+    """The snapshot of a hub dataset, downloaded if needed; UserError says how to get it otherwise."""
+    from huggingface_hub import snapshot_download
+
+    reason = ""
+    try:
+        folder = Path(snapshot_download(repo, repo_type="dataset", allow_patterns=list(patterns)))
+    except Exception as error:  # the client raises a dozen kinds
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+    else:
+        if any(True for pattern in patterns for _ in folder.rglob(pattern)):
+            return folder
+        reason = "it has none of the expected files"
+    raise UserError(f"dataset {repo} is not here and could not be downloaded from the hub ({reason}); {needs}")
+
+
+def revision(folder: Path) -> str | None:
+    """The commit of a hub snapshot's folder; None for other folders."""
+    return folder.name if folder.parent.name == "snapshots" else None

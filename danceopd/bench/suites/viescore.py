@@ -1,10 +1,10 @@
 """VIEScore for an edit: two questions, four numbers from 0 to 10, one score (arXiv 2312.14867; GEdit-Bench's judge).
 
-SC (semantic consistency) sees instruction, source and edit: success, and restraint (10: nothing else has changed);
-SC is the lower one. PQ (perceptual quality) sees the edit alone: naturalness, and freedom from artifacts; PQ is the
-lower one. O = sqrt(SC * PQ) of each item. As GEdit-Bench has it, the edit is resized to the source's size first, and
-the text comes before the source and the source before the edit. The words here are our own; `official_words` takes
-those of the user's copy of the official code instead.
+SC (semantic consistency) is asked with the instruction, the source image and the edit: success, and restraint (10:
+nothing else has changed); SC is the lower of the two. PQ (perceptual quality) is asked with the edit alone:
+naturalness, and freedom from artifacts; PQ is the lower of the two. O = sqrt(SC * PQ) of each item. As in GEdit-Bench,
+the edit is resized to the source's size first, and the order is text, source, edit. The judge's prompts here are our
+own; `official_prompts` reads those of the user's copy of the official code instead.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from typing import Any
 
 from PIL import Image
 
-from danceopd.bench.judges.question import Answer, Question, Reads
-from danceopd.bench.suites import Item, picture
-from danceopd.bench.suites.rubric import FAILURES, JudgedScore, failure, numbers_of, reasons
+from danceopd.bench.judges.protocol import Answer, Question, Reads
+from danceopd.bench.suites.judged import FAILURES, failure, numbers_of, official_file, reasons
+from danceopd.bench.suites.protocol import Item, Score
+from danceopd.data.images import picture
 from danceopd.errors import UserError
 
-WORDS_VERSION = "1"
+PROMPTS_VERSION = "1"
 ASPECTS = ("SC", "PQ")
 READS = Reads(count=2, low=0, high=10)
 
-SC_WORDS = """\
+SC_PROMPT = """\
 You grade one edit that an image editing model made. The first picture is the source, the second is what the model \
 returned. This was the instruction:
 
@@ -50,7 +51,7 @@ Compare the two pictures part by part before you decide. A flaw in beauty or rea
 Answer with one JSON object and nothing else, the reasoning in at most two sentences:
 {"reasoning": "...", "score": [success, restraint]}"""
 
-PQ_WORDS = """\
+PQ_PROMPT = """\
 You grade the technical quality of one picture that an image model made. What it shows, and whether anybody asked for \
 that, is no matter here.
 
@@ -71,16 +72,16 @@ Answer with one JSON object and nothing else, the reasoning in at most two sente
 
 
 @dataclass(frozen=True)
-class Words:
-    """The text of both questions, `<instruction>` standing for the instruction, and how they are named in a result."""
+class JudgePrompts:
+    """The judge's two prompts, `<instruction>` standing for the instruction, and how a result names them."""
 
-    sc: str = SC_WORDS
-    pq: str = PQ_WORDS
-    source: str = f"danceopd {WORDS_VERSION}"
+    sc: str = SC_PROMPT
+    pq: str = PQ_PROMPT
+    source: str = f"danceopd {PROMPTS_VERSION}"
     max_tokens: int = 1000
 
     def rules(self) -> dict[str, Any]:
-        """What a result says about the words."""
+        """Their source and hashes, for the result."""
         texts = {"SC": self.sc, "PQ": self.pq}
         return {
             "source": self.source,
@@ -91,7 +92,7 @@ class Words:
 
 OFFICIAL_FILE = "vie_prompts.py"
 OFFICIAL_PLACES = (".", "viescore", "GEdit-Bench/viescore")
-"""Where the file lies in a copy of the official code, from `--official-prompts`."""
+"""Where the file may lie below the folder that `--official-prompts` names."""
 _CONTEXT, _PAIR, _SC, _PQ = (
     "_context_no_delimit",
     "_prompts_0shot_two_image_edit_rule",
@@ -100,15 +101,15 @@ _CONTEXT, _PAIR, _SC, _PQ = (
 )
 
 
-def official_words(folder: str | Path) -> Words:
-    """The words of `vie_prompts.py` in the user's copy of Step1X-Edit's GEdit-Bench; the file is read, never run."""
-    copies = [Path(folder).expanduser() / place / OFFICIAL_FILE for place in OFFICIAL_PLACES]
-    file = next((copy for copy in copies if copy.is_file()), None)
-    if file is None:
-        raise UserError(
-            f"{folder} has no {OFFICIAL_FILE}; give the folder GEdit-Bench/viescore of a copy of "
-            "https://github.com/stepfun-ai/Step1X-Edit"
-        )
+def judge_prompts(official: str | Path | None) -> JudgePrompts:
+    """Our own prompts, or with the folder of `--official-prompts` those of the official code."""
+    return JudgePrompts() if official is None else official_prompts(official)
+
+
+def official_prompts(folder: str | Path) -> JudgePrompts:
+    """The prompts of `vie_prompts.py` in the user's copy of Step1X-Edit's GEdit-Bench; the file is read, never run."""
+    advice = "give the folder GEdit-Bench/viescore of a copy of https://github.com/stepfun-ai/Step1X-Edit"
+    file = official_file(folder, OFFICIAL_FILE, OFFICIAL_PLACES, advice)
     try:
         parts = {
             target.id: ast.literal_eval(node.value)
@@ -119,15 +120,15 @@ def official_words(folder: str | Path) -> Words:
         }
         context, pair, sc, pq = (str(parts[name]) for name in (_CONTEXT, _PAIR, _SC, _PQ))
     except KeyError as error:
-        raise UserError(f"{file} does not hold {error}; take the file of the official repository") from None
+        raise UserError(f"{file} does not hold {error}; use the file of the official repository") from None
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}); take the file of the official repository") from None
-    return Words("\n".join([context, pair, sc]), "\n".join([context, pq]), "official", 1400)
+        raise UserError(f"{file} cannot be read ({error}); use the file of the official repository") from None
+    return JudgePrompts("\n".join([context, pair, sc]), "\n".join([context, pq]), "official", 1400)
 
 
 @dataclass(frozen=True)
-class EditScore(JudgedScore):
-    """``value`` is O, 0 to 10; ``sc`` and ``pq`` the lower of the two numbers of each question, which follow."""
+class EditScore(Score):
+    """``value`` is O, 0 to 10; ``sc`` and ``pq`` are the lower number of each question; the four numbers follow."""
 
     sc: float | None = None
     pq: float | None = None
@@ -137,10 +138,10 @@ class EditScore(JudgedScore):
     artifacts: float | None = None
 
 
-def rules(words: Words) -> dict[str, Any]:
-    """The part of a suite's rules that is VIEScore's."""
+def rules(prompts: JudgePrompts) -> dict[str, Any]:
+    """VIEScore's part of a suite's `rules`."""
     return {
-        "prompts": words.rules(),
+        "prompts": prompts.rules(),
         "resize": "the edit to the size of the source (bicubic), where they differ; nothing else",
         "message order": {"SC": ["text", "source", "edit"], "PQ": ["text", "edit"]},
         "item": "SC = min(success, restraint), PQ = min(naturalness, cleanness), O = sqrt(SC * PQ)",
@@ -148,22 +149,22 @@ def rules(words: Words) -> dict[str, Any]:
     }
 
 
-def questions(item: Item, image: Image.Image, words: Words, facts: Mapping[str, Any]) -> list[Question]:
-    """SC and PQ about one edit."""
+def questions(item: Item, image: Image.Image, prompts: JudgePrompts, facts: Mapping[str, Any]) -> list[Question]:
+    """The questions SC and PQ about one edit."""
     assert item.source is not None
     source = picture(item.source)
     edit = picture(image)
     if edit.size != source.size:
         edit = edit.resize(source.size, Image.Resampling.BICUBIC)
-    asked = {"SC": (words.sc.replace("<instruction>", item.prompt), source, edit), "PQ": (words.pq, edit)}
+    parts = {"SC": (prompts.sc.replace("<instruction>", item.prompt), source, edit), "PQ": (prompts.pq, edit)}
     return [
-        Question(f"{item.key}/{aspect}", aspect, parts, READS, facts=facts, max_tokens=words.max_tokens)
-        for aspect, parts in asked.items()
+        Question(f"{item.key}/{aspect}", aspect, part, READS, facts=facts, max_tokens=prompts.max_tokens)
+        for aspect, part in parts.items()
     ]
 
 
 def verdict(answers: Mapping[str, Answer]) -> EditScore:
-    """The four numbers as one score; recorded official results hold only the lower one of each pair."""
+    """The four numbers as one score; recorded official results hold only the lower number of each pair."""
     if failed := failure(ASPECTS, answers):
         return EditScore(None, False, failed[1], failed[0])
     both = [numbers_of(answers[aspect]) for aspect in ASPECTS]

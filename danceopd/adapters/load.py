@@ -1,0 +1,129 @@
+"""`load_student`: a run's folder or a LoRA file goes in, the stock diffusers pipeline with that LoRA comes out.
+
+Stock `load_lora_weights` can silently do nothing. So after every load the LoRA layers in the transformer are read back
+and must equal the file's, every layer and every number (`check_injected`).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from danceopd.adapters.header import LoraHeader, inspect_adapter
+from danceopd.adapters.read import read_adapter
+from danceopd.common.messages import few, read_yaml
+from danceopd.common.shipped import resolve
+from danceopd.errors import UserError
+from danceopd.models.base import base_fingerprint, base_folder, empty_transformer, load_base
+from danceopd.models.lora import Adapter
+
+ADAPTER_NAME = "student"
+"""The adapter's name in the loaded pipeline."""
+
+
+class ExportError(UserError):
+    """A written file does not give what the student gave: nothing is replaced, and the command fails."""
+
+
+def load_student(
+    folder: str | os.PathLike,
+    base: str | os.PathLike | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """The stock diffusers pipeline with the student's LoRA loaded, ready to call.
+
+    `folder` is a run's output folder, a LoRA file, a shipped name, or a fused pipeline's folder. `base` is a folder, a
+    shipped name, or a name on the hub; by default it is read from the folder's `recipe.yaml`, else from the file.
+    `dtype` None is the stock default, fp32.
+
+    UserError when the base is not the one the student was trained on, when a tensor does not fit it, or when the
+    stock loader left a layer out.
+    """
+    folder = Path(resolve(os.fspath(folder), "student"))
+    if (folder / "model_index.json").is_file():
+        pipe = load_base(folder, dtype)
+    else:
+        header, where = check_base(folder, base)
+        adapter = read_adapter(header.file, empty_transformer(where))
+        pipe = load_base(where, dtype)
+        # diffusers reads our own files exactly; what it reads from other files may differ
+        plain = header.record and header.dialect in ("diffusers", "peft")
+        load_lora(pipe, header.file if plain else adapter, adapter)
+    return pipe if device is None else pipe.to(device)
+
+
+def check_base(folder: Path, base: str | os.PathLike | None) -> tuple[LoraHeader, Path]:
+    """The student's header and its base's folder; UserError when the file was trained on another base."""
+    header = inspect_adapter(folder)
+    where = base_folder(os.fspath(base) if base is not None else _base_of(folder, header))
+    trained_on = header.record.get("base_sha256")
+    if trained_on and trained_on != base_fingerprint(where):
+        name = f" ({header.record['base']})" if header.record.get("base") else ""
+        raise UserError(
+            f"{header.file} was trained on another base{name} than {where}: the transformers' fingerprints differ "
+            f"({trained_on[:12]} and {base_fingerprint(where)[:12]}); give the base it was trained on"
+        )
+    return header, where
+
+
+def _base_of(folder: Path, header: LoraHeader) -> str:
+    recipe = (folder if folder.is_dir() else folder.parent) / "recipe.yaml"
+    if recipe.is_file():
+        base = read_yaml(recipe, "recipe").get("base", "base")
+    else:
+        base = header.record.get("base")
+    if not isinstance(base, str) or not base:
+        raise UserError(
+            f"{header.file} does not say which base model it belongs to (no recipe.yaml beside it, nothing in its "
+            "metadata); give the base"
+        )
+    return base
+
+
+def load_lora(pipe: Any, source: Path | Adapter, adapter: Adapter) -> None:
+    """Stock `load_lora_weights` of a file (or of an adapter, as a diffusers state dict), then `check_injected`."""
+    if isinstance(source, Path):
+        pipe.load_lora_weights(source.parent, weight_name=source.name, adapter_name=ADAPTER_NAME)
+    else:
+        halves = {
+            f"transformer.{name}.lora_{half}.weight": tensor
+            for name, pair in source.to().tensors.items()  # a copy: diffusers keeps the very tensors it is given
+            for half, tensor in zip("AB", pair)
+        }
+        pipe.load_lora_weights(halves, adapter_name=ADAPTER_NAME)
+    check_injected(pipe.transformer, adapter)
+
+
+def check_injected(transformer: nn.Module, adapter: Adapter, name: str = ADAPTER_NAME) -> None:
+    """ExportError unless the active LoRA `name` of the transformer has exactly the layers and numbers of `adapter`.
+
+    Numbers are compared in the dtype of the layer.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = {path: m for path, m in transformer.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A}
+    missing, extra = adapter.tensors.keys() - layers.keys(), layers.keys() - adapter.tensors.keys()
+    wrong = []
+    for path in adapter.tensors.keys() & layers.keys():
+        layer: Any = layers[path]
+        halves = (layer.lora_A[name].weight, layer.lora_B[name].weight)
+        same = all(
+            held.shape == given.shape and torch.equal(held.detach().cpu(), given.to(held.dtype))
+            for held, given in zip(halves, adapter.tensors[path])
+        )
+        if not same or layer.scaling[name] != 1.0 or name not in layer.active_adapters or layer.disable_adapters:
+            wrong.append(path)
+    if missing or extra or wrong:
+        total = len(adapter)
+        raise ExportError(
+            f"stock diffusers loaded {total - len(missing) - len(wrong)} of the student's {total} layers"
+            + (f", left out {few(missing)}" if missing else "")
+            + (f", invented {few(extra)}" if extra else "")
+            + (f", changed {few(wrong)}" if wrong else "")
+            + "; report this with your diffusers and peft versions"
+        )

@@ -1,0 +1,88 @@
+"""Low-rank approximation: a dense weight change or a product B·A goes in, the closest B·A of a rank comes out.
+
+Singular values are shared evenly between A and B. All norms are Frobenius norms.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Factors = tuple[Tensor, Tensor]
+"""A (r, in), B (out, r)."""
+EXACT_SVD_SIDE = 1024
+"""`truncate_matrix` uses the exact SVD when the shorter side is no longer than this."""
+OVERSAMPLING = 8
+POWER_ITERATIONS = 2
+
+
+def truncate_product(a: Tensor, b: Tensor, rank: int) -> tuple[Factors, float, float]:
+    """(the pair of at most `rank` whose product is closest to B·A, ‖lost‖², ‖B·A‖²).
+
+    A (r, in), B (out, r); the pair itself when its rank is small enough. Computed in fp64 on r-sized matrices, so the
+    (out, in) product is never made.
+    """
+    left, right, core = product_core(a, b)
+    if a.shape[0] <= rank:
+        return (a, b), 0.0, float(core.square().sum())
+    u, s, vh = torch.linalg.svd(core, full_matrices=False)
+    root = s[:rank].sqrt()
+    new_a = (root[:, None] * vh[:rank]) @ right.T
+    new_b = left @ (u[:, :rank] * root)
+    pair = new_a.to(a.dtype).contiguous(), new_b.to(b.dtype).contiguous()
+    return pair, float(s[rank:].square().sum()), float(s.square().sum())
+
+
+def product_core(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(left, right, core) in fp64 with B·A = left @ core @ right.T and orthonormal left and right."""
+    left, rb = torch.linalg.qr(b.double())
+    right, ra = torch.linalg.qr(a.double().T)
+    return left, right, rb @ ra.T
+
+
+def truncate_matrix(delta: Tensor, rank: int, draw: torch.Generator) -> tuple[Factors, float, float]:
+    """(A (rank, in), B (out, rank) closest to delta (out, in), ‖lost‖², ‖delta‖²), for blends.
+
+    Small matrices get the exact SVD; large ones a randomised one with power iterations (Halko, Martinsson and
+    Tropp, arXiv 0909.4061), which costs a few products with `delta`.
+    """
+    if min(delta.shape) <= EXACT_SVD_SIDE:
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+    else:
+        width = min(rank + 16, *delta.shape)
+        sample = delta @ torch.randn(delta.shape[1], width, generator=draw).to(delta)
+        for _ in range(4):
+            sample = delta @ torch.linalg.qr(delta.T @ torch.linalg.qr(sample)[0])[0]
+        span = torch.linalg.qr(sample)[0]
+        u, s, vh = torch.linalg.svd(span.T @ delta, full_matrices=False)
+        u = span @ u
+    a, b = _factors(u, s, vh, rank)
+    return (a, b), float((delta - b @ a).double().square().sum()), float(delta.double().square().sum())
+
+
+def low_rank_factors(delta: Tensor, rank: int, energy: float | None = None, seed: int = 0) -> Factors:
+    """A (r, in), B (out, r) with B·A close to the best approximation of `delta (out, in)`, r ≤ `rank`, for extractions.
+
+    With `energy`, r is the smallest rank that keeps this share of ‖delta‖². Exact SVD where it is no slower than
+    `torch.svd_lowrank`. The global random state is left alone.
+    """
+    probes = rank + OVERSAMPLING
+    if 2 * probes >= min(delta.shape):
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[delta.device] if delta.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            u, s, v = torch.svd_lowrank(delta, q=probes, niter=POWER_ITERATIONS)
+            vh = v.T
+    keep = min(rank, len(s))
+    if energy is not None:
+        wanted = energy * float(delta.double().square().sum())
+        reached = s.double().square().cumsum(0) >= wanted
+        keep = min(keep, int(reached.int().argmax()) + 1 if bool(reached.any()) else keep)
+    return _factors(u, s, vh, keep)
+
+
+def _factors(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> Factors:
+    """The first `rank` singular values and vectors as A and B."""
+    root = s[:rank].sqrt()
+    return (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()

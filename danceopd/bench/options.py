@@ -1,0 +1,46 @@
+"""Options of a bench that belong together: of the suite, the judge and the blends; plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SuiteOptions:
+    """What some suites take: a copy of the data, the language of instructions, prompts of the official code, and
+    images for each prompt.
+    """
+
+    data: str | Path | None = None
+    language: str | None = None
+    official_prompts: str | Path | None = None
+    samples: int | None = None
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """Who scores a judged suite (`--judge`), and how.
+
+    `judge`: see `judges.registry.load_judge`; "none" generates and measures without a judge. `arguments` are those of
+    the judge's class. Everything is asked `repeats` times, for at most `max_cost` US dollars.
+    """
+
+    judge: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    repeats: int = 1
+    max_cost: float | None = None
+
+
+@dataclass(frozen=True)
+class BlendOptions:
+    """Which blends of the teachers' LoRAs are compared.
+
+    `weights`: weights of the first of two teachers to try, or one weight for each teacher by name. `methods`: those of
+    `danceopd blend`. The best blend is shown in the tables, the others in the report.
+    """
+
+    weights: Sequence[float] | Mapping[str, float] = ()
+    methods: Sequence[str] = ("linear",)

@@ -1,0 +1,161 @@
+"""`report.html` of a bench: one self-contained page that opens offline, on a phone, in print and in dark mode.
+
+Reads a bench folder (`scores.json`, `samples.jsonl`, `images/`) and nothing else, so a report can be written again at
+any time; `scores.csv`, `scores.md` and `scores.tex` are written beside it (export.py). Every item is in the page;
+images are embedded worst first until a budget is spent (items.py, thumbnails.py), so that the file stays below about
+25 MB. A content security policy in the page forbids every request, and every script but its own.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from danceopd.bench.report import charts, table, verdicts
+from danceopd.bench.report.export import export
+from danceopd.bench.report.items import PAGE, REASON, embed_images, failures, items_of
+from danceopd.bench.report.thumbnails import Thumbnails
+from danceopd.bench.results import load
+from danceopd.common.files import disk_errors, write_atomic
+
+BUDGET = 16_000_000
+"""Characters of embedded images."""
+FAILURES = 500
+"""Failures that are listed in the page."""
+OPTIONAL = (
+    *("judge", "judging", "subsets", "metrics", "pictures", "ceiling", "probes", "blend_grid", "base", "seed", "call"),
+    *("limit", "categories", "machine", "seconds", "versions", "command", "watch", "field_gap"),
+)
+"""Keys of `scores.json` that older benches or other programs may have left out."""
+
+
+def report(folder: str | Path, budget: int = BUDGET) -> Path:
+    """Write `report.html` and the tables beside it into a finished bench's folder; returns the report's path.
+
+    `budget`: characters of embedded images; items beyond it are listed without images. UserError if the folder holds
+    no finished bench.
+    """
+    folder = Path(folder)
+    scores, rows = load(folder)
+    if "interference" not in scores:  # an older bench
+        scores["interference"] = _interference(scores, rows)
+    export(folder, scores)
+    html = page(scores, rows, Thumbnails(folder), budget)
+    path = folder / "report.html"
+    with disk_errors(path):
+        write_atomic(path, html.encode("utf-8"))
+    return path
+
+
+def _interference(scores: dict, rows: Sequence[dict]) -> dict | None:
+    from danceopd.bench.interference import interference
+
+    def names(role: str) -> list[str]:
+        return [m["name"] for m in scores["models"] if m["role"] == role]
+
+    suite, student = scores["suite"], verdicts.student_of(scores)["name"]
+    scales = {c: verdicts.scale(scores, c) for c in verdicts.CAPABILITIES}
+    return interference(
+        rows, student, verdicts.base_of(scores), names("teacher"), names("blend"), suite.get("share"), scales
+    )
+
+
+def page(scores: dict, rows: Sequence[dict], thumbnails: Thumbnails, budget: int = BUDGET) -> str:
+    """The report of a bench as HTML."""
+    scores = dict.fromkeys(OPTIONAL) | scores
+    scores["models"] = [{c: None for c in verdicts.CAPABILITIES} | model for model in scores["models"]]
+    charts.assign_colours(scores["models"])
+    capabilities = verdicts.capabilities(scores)
+    items = items_of(scores, rows)
+    embedded = embed_images(items, thumbnails.fetch, budget)
+    failed = failures(items)
+    gaps = {c: found for c in capabilities if (found := charts.differences(scores, c))}
+    radars = {c: found for c in capabilities if (found := charts.radar(scores, c))}
+    context = {
+        "scores": scores,
+        "student": verdicts.student_of(scores),
+        "who": {m["name"]: m for m in scores["models"]},
+        "references": verdicts.references(scores),
+        "capabilities": capabilities,
+        "titles": verdicts.CAPABILITIES,
+        "measure": {c: verdicts.measure(scores, c) for c in capabilities},
+        "shares": {c: verdicts.is_share(scores, c) for c in verdicts.CAPABILITIES},
+        "models": {c: [m for m in scores["models"] if m[c]] for c in capabilities},
+        "verdict": verdicts.verdict(scores),
+        "overall": verdicts.overall_sentence(scores),
+        "judge_name": _judge(scores["judge"]),
+        "gaps": gaps,
+        "comparisons": sum(len(row["marks"]) for found in gaps.values() for row in found["rows"][1:]),
+        "radars": radars,
+        "panels": {c: charts.bars(scores, c) for c in capabilities},
+        "lines": {c: verdicts.score_table(scores, c) for c in capabilities},
+        "unscored": {c: verdicts.unscored(scores, c) for c in capabilities},
+        "matrix": charts.matrix(scores),
+        "validation": charts.validation_curve(scores["field_gap"]),
+        "subsets": verdicts.subsets(scores),
+        "separate": verdicts.separate(scores),
+        "metrics": [*verdicts.metrics(scores), *verdicts.image_sets(scores)],
+        "items": items,
+        "embedded": embedded,
+        "choices": _choices(items),
+        "page": PAGE,
+        "reason": REASON,
+        "thumbnail": thumbnails,
+        "failures": failed,
+        "failures_shown": FAILURES,
+        "statuses": list(dict.fromkeys(f["status"] for f in failed)),
+        "tally": Counter((f["model"], f["status"]) for f in failed),
+        "gap": table.gap_sentence,
+    }
+    return _render(context)
+
+
+def _judge(judge: Any) -> str:
+    """The name of a judge, from its identity."""
+    if not isinstance(judge, Mapping):
+        return str(judge or "")
+    return str(next((judge[key] for key in ("name", "model", "kind") if judge.get(key)), "a judge"))
+
+
+def _choices(items: Sequence[dict]) -> dict:
+    """The choices of the filters: the values that occur, in the order of the suite."""
+    ordered = sorted(items, key=lambda item: item["number"])
+    return {
+        "capability": list(dict.fromkeys(i["capability"] for i in ordered)),
+        "category": list(dict.fromkeys(i["category"] for i in ordered)),
+        "subset": list(dict.fromkeys(name for i in ordered for name in i["subsets"])),
+        "probe": list(dict.fromkeys(i["probe"] for i in ordered if i["probe"])),
+        "heldout": len({i["heldout"] for i in items}) > 1,
+        "unscored": any(i["unscored"] for i in items),
+        "teacher": any(i["teacher"]["gain"] is not None for i in items),
+        "base": any(i["base"]["gain"] is not None for i in items),
+    }
+
+
+def _clip(text: str, length: int) -> str:
+    """The text, cut to a length with an ellipsis."""
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+def _render(context: dict[str, Any]) -> str:
+    """The page of a template context."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("danceopd.bench.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"number": verdicts.number, "percent": table.percent, "clip": _clip}
+    script = environment.get_template("script.js.j2").render()
+    style = "\n".join(environment.get_template(f"{name}.css.j2").render() for name in ("style", "charts", "images"))
+    digest = base64.b64encode(sha256(script.encode()).digest()).decode()
+    own = {"script": Markup(script), "style": Markup(style), "script_hash": f"sha256-{digest}"}
+    return environment.get_template("report.html.j2").render(**context, **own)

@@ -1,0 +1,58 @@
+"""What a student's run folder says about its training, for the report: the monitor's alarms, the validation error.
+
+Both are None where the run had no monitor or validation, or where the student is not a run's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+FAULTS = (OSError, ValueError, KeyError, TypeError)
+"""Errors of a file that is missing, or not as a run writes it."""
+
+
+def monitor_summary(student: str | Path | None) -> dict[str, Any] | None:
+    """The monitor's judge, its alarms, what was rolled back, and how many checks there were."""
+    with suppress(*FAULTS):
+        found = _read(student, "monitor.json", "watch.json")
+        return {key: found[key] for key in ("judge", "alarms", "rolled_back")} | {"checks": len(found["checks"])}
+    return None
+
+
+def validation_error(student: str | Path | None) -> dict[str, Any] | None:
+    """The run's velocity error against its teachers on held-out prompts: every check, and the exported step.
+
+    {checks: [{step, gap, teachers: name -> gap}], exported, rows}; a `gap` is 0 for the teachers' own velocity, and
+    None where it could not be measured. None as a whole until the run has finished, or if the exported step was not
+    checked.
+    """
+    with suppress(*FAULTS):
+        found, finished = _read(student, "validation.json", "gap.json"), _read(student, "finished.json")
+        checks = [
+            {
+                "step": check["step"],
+                "gap": _number(check["gap"]),
+                "teachers": {name: _number(teacher["gap"]) for name, teacher in check["teachers"].items()},
+            }
+            for check in found["checks"]
+        ]
+        exported = finished.get("exported", finished["step"])
+        if any(check["step"] == exported for check in checks):
+            return {"checks": checks, "exported": exported, "rows": found["rows"]}
+    return None
+
+
+def _read(student: str | Path | None, *names: str) -> Any:
+    """The JSON of the first of the files that exists; older runs have the later names."""
+    files = [Path(student or "") / name for name in names]
+    file = next((file for file in files if file.is_file()), files[0])
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _number(value: Any) -> float | None:
+    """A number; None for one that is not finite, which runs write by name ("nan")."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

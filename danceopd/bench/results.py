@@ -1,0 +1,173 @@
+"""The result of a bench: `scores.json`, computed from the rows (`summarise`), and read back (`load`).
+
+One plain JSON object with everything that a reader or another program needs: the models and their hashes, means with
+intervals, failures with the bounds that they leave, the student's comparison, subsets, probes and blends, the ceiling,
+and what produced the numbers (suite, protocol, rules, judge, seed, call, versions, machine). The tables and the report
+read nothing else but the rows beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from danceopd.bench import statistics
+from danceopd.bench.interference import interference
+from danceopd.bench.metrics.metrics import metric_means
+from danceopd.errors import UserError
+from danceopd.recipe.recipe import CAPABILITIES
+
+if TYPE_CHECKING:
+    from danceopd.bench.lineup import Lineup, Model
+    from danceopd.bench.suites.protocol import Suite
+
+FORMAT = "danceopd-bench/1"
+
+
+def load(folder: str | Path) -> tuple[dict, list[dict]]:
+    """(scores, rows) of a bench folder; UserError if it is not a finished bench."""
+    folder = Path(folder)
+    try:
+        scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} holds no finished bench ({Path(error.filename).name} is missing); run "
+            "`danceopd bench` with this output folder first."
+        ) from None
+    except ValueError as error:
+        raise UserError(
+            f"{folder} holds a damaged bench ({error}); run `danceopd bench` again into another folder."
+        ) from None
+    return scores, rows
+
+
+def versions() -> dict[str, str]:
+    """The versions of all packages that affect the numbers."""
+    found = {"python": platform.python_version()}
+    for name in ("danceopd", "torch", "diffusers", "transformers", "peft", "numpy", "pillow"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def suite_facts(suite: Suite) -> dict:
+    """A suite's name, version, protocol, rules and scales as plain JSON."""
+    facts: dict[str, Any] = {key: getattr(suite, key) for key in ("name", "version", "protocol", "rules", "share")}
+    facts["scale"] = {capability: list(ends) for capability, ends in suite.scale.items()}
+    return facts | {"subsets": {name: list(parts) for name, parts in suite.subsets.items()}}
+
+
+def summarise(rows: Sequence[dict], lineup: Lineup, suite: Suite, settings: dict) -> dict:
+    """The contents of `scores.json`; `settings` are further entries, from the seed to the seconds that it took."""
+    capabilities = [c for c in CAPABILITIES if any(r["capability"] == c and statistics.ordinary(r) for r in rows)]
+    kind: dict[str, dict[str, Any]] = {c: {"share": suite.share[c], "scale": suite.scale[c]} for c in suite.scale}
+    means = {m.name: {c: statistics.summary(rows, m.name, c, **kind[c]) for c in capabilities} for m in lineup.models}
+    best = best_blend(means, lineup.names("blend"), suite.scale)
+    shown = [m for m in lineup.models if m.role != "blend" or m.name == best]
+    others = [m.name for m in shown if m.role != "student"]
+    base = next((m.name for m in shown if m.role == "base"), None)
+    student = lineup.student.name
+    return {
+        "format": FORMAT,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "suite": suite_facts(suite),
+        "base": lineup.base and {"path": lineup.base.path, "sha256": lineup.base.sha256},
+        "student": student,
+        "models": [_about(m, rows) | means[m.name] for m in shown],
+        "comparison": {
+            c: statistics.comparison(rows, student, base, lineup.teachers_for(c), others, c, **kind[c])
+            for c in capabilities
+        },
+        "interference": interference(
+            rows,
+            student,
+            base,
+            lineup.names("teacher"),
+            [m.name for m in shown if m.role == "blend"],
+            suite.share,
+            suite.scale,
+        ),
+        "subsets": _subsets(rows, [m.name for m in shown], suite, kind),
+        "metrics": _metrics(rows, [m.name for m in shown], capabilities),
+        "blend_grid": _blend_grid(lineup, means, best),
+        "probes": _probes(rows, kind),
+        "versions": versions(),
+        **settings,
+    }
+
+
+def _about(model: Model, rows: Sequence[dict]) -> dict:
+    kept = ("name", "label", "role", "path", "sha256", "capability")
+    about = {key: getattr(model, key) for key in kept} | {"weights": list(model.weights)}
+    if model.image_folder is not None:  # its weights are unknown: its images identify it
+        images = sorted(f"{r['key']} {r['pixels_sha256']}\n" for r in rows if r["model"] == model.name)
+        about["sha256"] = hashlib.sha256("".join(images).encode()).hexdigest()
+    return about
+
+
+def _subsets(rows: Sequence[dict], models: Sequence[str], suite: Suite, kind: dict) -> dict[str, dict]:
+    """Subset -> capability -> model -> its overall score there."""
+    found: dict[str, dict] = {}
+    for capability, how in kind.items():
+        for name, by_model in statistics.subsets(rows, models, capability, suite.subsets, **how).items():
+            found.setdefault(name, {})[capability] = by_model
+    return found
+
+
+def _metrics(rows: Sequence[dict], models: Sequence[str], capabilities: Sequence[str]) -> dict[str, dict]:
+    """Capability -> model -> judge-free metrics."""
+    return {c: {name: metric_means(rows, name, c) for name in models} for c in capabilities}
+
+
+def _blend_grid(lineup: Lineup, means: dict, best: str | None) -> list[dict]:
+    """Every blend that was tried, if there is more than one."""
+    blends = [m for m in lineup.models if m.role == "blend"]
+    if len(blends) < 2:
+        return []
+    found = []
+    for model in blends:
+        overall = {c: (means[model.name].get(c) or {}).get("overall", {}).get("mean") for c in CAPABILITIES}
+        found.append({"name": model.name, "label": model.label, "weights": list(model.weights)} | overall)
+        found[-1]["best"] = model.name == best
+    return found
+
+
+def _probes(rows: Sequence[dict], kind: dict) -> dict[str, dict]:
+    """Probe -> its capability, and by model the mean with its interval."""
+    values: dict[str, dict[str, list[float | None]]] = {}
+    capability = {row["probe"]: row["capability"] for row in rows if row["probe"]}
+    for row in rows:
+        if row["probe"]:
+            values.setdefault(row["probe"], {}).setdefault(row["model"], []).append(row["score"])
+    return {
+        probe: {
+            "capability": capability[probe],
+            "models": {m: statistics.mean(v, **kind[capability[probe]]) for m, v in by_model.items()},
+        }
+        for probe, by_model in values.items()
+    }
+
+
+def best_blend(
+    summaries: dict[str, dict], blends: Sequence[str], scale: Mapping[str, tuple[float, float]]
+) -> str | None:
+    """The blend with the highest sum of overall scores, each scaled to 0 to 1; failures count as the lowest score."""
+    if not blends:
+        return None
+
+    def worth(name: str) -> float:
+        found = ((scale[c], s["overall"]) for c, s in summaries[name].items() if s)
+        return sum((overall["lower"] - low) / (high - low) for (low, high), overall in found)
+
+    return max(blends, key=worth)

@@ -1,0 +1,305 @@
+"""The command line: each command is a thin call of one public function, imported when it runs.
+
+`--help` never waits for torch. A `UserError` is one line on stderr and exit status 2, as a wrong flag is; Ctrl-C says
+whether the command can be continued and exits with 130. What a terminal's encoding lacks is printed as "?".
+Tracebacks are for faults of danceopd itself.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from danceopd.cli import bench as commands
+from danceopd.cli.flags import number, words
+from danceopd.cli.openmoji import app as openmoji
+from danceopd.errors import UserError
+
+CONTINUED = ("merge", "bench", "compare", "teach")
+"""Commands that, run again, go on where they were stopped."""
+STAGES = ("autoencoder", "base", "generation", "editing", "local-edit", "global-edit")
+
+
+class _Commands(TyperGroup):
+    """Where exceptions become sentences and exit statuses."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from danceopd.common.files import is_disk_full
+
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            sentence = " ".join(str(error).split())
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            sentence = f"the disk is full at {error.filename or Path.cwd()}; free some space and run this again"
+        except KeyboardInterrupt:
+            again = "; run the same command again to continue" if ctx.invoked_subcommand in CONTINUED else ""
+            typer.echo(f"\nstopped{again}", err=True)
+            raise typer.Exit(130) from None
+        typer.echo(f"error: {sentence}", err=True)
+        raise typer.Exit(2)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Merge what several image models can do into one adapter, and prove that nothing got worse.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+Seed = Annotated[int, typer.Option(min=0, help="Same seed, same machine: the same bytes.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for what is made.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda; default: auto, a GPU where there is one.")]
+Base = Annotated[str | None, typer.Option(help="Base model: a folder, or owner/name on the hub; default: the LoRA's.")]
+TEACHER = '{} teacher: a LoRA, a whole model, a shipped name, or "base".'
+MergeBase = Annotated[
+    str | None, typer.Option(help="Base model: a folder, or owner/name on the hub; default: the shipped one.")
+]
+RunFolder = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; default: student.")]
+MergeSteps = Annotated[int | None, typer.Option(help="Optimizer steps; default: 2000, of the shipped recipe 180.")]
+
+
+@app.command()
+def merge(
+    recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe; flags win over it.")] = None,
+    base: MergeBase = None,
+    generation: Annotated[str | None, typer.Option(help=TEACHER.format("Generation"))] = None,
+    editing: Annotated[str | None, typer.Option(help=TEACHER.format("Editing"))] = None,
+    output: RunFolder = None,
+    steps: MergeSteps = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same machine: the same bytes; default: 0.")] = None,
+    device: Device = None,
+    time_limit: Annotated[float | None, typer.Option(help="Minutes after which to stop, with a student.")] = None,
+    fuse: Annotated[bool, typer.Option("--fuse", help="Also make OUTPUT a whole pipeline.")] = False,
+) -> None:
+    """Distil the teachers into one student LoRA. With nothing given: the shipped small model.
+
+    Running the same command again continues an interrupted run.
+    """
+    from danceopd.recipe.recipe import Recipe
+
+    resolved = Recipe.load(
+        recipe,
+        base=base,
+        generation=generation,
+        editing=editing,
+        output=output,
+        steps=steps,
+        seed=seed,
+        device=device,
+        time_limit=time_limit,
+    )
+    from danceopd.merge import merge as run
+
+    student = run(resolved)
+    if not student.first:  # another process of the same run says it
+        return
+    done = "finished before" if student.seconds == 0 else f"{student.steps} steps, {student.seconds:.0f} s"
+    typer.echo(f"student: {resolved.output} ({done})")
+    if fuse:
+        from danceopd.adapters.fuse import fuse_in_place
+
+        typer.echo(f"pipeline: {fuse_in_place(resolved.output)}")
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe; flags win over it.")] = None,
+    base: MergeBase = None,
+    generation: Annotated[str | None, typer.Option(help=TEACHER.format("Generation"))] = None,
+    editing: Annotated[str | None, typer.Option(help=TEACHER.format("Editing"))] = None,
+    output: RunFolder = None,
+    steps: MergeSteps = None,
+    device: Device = None,
+    tflops: Annotated[float | None, typer.Option(min=0.0001, help="Reckon with this speed; default: measure.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check all that a merge would, and say what memory, time and disk it takes. Loads no weight."""
+    from danceopd.recipe.recipe import Recipe
+
+    resolved = Recipe.load(
+        recipe, base=base, generation=generation, editing=editing, output=output, steps=steps, device=device
+    )
+    from danceopd.plan import plan as run
+
+    facts = run(resolved, tflops)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(facts, indent=1))
+    else:
+        from danceopd.cli.plan import show
+
+        show(facts)
+
+
+@app.command()
+def sample(
+    student: Annotated[Path, typer.Argument(help="A student's folder, a LoRA, or a whole pipeline.")],
+    prompt: Annotated[str, typer.Argument(help="What the picture shows, or what to change in the image.")],
+    image: Annotated[Path | None, typer.Option(help="Source image to edit.")] = None,
+    seed: Seed = 0,
+    count: Annotated[int, typer.Option("-n", "--count", help="Pictures, with seeds from --seed on.")] = 1,
+    output: Output = Path("samples"),
+    base: Base = None,
+    device: Device = None,
+) -> None:
+    """Draw with a student, or edit with it, through the stock diffusers pipeline."""
+    from danceopd.sample import sample as run
+
+    run(student, prompt, image, seed, count, output, base, device, report=typer.echo)
+
+
+app.command()(commands.bench)
+app.command()(commands.suites)
+app.command()(commands.report)
+app.command()(commands.compare)
+app.add_typer(openmoji, name="openmoji")
+
+
+@app.command()
+def teach(
+    stage: Annotated[str, typer.Argument(help=f"One of: {', '.join(STAGES)}.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: checkpoints/STAGE.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; default: the stage's own.")] = None,
+    base: Annotated[str, typer.Option(help="Base of a teacher: a folder or a shipped name.")] = "base",
+    seed: Seed = 0,
+) -> None:
+    """Train one of the shipped checkpoints from scratch. Running it again continues it."""
+    from danceopd.common.messages import did_you_mean
+
+    if stage not in STAGES:
+        raise UserError(f"no stage is named {stage!r}{did_you_mean(stage, STAGES)}")
+    from danceopd.common.console import progress_bar
+    from danceopd.worlds.toy.stages import teach as run
+
+    with progress_bar(stage) as bar:
+        folder = run(
+            stage, output=output, steps=steps, seed=seed, base=base,
+            report=lambda step, total, loss: bar(step, total, f"loss {loss:.4f}"),
+        )  # fmt: skip
+    typer.echo(f"{stage}: {folder}")
+
+
+@app.command()
+def extract(
+    base: Annotated[str, typer.Argument(help="The base: a pipeline or transformer folder, or a safetensors file.")],
+    finetuned: Annotated[str, typer.Argument(help="A whole model that was trained from it, in the same forms.")],
+    rank: Annotated[int, typer.Option("--rank", "-r", help="Rank of the LoRA; with --energy, the largest.")] = 64,
+    output: Output = Path("extracted"),
+    energy: Annotated[
+        float | None, typer.Option(help="Give each layer the smallest rank that keeps this share, such as 0.99.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="What the LoRA is stored in: fp32, bf16 or fp16.")] = "fp32",
+) -> None:
+    """Turn a fine-tuned model into a LoRA of its base, and say what each layer lost."""
+    from danceopd.cli.extract import run, show, summary
+
+    file, found = run(base, finetuned, output, rank, energy, device, dtype)
+    show(found)
+    typer.echo(summary(found))
+    typer.echo(f"LoRA: {file.parent}")
+
+
+@app.command()
+def blend(
+    adapters: Annotated[list[str], typer.Argument(help="LoRAs of one base: files, folders or shipped names.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="linear, slerp, task-arithmetic, ties, dare-linear, dare-ties, magnitude-prune, breadcrumbs or sce."
+        ),
+    ] = "linear",
+    weights: Annotated[str, typer.Option(help="One for each, with commas; default: the method's own.")] = "",
+    density: Annotated[float | None, typer.Option(help="Share of entries kept, where a method drops some.")] = None,
+    scale: Annotated[float, typer.Option(help="Strength of the whole.")] = 1.0,
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Rank to end at; default: the sum of all.")] = None,
+    output: Output = Path("blend"),
+    seed: Seed = 0,
+    base: Base = None,
+) -> None:
+    """Merge LoRAs in weight space, without training, into one LoRA of any rank."""
+    from danceopd.cli.blend import run, show, summary
+
+    shares = [number(word, "--weights") for word in words(weights)] or None
+    file, found = run(adapters, output, method, shares, rank, density, scale, seed, base)
+    show(found)
+    typer.echo(summary(found))
+    typer.echo(f"LoRA: {file.parent}")
+
+
+@app.command()
+def export(
+    student: Annotated[str, typer.Argument(help="A run's folder, a LoRA, or a shipped name.")],
+    format: Annotated[str, typer.Option(help="diffusers, comfyui, peft or kohya.")] = "diffusers",
+    output: Output = Path("exported"),
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Largest rank of a layer; default: exact.")] = None,
+    base: Base = None,
+) -> None:
+    """Write a student under the names another tool wants, and read it back to prove it."""
+    from danceopd.adapters.export import export_as
+
+    typer.echo(export_as(student, output, format, dtype, base, rank).sentence)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A LoRA, a model's folder or file, a run's folder, a shipped name.")],
+    names: Annotated[bool, typer.Option("--names", help="Also list every adapted module.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a LoRA, a model or a run is, and what it can be used for. Loads no weight."""
+    from danceopd.cli.inspect import describe, show
+
+    facts = describe(path)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(facts, indent=1))
+    else:
+        show(facts, names)
+
+
+@app.command()
+def kernels() -> None:
+    """Say which attention kernels would run on this machine, and why."""
+    from danceopd.cli.kernels import describe, show
+
+    show(describe())
+
+
+@app.command()
+def version() -> None:
+    """Versions of danceopd and of what its results depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from danceopd import __version__
+
+    typer.echo(f"danceopd {__version__}")
+    for name in ("torch", "diffusers", "transformers", "peft", "numpy", "pillow"):
+        try:
+            typer.echo(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            typer.echo(f"{name} (not installed)")
+
+
+def main() -> None:
+    """The `danceopd` program."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on few cores
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    app(prog_name="danceopd")

@@ -1,0 +1,238 @@
+"""`danceopd compare`: two finished benches go in, tables in the terminal, compare.json and compare.md come out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from danceopd.bench.compare import compare, load_side, pairs
+from danceopd.bench.options import JudgeOptions
+from danceopd.bench.pairwise import Pair, questions, tally, vote
+from danceopd.common.console import progress_bar
+from danceopd.common.files import disk_errors, write_atomic, write_json
+from danceopd.errors import UserError
+
+if TYPE_CHECKING:
+    from danceopd.bench.judges.session import JudgeSession
+
+FILES = ("compare.json", "compare.md", "judge.jsonl")
+NO_JUDGE = JudgeOptions()
+HEADS = ("category", "n", "A", "B", "A - B", "95%", "W/L/T", "p")
+
+
+def run(
+    run_a: Path,
+    run_b: Path,
+    output: Path,
+    models: Sequence[str] = (),
+    anyway: bool = False,
+    judge: JudgeOptions = NO_JUDGE,
+    limit: int | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Compare a model of each bench (its student, or `models`: one name for both, or two), and write `output`.
+
+    A `judge` also votes on every pair of images, or on the first `limit` of each category; an interrupted vote
+    continues. Returns the contents of compare.json. `dry_run` writes nothing, and adds `estimate`, the questions and
+    the cost of the votes. UserError for wrong input.
+    """
+    if len(models) > 2:
+        raise UserError(f"--models names {len(models)} models; give one for both benches, or two separated by a comma")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit is {limit}; give 1 or more")
+    votes = judge.judge is not None
+    if not votes and (dry_run or limit is not None or judge.repeats != 1 or judge.max_cost is not None):
+        raise UserError("--dry-run, --limit, --repeats and --max-cost need the votes of a judge; add --judge")
+    names = [*models, *models][:2] if models else [None, None]
+    a, b = load_side(run_a, names[0]), load_side(run_b, names[1])
+    found = compare(a, b, anyway)
+    _refuse_foreign(output, found)
+    chosen = _first(pairs(a, b), limit) if votes else []
+    if votes and dry_run:
+        return found | {"estimate": vars(_session(judge, output).estimate(questions(chosen)))}
+    found |= {"created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    found |= {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+    with disk_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+    if votes:
+        found["votes"] = _votes(_session(judge, output), chosen)
+    write_json(output / "compare.json", found)
+    with disk_errors(output):
+        write_atomic(output / "compare.md", markdown(found).encode())
+    return found
+
+
+def _refuse_foreign(output: Path, found: dict) -> None:
+    """UserError for a folder that holds anything else than this comparison."""
+    if output.is_file():
+        raise UserError(f"--output {output} is a file; give a folder")
+    held = [path.name for path in output.iterdir()] if output.is_dir() else []
+    foreign = [name for name in held if name not in FILES and not name.startswith(".")]
+    if foreign:
+        raise UserError(f"output folder {output} holds other files ({foreign[0]}); choose another --output")
+    if "compare.json" in held:
+        try:
+            known = json.loads((output / "compare.json").read_text(encoding="utf-8"))
+            same = all(known[s][key] == found[s][key] for s in "ab" for key in ("model", "sha256", "created"))
+        except (ValueError, KeyError, TypeError):
+            same = False
+        if not same:
+            raise UserError(f"output folder {output} holds another comparison; choose another --output, or delete it")
+
+
+def _first(found: Sequence[Pair], limit: int | None) -> list[Pair]:
+    """The first `limit` pairs of each category."""
+    kept: dict[tuple[str, str], list[Pair]] = {}
+    for pair in found:
+        kept.setdefault((pair.capability, pair.category), []).append(pair)
+    return [pair for group in kept.values() for pair in group[:limit]]
+
+
+def show_agreement(one: Path, other: Path) -> None:
+    """Print the agreement of two files of answers, by aspect."""
+    from rich.table import Table
+
+    from danceopd.bench.judges.agreement import agreement_of_files
+    from danceopd.common.console import wide_console
+
+    found = agreement_of_files(one, other)
+    table = Table(box=None, pad_edge=False)
+    heads = ("n", "unread", "exact", "difference", "kappa", "spearman")
+    for head in ("aspect", *heads):
+        table.add_column(head, justify="left" if head == "aspect" else "right")
+    for aspect, figures in found.items():
+        counts = [str(figures[head]) for head in heads[:2]]
+        table.add_row(aspect, *counts, *(_number(figures.get(head)) for head in heads[2:]))
+    wide_console().print(table, highlight=False)
+
+
+def _session(options: JudgeOptions, output: Path) -> JudgeSession:
+    from danceopd.bench.judges.registry import load_judge
+    from danceopd.bench.judges.session import JudgeSession
+
+    judge = load_judge(options.judge or "", **options.arguments)
+    return JudgeSession(judge, output / "judge.jsonl", options.repeats, options.max_cost)
+
+
+def _votes(session: JudgeSession, chosen: Sequence[Pair]) -> dict[str, Any]:
+    """A judge's votes: `judge`, `capabilities` with their figures, `items`, and the usage."""
+    total = sum(1 for _ in questions(chosen)) * session.repeats
+    done = 0
+    with progress_bar("compare") as progress:
+
+        def on_answer(_: Any) -> None:
+            nonlocal done
+            done += 1
+            progress(done, total, "votes")
+
+        answers = session.answers(questions(chosen), on_answer)
+    votes = [vote(pair, answers) for pair in chosen]
+    figures = {c: tally(votes, c) for c in dict.fromkeys(pair.capability for pair in chosen)}
+    about = {"judge": session.judge.identity, "repeats": session.repeats, "capabilities": figures}
+    return about | {"usage": session.usage, "stopped": session.stopped, "items": votes}
+
+
+def _p(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _number(value: float | None, sign: bool = False) -> str:
+    return "-" if value is None else f"{value:{'+' if sign else ''}.2f}"
+
+
+def _cells(name: str, figure: dict, a: dict | None, b: dict | None) -> list[str]:
+    """One row of a table, under `HEADS`."""
+    interval = "-" if figure["mean"] is None else f"{figure['low']:+.2f} to {figure['high']:+.2f}"
+    sides = [_number(s["mean"]) if s else "-" for s in (a, b)]
+    record = f"{figure['wins']}/{figure['losses']}/{figure['ties']}"
+    return [name, str(figure["n"]), *sides, _number(figure["mean"], True), interval, record, _p(figure["p"])]
+
+
+def tables(found: dict) -> list[tuple[str, list[list[str]]]]:
+    """(title, rows of text under `HEADS`) of every table; the last row is that of all categories."""
+    made = []
+    for capability, parts in found["capabilities"].items():
+        sides, difference = (parts["a"], parts["b"]), parts["difference"]
+        rows = [
+            _cells(category, figure, *(s["categories"].get(category) if s else None for s in sides))
+            for category, figure in difference["categories"].items()
+        ]
+        rows.append(_cells("all", difference, *(s["overall"] if s else None for s in sides)))
+        made.append((capability.capitalize(), rows))
+    apart = [_cells(name, figure, None, None) for name, figure in found["probes"].items()]
+    apart += [_cells(f"held out, {name}", figure, None, None) for name, figure in found["heldout"].items()]
+    if apart:
+        made.append(("Held-out items and probes", apart))
+    for capability, figure in (found.get("votes") or {"capabilities": {}})["capabilities"].items():
+        if figure:
+            rows = [_cells(category, part, None, None) for category, part in figure["categories"].items()]
+            made.append((f"Votes of the judge, {capability}", [*rows, _cells("all", figure, None, None)]))
+    return made
+
+
+def notes(found: dict) -> list[str]:
+    """The lines below the tables: the sides, failures, metrics, votes, other differences."""
+    made = [f"{s.upper()}: {found[s]['model']} of {found[s]['folder']}" for s in "ab"]
+    made.append("A - B: mean paired difference with its 95 % interval; W/L/T: wins, losses and ties of A; p: sign test")
+    made.append("all: the unweighted mean of the categories")
+    for capability, parts in found["capabilities"].items():
+        if parts["difference"]["failed"]:
+            failed = parts["difference"]["failed"]
+            made.append(f"{capability}: {failed} items have no score on one or both sides and are in no mean")
+        for name, of in parts["metrics"].items():
+            if of["low"] > 0 or of["high"] < 0:
+                made.append(f"{capability}, {name}: {of['mean']:+.3g} ({of['low']:+.3g} to {of['high']:+.3g})")
+    for s, number in found["only"].items():
+        if number:
+            made.append(f"{number} items are in {s.upper()} only and were left out")
+    votes = found.get("votes")
+    for capability, of in (votes or {"capabilities": {}})["capabilities"].items():
+        if of and of["position"] is not None:
+            order = f"{of['position']:.0%} changed with the order of the images"
+            made.append(f"{capability} votes: {order}, {of['failed']} failed")
+    if votes and votes["stopped"]:
+        made.append(votes["stopped"])
+    return made + [f"different {note}" for note in found["notes"]]
+
+
+def markdown(found: dict) -> str:
+    """The text of compare.md."""
+    text = [f"# {found['a']['model']} (A) against {found['b']['model']} (B)", ""]
+    text += [f"**Not run alike: they differ in {warning}.**" for warning in found["warnings"]]
+    for title, rows in tables(found):
+        text += ["", f"## {title}", "", f"| {' | '.join(HEADS)} |", "|---" + "|---:" * (len(HEADS) - 1) + "|"]
+        text += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([*text, "", *(f"- {line}" for line in notes(found))]) + "\n"
+
+
+def show(found: dict) -> None:
+    """Print the tables and the notes; for a dry run, the questions and the cost of the votes."""
+    from rich import box
+    from rich.table import Table
+
+    from danceopd.common.console import wide_console
+
+    console = wide_console()
+    if "estimate" in found:
+        of = found["estimate"]
+        cost = "at an unknown price" if of["cost"] is None else f"about ${of['cost']:.2f}"
+        console.print(f"{of['questions']} questions, {of['to_ask']} to ask, {cost}", highlight=False)
+        return
+    for warning in found["warnings"]:
+        console.print(f"warning: not run alike, they differ in {warning}", style="yellow", highlight=False)
+    for title, rows in tables(found):
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+        table.pad_edge, table.padding = False, (0, 0)
+        for head in HEADS:
+            table.add_column(head, justify="left" if head == "category" else "right", no_wrap=True)
+        for row in rows:
+            whole = row is rows[-1] and row[0] == "all"
+            table.add_row(*row, style="bold" if whole else "")
+        console.print(table, highlight=False)
+        console.print()
+    for line in notes(found):
+        console.print(line, style="dim", highlight=False, markup=False)

@@ -1,0 +1,66 @@
+"""`danceopd kernels`: which kernels and attention backends would run on this machine, and why. Runs none of them."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+
+def describe() -> dict[str, str]:
+    """The rows of the table: what `DANCEOPD_KERNELS` requests, what would run, and why a backend would not.
+
+    UserError if a backend is requested that does not exist or cannot run here.
+    """
+    import torch
+
+    from danceopd.common.cache import cache_folder
+    from danceopd.kernels import attention, attention_backends, backend
+    from danceopd.kernels.cuda import build
+
+    cuda = torch.cuda.is_available() and torch.version.cuda is not None
+    device = "cuda" if cuda else "cpu"
+    backend.check_requested()
+    name = backend.requested()
+    facts = {"requested": f"{name} ({backend.VARIABLE})" if backend.VARIABLE in os.environ else name}
+    facts["runs"] = {
+        "cuda": "CUDA kernels, compiled on first use",
+        "triton": "Triton kernels, compiled on first use",
+        "torch": "plain torch",
+    }[backend.active(device)]
+    if cuda:
+        major, minor = torch.cuda.get_device_capability()
+        facts["device"] = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
+    else:
+        facts["device"] = "cpu"
+    for name in ("cuda", "triton"):
+        reason = backend.unavailable(name)
+        facts[name] = f"no: {reason}" if reason else "yes" + ("" if device == "cuda" else ", in Triton's interpreter")
+    facts["compiler"] = build.compiler() or "none"
+    facts["torch"] = torch.__version__
+    try:
+        facts["triton version"] = version("triton")
+    except PackageNotFoundError:
+        facts["triton version"] = "not installed"
+    facts["cache"] = str(cache_folder() / "kernels")
+    facts["installed by"] = (
+        "a merge, where a test finds them right and faster (kernels: true in a recipe: always), or "
+        "danceopd.kernels.install(pipe.transformer)"
+    )
+    facts["head dims"] = ", ".join(map(str, backend.HEAD_DIMS))
+    facts["attention backend"] = "measured once for each shape, on first use" if cuda else "SDPA, as always on a CPU"
+    facts["FlashAttention-4"] = attention_backends.flash4_version() or "not installed (pip install 'danceopd[flash]')"
+    for key, choice in sorted(attention.choices().items()) if cuda else ():
+        facts[f"attention for {key}"] = f"{choice.backend} ({choice.reason})"
+    return facts
+
+
+def show(facts: dict[str, str]) -> None:
+    """Print what `describe` found as a table."""
+    from rich.table import Table
+
+    from danceopd.common.console import wide_console
+
+    table = Table(show_header=False, box=None)
+    for key, value in facts.items():
+        table.add_row(key, value)
+    wide_console().print(table, highlight=False)

@@ -1,0 +1,71 @@
+"""The terminal: a progress bar with the time left, and a console that is wide enough for tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+PRINT_INTERVAL = 15.0
+"""Seconds between progress lines where standard error is no terminal."""
+MIN_WIDTH = 80
+"""Columns that every table fits into."""
+
+
+def wide_console(soft_wrap: bool = True) -> Console:
+    """Standard output, as wide as the terminal and at least `MIN_WIDTH`; text in square brackets is not markup."""
+    return Console(width=max(MIN_WIDTH, Console().width), soft_wrap=soft_wrap, markup=False)
+
+
+def format_seconds(seconds: float) -> str:
+    """``2:05`` or ``1:02:05``."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@contextmanager
+def progress_bar(title: str, console: Console | None = None) -> Iterator[Callable[[int, int, str], None]]:
+    """A context with a function `report(done, total, note)` that draws a bar with the time left on a terminal's stderr.
+
+    Elsewhere it prints a line every `PRINT_INTERVAL` seconds, so that quick work prints nothing. The first word of
+    `note` names a phase: the time left is that of the phase, from its own pace since its first report.
+    """
+    console = console or Console(stderr=True, markup=False)
+    began, start, phase, last = 0.0, 0, "", time.monotonic()
+
+    def left(done: int, total: int, note: str) -> str:
+        nonlocal began, start, phase
+        now, word = time.monotonic(), (note.split() or ["-"])[0]
+        if word != phase:
+            phase, began, start = word, now, done
+        return format_seconds((now - began) / (done - start) * (total - done)) if done > start else "…"
+
+    def line(done: int, total: int, note: str) -> None:
+        nonlocal last
+        remaining, now = left(done, total, note), time.monotonic()
+        if now - last >= PRINT_INTERVAL:
+            last = now
+            parts = (f"{title} {done}/{total}", note, f"{remaining} left")
+            console.print("  ".join(filter(None, parts)), highlight=False, soft_wrap=True)
+
+    if not console.is_terminal:
+        yield line
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]} left  {task.fields[note]}", markup=False),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=None, left="…", note="")
+
+        def draw(done: int, total: int, note: str) -> None:
+            bar.update(task, completed=done, total=total, left=left(done, total, note), note=note)
+
+        yield draw

@@ -1,0 +1,145 @@
+"""Write files so that a crash, a full disk or a second process never leaves half a file.
+
+Content goes to a temporary name, is synced to the disk, and takes its real name by one rename. Errors of the operating
+system become a `UserError` that names the path.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors import SafetensorError
+
+from danceopd.errors import UserError
+
+_PARTIAL = re.compile(r"\..+\.\d+")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """A context that turns errors of the operating system into a `UserError` about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(_sentence(path, error.errno, error.strerror or str(error))) from error
+    except SafetensorError as error:
+        if "os error" not in str(error):
+            raise
+        code = next((c for c in DISK_FULL if f"os error {c}" in str(error)), None)
+        raise UserError(_sentence(path, code, str(error))) from error
+
+
+def _sentence(path: str | Path, code: int | None, reason: str) -> str:
+    if code in DISK_FULL:
+        return (
+            f"the disk is full at {path}; nothing was overwritten: free some space and run the same command "
+            "again to continue"
+        )
+    return f"cannot write {path}: {reason}; mend that or choose another --output"
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether the error says that the disk, or the user's quota, is full."""
+    return error.errno in DISK_FULL
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, has reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno == errno.EINVAL):  # some file systems cannot sync a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def partial_path(path: Path) -> Path:
+    """The temporary name beside `path` that this process writes to before the rename."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Delete the files below a folder that killed processes left under temporary names.
+
+    Only for a folder that this process has locked: the files of a running writer would go too.
+    """
+    for left in folder.rglob(".*"):
+        if _PARTIAL.fullmatch(left.name) and left.is_file():
+            left.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a small file whole or not at all; an old one stays until then."""
+    part = partial_path(path)
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
+
+
+def json_safe(value: Any) -> Any:
+    """`value` as JSON can hold it: NaN and infinities as text, one-element tensors and arrays as numbers."""
+    if isinstance(value, dict):
+        return {key: json_safe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `json_safe(value)` whole or not at all; UserError when the disk is full or the path cannot be written."""
+    with disk_errors(path):
+        write_atomic(path, (json.dumps(json_safe(value), indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def lock_file(path: Path) -> IO[str] | None:
+    """Lock the folder of the lock file `path` for this process until the returned file is closed.
+
+    None where locks do not exist. UserError when another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return None
+    file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - the open file is the lock
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"output folder {path.parent} is in use by another danceopd process; wait for it, "
+            "or choose another --output"
+        ) from None
+    except OSError:  # a file system without locks
+        file.close()
+        return None
+    return file

@@ -1,0 +1,68 @@
+"""This machine: a device by name, peak memory, and a description for results."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from danceopd.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+CPUINFO = Path("/proc/cpuinfo")
+"""Where Linux describes the processor."""
+
+
+def describe_machine(device: str = "cpu") -> str:
+    """`Linux x86_64, AMD EPYC 7763 64-Core Processor, 8 threads`; for a CUDA device its name instead of the CPU's."""
+    import torch
+
+    if device.startswith("cuda"):
+        chip = torch.cuda.get_device_name(device)
+    else:
+        chip = f"{_processor()}, {torch.get_num_threads()} threads".removeprefix(", ")
+    return f"{platform.system()} {platform.machine()}, {chip}"
+
+
+def _processor() -> str:
+    """The CPU's model name; empty when it is not known."""
+    try:
+        for line in CPUINFO.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return " ".join(value.split())
+    except OSError:
+        pass
+    named = platform.processor()
+    return "" if named == platform.machine() else named
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of "auto", "cpu" or "cuda"; UserError for another name, and for cuda without a usable GPU."""
+    import torch
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device is {name!r}; choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, and this machine has no CUDA device that torch can use; give --device cpu")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes allocated so far: by tensors on a GPU, by the whole process on a CPU."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process(os.getpid()).memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,17 @@
+"""Two tensor helpers that every room may use: dtype names, and broadcasting a value per row over a batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The dtype names of recipes and command-line options."""
+
+
+def append_dims(value: Tensor, x: Tensor) -> Tensor:
+    """`value` (B,) with dimensions of size 1 appended, so that it multiplies the rows of `x` (B, …).
+
+    Any leading dimensions work: `value` (N, B) goes with `x` (N, B, …). As `append_dims` in k-diffusion.
+    """
+    return value.reshape(*value.shape, *[1] * (x.ndim - value.ndim))

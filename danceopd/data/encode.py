@@ -1,0 +1,204 @@
+"""Encode a teacher's rows into conditions with the stock pipeline, once, into the cache that runs share.
+
+In: opened data and row numbers. Out: `CachedConditions` (with finished pictures: `CachedTargets`). What a run samples
+is a function of its recipe, so its rows are known before a weight is loaded: only they are encoded, then the text
+encoders leave memory. Edits are encoded at the size that the stock pipeline gives their source, each size with its own
+noise schedule; prompts at the recipe's height and width.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import math
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from PIL import Image
+
+from danceopd.common.cache import cache_folder, cache_key
+from danceopd.common.files import sha256
+from danceopd.data.dataset import CachedConditions, CachedTargets, Size
+from danceopd.data.images import ImageSource, image_size, open_image
+from danceopd.data.sources import Edits, Prompts
+from danceopd.data.store import Store, missing
+from danceopd.errors import UserError
+from danceopd.models.base import file_sha256
+from danceopd.pipelines.condition import Condition
+from danceopd.pipelines.editing import EditingPipeline, editing_pipe, generation_pipe
+from danceopd.pipelines.family import Family
+from danceopd.pipelines.generation import GenerationPipeline, check_prompts
+
+SQUEEZE = 0.06
+"""How far, in the logarithm, a target's aspect ratio may be from that of what is drawn: rounding to whole tokens."""
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".onnx", ".h5", ".gguf")
+
+
+def open_pipelines(
+    pipe: Any, family: Family, call: dict[str, Any], capabilities: Iterable[str], editing_base: str | None = None
+) -> dict[str, GenerationPipeline]:
+    """The stock pipelines over one base, by capability; `editing_base` has what an editing pipeline may lack."""
+    made: dict[str, GenerationPipeline] = {}
+    for capability in dict.fromkeys(capabilities):
+        if capability == "editing":
+            made[capability] = EditingPipeline(editing_pipe(pipe, editing_base, family), family, call)
+        else:
+            made[capability] = GenerationPipeline(generation_pipe(pipe, family), family, call)
+    return made
+
+
+class Encoder:
+    """Conditions from the cache, or from the stock pipelines where the cache lacks them.
+
+    `pipelines` by capability, `folder` the base's. One text encoder call reads as many prompts of one picture size as
+    its pipeline's `chunk`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        family: Family,
+        pipelines: Mapping[str, GenerationPipeline],
+        editing_base: str | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        self.family, self.pipelines = family, dict(pipelines)
+        pipe = next(iter(pipelines.values())).pipe
+        bases = [folder, *([Path(editing_base)] if editing_base and Path(editing_base).is_dir() else [])]
+        self._facts = [
+            *(encoders_fingerprint(base) for base in bases), editing_base, family.name,
+            str(pipe.transformer.dtype), pipe.transformer.device.type, diffusers.__version__, transformers.__version__,
+        ]  # fmt: skip
+        self.store = Store((cache or cache_folder()) / "conditions" / cache_key(*self._facts)[:16])
+        self._sized: dict[tuple[Any, ...], GenerationPipeline] = {}
+
+    def sized(self, capability: str, size: Size, steps: int | None = None) -> GenerationPipeline:
+        """The pipeline of a capability for another picture size, or another number of steps."""
+        pipeline = self.pipelines[capability]
+        call = {**pipeline.call, "height": size[0], "width": size[1]}
+        call["steps"] = steps or call["num_inference_steps"]
+        del call["num_inference_steps"]
+        if (capability, size, call["steps"]) not in self._sized:
+            made = type(pipeline)(pipeline.pipe, self.family, call, pipeline.chunk)
+            self._sized[capability, size, call["steps"]] = made
+        return self._sized[capability, size, call["steps"]]
+
+    def encode(
+        self, capability: str, data: Prompts, rows: Iterable[int], steps: int, targets: bool = False
+    ) -> CachedConditions:
+        """These rows of `data` as conditions, whose schedules have `steps` steps; `targets`: with finished pictures."""
+        keys: dict[int, str] = {}
+        sizes: dict[int, Size] = {}
+        by_size: dict[Hashable, list[int]] = {}
+        for row in sorted(set(rows)):
+            size, shape, facts = self._facts_of(capability, data, row)
+            keys[row], sizes[row] = cache_key(capability, *facts), size
+            by_size.setdefault((size, shape), []).append(row)
+        absent = set(missing(self.store, keys.values()))
+        with self.store.add() as add:
+            for (size, _), group in by_size.items():  # type: ignore[misc]
+                new = list({keys[row]: row for row in reversed(group) if keys[row] in absent}.values())[::-1]
+                pipeline = self.sized(capability, size)
+                for first in range(0, len(new), pipeline.chunk):
+                    chunk = new[first : first + pipeline.chunk]
+                    found = self._encode(pipeline, data, chunk).to("cpu")
+                    for place, row in enumerate(chunk):
+                        add(keys[row], found.rows([place]).state())
+        made = CachedConditions(self.store, len(data), keys, sizes)
+        if targets:
+            made = CachedTargets(self.store, len(data), keys, sizes, self._targets(capability, data, sizes))
+        made._schedules = {size: self.sized(capability, size, steps).sigmas() for size in set(sizes.values())}
+        return made
+
+    def _targets(self, capability: str, data: Prompts, sizes: Mapping[int, Size]) -> dict[int, str]:
+        """Where each row's clean latents are in the store, encoded if they were not, a chunk at once."""
+        keys: dict[int, str] = {}
+        absent: dict[Size, dict[str, int]] = {}
+        for row, size in sizes.items():
+            picture = data.target(row)
+            width, height = image_size(picture, data.where(row))
+            if abs(math.log(width * size[0] / (height * size[1]))) > SQUEEZE:
+                raise UserError(
+                    f"{data.where(row)}: the target is {width}x{height} pixels and would be squeezed into "
+                    f"{size[1]}x{size[0]}; crop it to that shape"
+                )
+            keys[row] = cache_key("clean", capability, _image_hash(picture), size)
+            if not self.store.is_intact(keys[row]):
+                absent.setdefault(size, {})[keys[row]] = row
+        with self.store.add() as add:
+            for size, new in absent.items():
+                pipeline, order = self.sized(capability, size), list(new.items())
+                for first in range(0, len(order), pipeline.chunk):
+                    chunk = order[first : first + pipeline.chunk]
+                    clean = pipeline.encode_images([open_image(data.target(row), data.where(row)) for _, row in chunk])
+                    for (key, _), latents in zip(chunk, clean.cpu(), strict=True):
+                        add(key, {"clean": latents})
+        return keys
+
+    def _facts_of(self, capability: str, data: Prompts, row: int) -> tuple[Size, Size | None, list[Any]]:
+        """The row's picture size, its source's size, and what its encoding depends on."""
+        call = self.pipelines[capability].call
+        fixed = {key: value for key, value in call.items() if key != "num_inference_steps"}
+        if not isinstance(data, Edits):
+            size, shape, prompt, source = (call["height"], call["width"]), None, data[row], None
+        else:
+            prompt, picture = data[row]
+            shape = image_size(picture, data.where(row))
+            size = self.family.size_of(self.pipelines[capability].pipe, Image.new("1", shape), call)
+            source = _image_hash(picture)
+        return size, shape, [prompt, source, {**fixed, "height": size[0], "width": size[1]}]
+
+    def _encode(self, pipeline: GenerationPipeline, data: Prompts, rows: list[int]) -> Condition:
+        names = [data.where(row) for row in rows]
+        if not isinstance(pipeline, EditingPipeline):
+            prompts = [data[row] for row in rows]
+            check_prompts(pipeline.pipe, pipeline.family, prompts, pipeline.call, names)
+            return pipeline.conditions(prompts)
+        edits = [data[row] for row in rows]
+        check_prompts(pipeline.pipe, pipeline.family, [prompt for prompt, _ in edits], pipeline.call, names)
+        sources = [open_image(source, name) for name, (_, source) in zip(names, edits, strict=True)]
+        return pipeline.conditions([prompt for prompt, _ in edits], sources)
+
+
+def free_encoders(encoder: Encoder, *pipes: Any) -> None:
+    """Free the text encoders, of the GPU too: `encoder`'s pipelines and `pipes` no longer hold them.
+
+    The VAE stays, since sample grids are decoded by it. Pipelines can still make noise, schedules and pictures from
+    conditions that they are given.
+    """
+    every = [*encoder.pipelines.values(), *encoder._sized.values()]
+    for pipe in (*pipes, *(d.pipe for d in every), *(d.generation_pipe for d in every)):
+        for name in encoder.family.text_components:
+            if getattr(pipe, name, None) is not None:
+                setattr(pipe, name, None)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def encoders_fingerprint(folder: Path) -> str:
+    """sha256 over all that turns prompts and images into conditions: every file of the pipeline but the
+    transformer's weights."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    parts = sorted(name for name, value in index.items() if isinstance(value, list) and (folder / name).is_dir())
+    digest = hashlib.sha256((folder / "model_index.json").read_bytes())
+    for part in parts:
+        for file in sorted((folder / part).rglob("*")):
+            weights = file.suffix in WEIGHTS
+            if not file.is_file() or file.name.startswith(".") or weights and part.startswith("transformer"):
+                continue
+            if not weights or file.suffix == ".safetensors":
+                digest.update(f"\n{file.relative_to(folder).as_posix()} {file_sha256(file)}".encode())
+    return digest.hexdigest()
+
+
+def _image_hash(source: ImageSource) -> str:
+    """Of an image's content: the bytes of a file, or size and pixels."""
+    if isinstance(source, Path):
+        return sha256(source)
+    return hashlib.sha256(f"{source.mode} {source.size}".encode() + source.tobytes()).hexdigest()

@@ -1,0 +1,34 @@
+"""Which teacher a row of an update is routed to, and which sample it draws: pure functions of (seed, step, row).
+
+Rows of one update are spread evenly over the teachers' shares with one random offset an update, so that every update
+sees each capability in proportion (``per="row"``); or all rows of an update go to one teacher, drawn by its share
+(``per="step"``, as in DanceOPD's released code) or in turn, ``turn`` updates each (``per="turn"``). No counter and no
+state: every process and every resumed run agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from danceopd.common.rng import stream
+
+
+def route(seed: int, step: int, row: int, rows: int, shares: Sequence[float], per: str = "row", turn: int = 1) -> int:
+    """Index of the teacher of ``row`` of ``rows``; ``shares`` sum to 1 (and do not matter where teachers take turns).
+    """
+    if per == "turn":
+        return step // turn % len(shares)
+    offset = stream(seed, step, "route").random()
+    place = (offset + row / rows) % 1.0 if per == "row" else offset
+    return min(int(np.searchsorted(np.cumsum(shares), place, side="right")), len(shares) - 1)
+
+
+def sample_batch(
+    seed: int, step: int, rows: int, shares: Sequence[float], lengths: Sequence[int], per: str = "row", turn: int = 1
+) -> tuple[list[int], list[int]]:
+    """Teacher index and sample index of each of an update's `rows`; `lengths` are the sizes of the teachers' data."""
+    teachers = [route(seed, step, row, rows, shares, per, turn) for row in range(rows)]
+    drawn = stream(seed, step, "data")
+    return teachers, [int(drawn.integers(lengths[teacher])) for teacher in teachers]

@@ -1,0 +1,105 @@
+"""The two places where optional parts plug into the trainer, which knows none of them by name.
+
+A `Callback` watches a run: checkpoints, logs, samples, validation, early stopping, the monitor, limits. A `QueryHook`
+changes how a batch is queried and how much an answer counts: the label-free gates. Both keep what must survive an
+interruption in their `state_dict`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from danceopd.data.dataset import Dataset
+    from danceopd.engine.batches import Batch, Draw
+    from danceopd.engine.metrics import StepMetrics
+    from danceopd.engine.trainer import Trainer
+    from danceopd.engine.velocities import Velocities
+
+
+class Callback:
+    """Override what you need; callbacks are called in their order.
+
+    `on_step_end` may set `trainer.should_stop`, add figures to `metrics.extra`, or restore an earlier state: then the
+    callbacks after it are not called for this step.
+    """
+
+    def on_train_start(self, trainer: Trainer) -> None: ...
+
+    def on_step_start(self, trainer: Trainer) -> None: ...
+
+    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values for a checkpoint."""
+        return {}
+
+    def load_state_dict(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
+        """`state` is all that the checkpoint holds, of the trainer and of every callback."""
+
+
+@dataclass(frozen=True)
+class RowWeights:
+    """How much the B rows of one query count: `rows (B,)`, `tokens` (None: all equal), and the velocity to learn.
+
+    `metrics` are figures by name, (B,) each, NaN where a figure means nothing for a row.
+    """
+
+    rows: Tensor
+    tokens: Tensor | None
+    target: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Answers(Protocol):
+    """What frozen fields answered at one state."""
+
+    def weights(self, velocity: Tensor) -> RowWeights:
+        """Weights and targets, given the student's `velocity (B, …)` without a gradient."""
+        ...
+
+
+class BatchHook(Protocol):
+    """A hook's part in one batch."""
+
+    def rollout(self, batch: Batch, velocities: Velocities) -> Tensor:
+        """States (B, K, …) at the batch's queries, which it may move (`Batch.set_queries`)."""
+        ...
+
+    def query(self, batch: Batch, velocities: Velocities, x: Tensor, sigma: Tensor, teacher: Tensor) -> Answers:
+        """Query frozen fields besides the teachers, whose velocities (B, …) at `x`, `sigma` are `teacher`."""
+        ...
+
+
+class QueryHook(Protocol):
+    """Called by the trainer once an update (`begin_step`, `end_step`), and by the batches once a batch."""
+
+    metric_names: Sequence[str]
+
+    def begin_step(self, step: int, draw: Draw) -> None:
+        """See what the update drew."""
+        ...
+
+    def dataset(self, group: int) -> Dataset:
+        """Where the conditions of this group of rows come from."""
+        ...
+
+    def begin_batch(self, batch: Batch, groups: Sequence[int], layout: Sequence[int]) -> BatchHook:
+        """`groups` are those of the batch's rows, `layout` all groups of the update with the batch's layout."""
+        ...
+
+    def summary(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Names for the log from the means of `metric_names` over the update's rows."""
+        ...
+
+    def end_step(self, all_reduce: Callable[[Tensor], None]) -> None:
+        """Take in what the update noted; `all_reduce` sums a tensor over the processes, in place."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...

@@ -1,0 +1,181 @@
+"""Teachers of every kind on one backbone: from a recipe's teacher to the velocity field that is queried.
+
+`check_teachers` reads LoRAs and the headers of whole models, and refuses all that can be refused before the base is
+loaded; `load_teacher` decides how a whole model is kept (as its low-rank difference from the base where that loses
+less than the recipe's `residual`, else streamed block by block, so that no second model is resident);
+`TeacherWeights.attach` puts it on the backbone. Any teacher may be guided (classifier-free).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from danceopd.adapters.extract import difference
+from danceopd.adapters.header import WEIGHTS, inspect_adapter, is_checkpoint
+from danceopd.adapters.read import read_adapter
+from danceopd.adapters.write import write_adapter
+from danceopd.common.cache import cache_key
+from danceopd.common.console import progress_bar
+from danceopd.data.dataset import Dataset
+from danceopd.errors import UserError
+from danceopd.models.backbone import Backbone
+from danceopd.models.base import base_fingerprint, empty_transformer
+from danceopd.models.checkpoint import Checkpoint, component_difference, open_checkpoint, scheduler_difference
+from danceopd.models.fields import AdapterField, GuidedField, MergedField, VelocityField
+from danceopd.models.lora import Adapter
+from danceopd.models.streamed import StreamedField
+from danceopd.pipelines.condition import Condition
+from danceopd.recipe.parts import Teacher
+
+_log = logging.getLogger("danceopd")
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherWeights:
+    """A teacher whose files were checked. `adapter` is a LoRA as read, or a whole model's low-rank difference;
+    `checkpoint` the whole model; `residual` what the difference loses of it; `streamed` whether it is run whole."""
+
+    teacher: Teacher
+    adapter: Adapter | None = None
+    checkpoint: Checkpoint | None = None
+    residual: float | None = None
+    streamed: bool = False
+
+    @property
+    def kind(self) -> str:
+        """"base", "lora", "low-rank" or "streamed"."""
+        if self.checkpoint is not None:
+            return "streamed" if self.streamed else "low-rank"
+        return "base" if self.adapter is None else "lora"
+
+    @property
+    def sha256(self) -> str | None:
+        """Of its weights; None for the bare base."""
+        if self.checkpoint is not None:
+            return self.checkpoint.sha256
+        return None if self.adapter is None else self.adapter.sha256
+
+    def attach(self, backbone: Backbone, null: Condition | None = None, merged: bool = True) -> VelocityField:
+        """Add its adapter to the backbone under the teacher's name; returns its velocity field. `null` guides it.
+
+        `merged`: the adapter may be merged into the weights where that is cheaper, and exact. Call it once.
+        """
+        teacher = self.teacher
+        field: VelocityField
+        if self.streamed:
+            assert self.checkpoint is not None
+            field = StreamedField(backbone, self.checkpoint, teacher.scale)
+        else:
+            if self.adapter is not None:
+                backbone.add_adapter(teacher.name, self.adapter, teacher.scale)
+            name = None if self.adapter is None else teacher.name
+            cheaper = merged and name is not None and backbone.merging_is_cheaper(name)
+            field = MergedField(backbone, teacher.name) if cheaper else AdapterField(backbone, name)
+        if teacher.guidance is None:
+            return field
+        if null is None:
+            raise ValueError(f"teacher {teacher.name!r} is guided and has no null condition")
+        return GuidedField(field, null, teacher.guidance)
+
+
+def check_teachers(teachers: Iterable[Teacher], base: Path) -> list[TeacherWeights]:
+    """The weights of a recipe's teachers, in order; whole models are opened, not loaded.
+
+    UserError for a teacher that is no match for `base` (a pipeline folder): another architecture, other tensors,
+    a LoRA recorded for another base, a pipeline with another scheduler, or the base itself as a whole model.
+    """
+    return [_check(teacher, base) for teacher in teachers]
+
+
+def _check(teacher: Teacher, base: Path) -> TeacherWeights:
+    if teacher.adapter == "base":
+        return TeacherWeights(teacher)
+    if not is_checkpoint(teacher.adapter):
+        recorded = inspect_adapter(teacher.adapter).record.get("base_sha256")
+        if recorded and "base" not in teacher.accept and recorded != base_fingerprint(base):
+            raise UserError(
+                f"teacher {teacher.name!r} ({teacher.adapter}) was trained on another base than {base}: their "
+                f"fingerprints differ ({recorded[:12]} and {base_fingerprint(base)[:12]}); give the base it was "
+                "trained on, or `accept: [base]` on the teacher"
+            )
+        adapter = read_adapter(teacher.adapter, empty_transformer(base))
+        if not any(a.any() and b.any() for a, b in adapter.tensors.values()):
+            raise UserError(
+                f"teacher {teacher.name!r} ({teacher.adapter}) changes nothing, for each layer of it has a half of "
+                "zeros; take a file that was saved after training, or write `adapter: base`"
+            )
+        return TeacherWeights(teacher, adapter)
+    start = open_checkpoint(base)
+    checkpoint = open_checkpoint(teacher.adapter, like=start)
+    odd = scheduler_difference(start, checkpoint)
+    if odd and "scheduler" not in teacher.accept:
+        raise UserError(
+            f"teacher {teacher.name!r} ({teacher.adapter}) was made for another scheduler than the base: {odd}; use a "
+            "teacher with the base's scheduler, or `accept: [scheduler]` on the teacher"
+        )
+    part = None if "components" in teacher.accept else component_difference(start, checkpoint)
+    if part:
+        raise UserError(
+            f"teacher {teacher.name!r} ({teacher.adapter}) has another {part} than the base, and would be run with "
+            "the base's; use a teacher that only changed the transformer, or `accept: [components]` on the teacher"
+        )
+    if checkpoint.sha256 == start.sha256:
+        raise UserError(f"teacher {teacher.name!r} ({teacher.adapter}) is the base itself; write `adapter: base`")
+    return TeacherWeights(teacher, checkpoint=checkpoint)
+
+
+def load_teacher(
+    weights: TeacherWeights, base: Path, cache: Path, device: torch.device, wanted: bool = False
+) -> TeacherWeights:
+    """Decide how a whole model is kept: its difference is taken once and lies in `cache` under its hashes.
+
+    `wanted`: the difference is needed in any case (the student starts from it). Others pass as they are.
+    """
+    teacher, checkpoint = weights.teacher, weights.checkpoint
+    if checkpoint is None:
+        return weights
+    if teacher.residual == 0 and not wanted:
+        return replace(weights, streamed=True)
+    adapter, residual = _difference(teacher, open_checkpoint(base), checkpoint, cache, device)
+    streamed = adapter is None or residual > teacher.residual
+    if streamed:
+        _log.warning(
+            "teacher %s is streamed from disk: rank %d would lose %.1f%% of its change (residual %g is allowed)",
+            teacher.name, teacher.rank, 100 * residual, teacher.residual,
+        )  # fmt: skip
+    return replace(weights, adapter=adapter, residual=residual, streamed=streamed)
+
+
+def _difference(
+    teacher: Teacher, base: Checkpoint, tuned: Checkpoint, cache: Path, device: torch.device
+) -> tuple[Adapter | None, float]:
+    facts = [base.sha256, tuned.sha256, teacher.rank]
+    folder = cache / f"difference-{cache_key(*facts)[:16]}"
+    if (folder / WEIGHTS).is_file():
+        return read_adapter(folder, base.empty()), float(inspect_adapter(folder).record["residual"])
+    with progress_bar(f"reading teacher {teacher.name}") as report:
+        found = difference(base, tuned, teacher.rank, device=device, report=report)
+    if not len(found.adapter):
+        return None, found.residual
+    write_adapter(found.adapter, folder, metadata={"residual": repr(found.residual)})
+    return found.adapter, found.residual
+
+
+@dataclass(frozen=True)
+class RoutedTeacher:
+    """A teacher as rows are routed to it: its field, its dataset, and its null prompt (one row, or one each).
+
+    `variants` are the same rows under other conditions, by name, for gates (labelfree/variants.py).
+    """
+
+    name: str
+    field: VelocityField
+    dataset: Dataset
+    null: Condition | None = None
+    variants: Mapping[str, Dataset] = dataclasses.field(default_factory=dict)

@@ -1,0 +1,69 @@
+"""Whom an objective may query for a batch: the student's rollout, the routed teachers, the student with a gradient.
+
+Each row is routed to its own teacher. Unconditional rows ask the unguided teacher. Teachers and rollouts build no
+graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from danceopd.engine.batches import Batch
+from danceopd.engine.rollout import StudentRollout, rollout
+from danceopd.models.fields import VelocityField, unguided
+from danceopd.pipelines.condition import Condition
+
+
+@dataclass(frozen=True)
+class Velocities:
+    """`rollout` makes trajectories, `student_field` has a gradient, `teachers` are frozen fields by index."""
+
+    rollout: StudentRollout
+    student_field: VelocityField
+    teachers: Sequence[VelocityField]
+
+    def student(self, batch: Batch, x: Tensor, sigma: Tensor) -> Tensor:
+        """The student's velocity at `x (B, …)`, `sigma (B,)`, with a gradient to its adapter."""
+        return self.student_field(x, sigma, batch.condition)
+
+    def teacher(self, batch: Batch, x: Tensor, sigma: Tensor) -> Tensor:
+        """The routed teachers' velocities at `x (B, …)`, `sigma (B,)`."""
+        velocity = torch.empty_like(x)
+        routes = list(zip(batch.teacher_index, batch.unconditional, strict=True))
+        for m, unconditional in sorted(set(routes)):
+            rows = [i for i, route in enumerate(routes) if route == (m, unconditional)]
+            field = unguided(self.teachers[m]) if unconditional else self.teachers[m]
+            velocity[rows] = field(x[rows], sigma[rows], batch.condition.rows(rows))
+        return velocity
+
+    def teacher_under(
+        self,
+        batch: Batch,
+        rows: list[int],
+        condition: Condition,
+        x: Tensor,
+        sigma: Tensor,
+        fields: Sequence[VelocityField] | None = None,
+    ) -> Tensor:
+        """Velocities (len(rows), …) of some `rows` of `x (B, …)`, `sigma (B,)` under another `condition`, a row each.
+
+        `fields` answer, by teacher index; None: the teachers. Each row is routed as in the batch.
+        """
+        velocity = x.new_empty(len(rows), *x.shape[1:])
+        for m in sorted({batch.teacher_index[row] for row in rows}):
+            places = [place for place, row in enumerate(rows) if batch.teacher_index[row] == m]
+            at = [rows[place] for place in places]
+            field = (self.teachers if fields is None else fields)[m]
+            velocity[places] = field(x[at], sigma[at], condition.rows(places))
+        return velocity
+
+    def teacher_samples(self, batch: Batch) -> Tensor:
+        """Clean latents (B, …) that the routed teachers draw themselves, by Euler's steps from the rows' noise."""
+        ends = torch.full((len(batch),), len(batch.sigmas) - 1)
+        return rollout(
+            lambda x, sigma, _: self.teacher(batch, x, sigma), batch.noise(), batch.sigmas, ends, batch.condition
+        )

@@ -1,0 +1,59 @@
+"""What the student starts as (`student.init`): the bare base, a teacher, another LoRA, or a blend of the teachers.
+
+An init whose rank fits is taken over exactly: the student equals it at step 0. One of a larger rank is reduced to the
+student's by SVD, the closest there is, and what that loses is said in the log and in the model card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from danceopd.adapters.blend import blend_with_residual, scaled
+from danceopd.adapters.blend_methods import METHODS
+from danceopd.models.lora import Adapter
+
+if TYPE_CHECKING:
+    from danceopd.recipe.parts import Student
+
+
+@dataclass(frozen=True)
+class StudentInit:
+    """The adapter that a student starts as (None: the bare base), how much of it its rank lost, and that in words."""
+
+    adapter: Adapter | None
+    residual: float
+    sentence: str
+
+
+def student_init(
+    student: Student,
+    teachers: Mapping[str, tuple[Adapter | None, float]],
+    read: Callable[[str], Adapter],
+    seed: int = 0,
+) -> StudentInit:
+    """What `student.init` names. `teachers`: name -> (adapter, strength), None for the bare base; `read` reads a LoRA.
+
+    In a blend a teacher that is the bare base takes its share of the weights and adds nothing. Raises UserError
+    as `blended` does.
+    """
+    init = student.init
+    if init == "blend":
+        how = METHODS[student.init_method]
+        held = {name: scaled(adapter, scale) for name, (adapter, scale) in teachers.items() if adapter is not None}
+        even = how.weights(len(teachers))[0]
+        weights = [student.init_weights.get(name, even) for name in held]
+        found = blend_with_residual(list(held.values()), weights, student.rank, student.init_method, seed=seed)
+        shares = " and ".join(f"{weight:.3g} x {name}" for name, weight in zip(held, weights))
+        what = f"the {student.init_method} blend of {shares}"
+    else:
+        adapter, scale = teachers[init] if init in teachers else (None if init == "base" else read(init), 1.0)
+        if adapter is None:
+            return StudentInit(None, 0.0, "The student started as the bare base.")
+        found = blend_with_residual([scaled(adapter, scale)], [1.0], student.rank)
+        what = f"{init}, of rank {adapter.rank}" if init in teachers else f"a LoRA of rank {adapter.rank}"
+    if not found.residual:
+        return StudentInit(found.adapter, 0.0, f"The student started as {what}, exactly.")
+    lost = f"which lost {found.residual:.1%} of it"
+    return StudentInit(found.adapter, found.residual, f"The student started as {what}, at rank {student.rank}, {lost}.")

@@ -1,0 +1,269 @@
+"""Find out whether the fused kernels are right and faster for a model on this machine, and install them if so.
+
+`install_if_faster` runs a trial, once: a process of its own builds the model's class with at most two blocks of a kind
+and random weights, and computes what the merge will compute (forward; forward and backward), with the stock modules
+and with the fused ones. Right: velocity and gradient at most `MAX_ERROR_RATIO` times as far from float64 as the stock
+modules' in the same dtype. Faster: at least `MIN_SPEEDUP` in the mixture of an update. A kernel that crashes ends only
+that process. The verdict is kept in the cache folder under a hash of the device, the torch version, the sources of this
+package, the model's configuration and the shapes of the condition.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from danceopd.common.cache import cache_folder
+from danceopd.common.files import write_json
+from danceopd.errors import UserError
+from danceopd.kernels import backend, install, installed
+from danceopd.pipelines.condition import Condition
+from danceopd.pipelines.registry import FAMILIES
+
+ROOT = Path(__file__).parent
+"""The package whose sources belong to a verdict: `danceopd/kernels`, with its sub-folders."""
+BLOCK_COUNTS = ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers")
+"""Keys of a transformer's configuration that count its blocks."""
+MIN_SPEEDUP = 1.02
+ROLLOUT_FORWARDS = 10
+"""Forwards without a gradient for each forward with one: about as many as a rollout has."""
+TIMEOUT = 300.0
+"""Seconds that a trial may take."""
+MAX_ERROR_RATIO = 1.5
+
+
+class Verdict(NamedTuple):
+    """`fused`: whether to install the fused kernels. `reason`: a sentence. `speedup`: if it was measured."""
+
+    fused: bool
+    reason: str
+    speedup: float | None = None
+
+
+def install_if_faster(
+    transformer: nn.Module, condition: Condition, device: torch.device, report: Callable[[str], None]
+) -> Verdict | None:
+    """Install the fused kernels if a trial on `device` finds them right and faster; returns the verdict.
+
+    `condition`: a few rows like those that the transformer will get. `report` gets each line for the user. None, and no
+    line, where there is nothing to try: on a CPU, or if the only kernel backend is torch.
+    """
+    if device.type != "cuda" or backend.active("cuda") == "torch":
+        return None
+    verdict = cached_verdict(transformer, condition)
+    if verdict is None:
+        report("kernels: testing the fused kernels in a separate process, once for this model on this machine")
+        verdict, keep = run_trial(transformer, condition)
+        if keep:
+            with suppress(OSError, UserError):  # no place for a cache: tried again by the next run
+                file = verdict_file(transformer, condition)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, verdict)
+    if verdict.fused:
+        install(transformer)
+    report(f"kernels: {verdict.reason}")
+    return verdict
+
+
+def cached_verdict(transformer: nn.Module, condition: Condition) -> Verdict | None:
+    """The verdict of an earlier trial; None if there is none, or its file is damaged."""
+    with suppress(OSError, ValueError, TypeError):
+        return Verdict(*json.loads(verdict_file(transformer, condition).read_text(encoding="utf-8")))
+    return None
+
+
+def verdict_file(transformer: nn.Module, condition: Condition) -> Path:
+    """Where the verdict for a model and a layout of conditions is kept."""
+    spec = model_spec(transformer)
+    device = torch.cuda.get_device_name(spec["device"]) if spec["device"].startswith("cuda") else "cpu"
+    facts = device, torch.__version__, backend.requested(), spec, condition.layout, len(condition)
+    sources = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in source_files()}
+    content = json.dumps([*map(str, facts), sources])
+    return cache_folder() / "kernels" / f"trial-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+
+
+def source_files() -> list[Path]:
+    """Every Python, CUDA and header file below `ROOT`: after a change in any of them the trial is run again."""
+    return sorted(path for path in ROOT.rglob("*") if path.suffix in (".py", ".cu", ".cuh"))
+
+
+def run_trial(transformer: nn.Module, condition: Condition) -> tuple[Verdict, bool]:
+    """Run the trial in a process of its own: the verdict, and whether to keep it (not if memory ran out)."""
+    with tempfile.TemporaryDirectory(prefix="danceopd-trial-") as folder:
+        place = Path(folder)
+        save_file(condition.to("cpu").state(), place / "condition.safetensors")
+        (place / "model.json").write_text(json.dumps(model_spec(transformer)))
+        command = [sys.executable, "-m", __spec__.name, folder]
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=_environment())
+        except subprocess.TimeoutExpired:
+            return _rejected(f"the test of the fused kernels took over {TIMEOUT:.0f} s"), True
+        with suppress(OSError, ValueError):
+            return Verdict(*json.loads((place / "verdict.json").read_text())), True
+        signalled = signal.strsignal(-run.returncode) if run.returncode < 0 else None
+        last = signalled or (run.stderr.strip().splitlines() or [f"status {run.returncode}"])[-1][:200]
+        memory = "out of memory" in last.lower() or run.returncode == -signal.SIGKILL
+        return _rejected(f"the test of the fused kernels ended with {last!r}"), not memory
+
+
+def _rejected(reason: str, speedup: float | None = None) -> Verdict:
+    return Verdict(False, f"the stock modules stay: {reason}", speedup)
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment without the variables of a distributed launch."""
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")}
+
+
+def model_spec(transformer: nn.Module) -> dict[str, Any]:
+    """What another process needs to build the model, as JSON: classes, configuration, device, dtype."""
+    weight = next(transformer.parameters())
+    return {
+        "class": _class_name(transformer), "config": _config(transformer), "processors": _processors(transformer),
+        "device": str(weight.device), "dtype": str(weight.dtype).removeprefix("torch."),
+    }  # fmt: skip
+
+
+def _config(transformer: nn.Module) -> dict[str, Any]:
+    """The model's configuration with at most two blocks of a kind."""
+    config = {k: v for k, v in dict(transformer.config).items() if not k.startswith("_")}  # type: ignore[arg-type]
+    return config | {key: min(2, config[key]) for key in BLOCK_COUNTS if config.get(key)}
+
+
+def _processors(transformer: nn.Module) -> dict[str, str]:
+    """Module path -> its attention processor's class: a pipeline may have set others than the model has alone."""
+    modules = ((path, getattr(module, "processor", None)) for path, module in transformer.named_modules())
+    return {path: _class_name(processor) for path, processor in modules if processor is not None}
+
+
+def _class_name(thing: object) -> str:
+    return f"{type(thing).__module__}:{type(thing).__qualname__}"
+
+
+def _class(name: str) -> Any:
+    module, _, kind = name.partition(":")
+    return getattr(import_module(module), kind)
+
+
+# In the trial's own process
+
+
+def main(folder: Path) -> None:
+    """Read the model and the condition from `folder`, write `verdict.json` there."""
+    diffusers.utils.logging.set_verbosity_error()
+    spec = json.loads((folder / "model.json").read_text())
+    condition = Condition.from_state(load_file(folder / "condition.safetensors")).to(spec["device"])
+    verdict = evaluate(build_model(spec), condition, getattr(torch, spec["dtype"]))
+    (folder / "verdict.json").write_text(json.dumps(verdict))
+
+
+@torch.no_grad()
+def build_model(spec: dict[str, Any]) -> nn.Module:
+    """The model with random weights everywhere, also where its class starts at zero, so that every input matters."""
+    with torch.device(spec["device"]):
+        model = _class(spec["class"]).from_config(spec["config"]).eval().requires_grad_(False)
+    for path, module in model.named_modules():
+        name = spec["processors"].get(path)
+        if name is not None and name != _class_name(module.processor):
+            module.set_processor(_class(name)())
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
+    for name, weight in model.named_parameters():
+        spread = weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.1
+        weight.normal_(0, spread, generator=generator).add_(float(weight.ndim == 1 and name.endswith("weight")))
+    return model
+
+
+def evaluate(model: nn.Module, condition: Condition, dtype: torch.dtype) -> Verdict:
+    """Compare stock and fused modules of `model` (in fp32), run in `dtype`: errors against float64, then speed."""
+    family, rows = FAMILIES[condition.family], len(condition)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(1)
+    x = torch.randn(rows, *condition.shape, generator=generator, device=device)
+    sigma = torch.linspace(0.9, 0.4, rows, device=device)
+
+    def forward_backward(kind: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The velocity, and the gradient of half its squared norm to the latents."""
+        leaf = x.clone().requires_grad_()
+        velocity = family.velocity(model, leaf, sigma, _cast(condition, kind))
+        (0.5 * velocity.float().square().sum()).backward()
+        return velocity.detach().double(), leaf.grad.double()  # type: ignore[union-attr]
+
+    model.double()
+    exact = forward_backward(torch.float64)
+    model.to(dtype)
+    errors = {}
+    for fused in (False, True):
+        with installed(model) if fused else nullcontext():
+            found = forward_backward(dtype)
+        errors[fused] = [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+    floor = torch.finfo(dtype).eps / 8
+    for what, stock, error in zip(("velocity", "gradient"), *errors.values(), strict=True):
+        if not error <= MAX_ERROR_RATIO * max(stock, floor):
+            detail = f"their {what} is {error:.2g} from float64, the stock modules' {stock:.2g}"
+            return _rejected(f"the fused kernels are wrong here ({detail})")
+
+    def forward() -> None:
+        with torch.no_grad():
+            family.velocity(model, x, sigma, _cast(condition, dtype))
+
+    seconds = _seconds(model, [forward, lambda: forward_backward(dtype)], device)
+    stock, fused = (ROLLOUT_FORWARDS * one + with_gradient for one, with_gradient in zip(*seconds, strict=True))
+    speedup = stock / fused
+    if speedup < MIN_SPEEDUP:
+        return _rejected(f"the fused kernels are {speedup:.2f} times as fast here", speedup)
+    return Verdict(True, f"the fused kernels are installed: {speedup:.2f} times as fast as the stock modules", speedup)
+
+
+def _cast(condition: Condition, dtype: torch.dtype) -> Condition:
+    """The condition with embeddings in `dtype`; position ids and masks as they are."""
+
+    def change(name: str, value: Tensor | None) -> Tensor | None:
+        kept = value is None or not value.is_floating_point() or name.endswith("_ids")
+        return value if kept else value.to(dtype)  # type: ignore[union-attr]
+
+    return replace(condition, kwargs={name: change(name, value) for name, value in condition.kwargs.items()})
+
+
+def _seconds(model: nn.Module, calls: list[Callable[[], object]], device: torch.device) -> list[list[float]]:
+    """For each call, the median seconds with the stock modules and with the fused ones, which take turns."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    found: list[list[list[float]]] = [[[], []] for _ in calls]
+    for turn in range(12):
+        for fused in (False, True):
+            with installed(model) if fused else nullcontext():
+                for times, call in zip(found, calls, strict=True):
+                    wait()
+                    began = time.perf_counter()
+                    call()
+                    wait()
+                    if turn > 1:  # after two turns kernels are compiled and attention backends chosen
+                        times[fused].append(time.perf_counter() - began)
+    return [[statistics.median(kind) for kind in times] for times in found]
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.ERROR)
+    main(Path(sys.argv[1]))

@@ -1,0 +1,146 @@
+"""A teacher's rows under other conditions, as data that is encoded like any other: paraphrases, or degraded sources.
+
+Which rows need which variant is a function of the recipe, so it is known, checked and encoded before a weight is
+loaded, and what cannot be made is refused by name. A variant has the rows of its data, under the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from PIL import Image
+
+from danceopd.data.dataset import TeacherData, Variant
+from danceopd.data.degrade import degrade
+from danceopd.data.images import ImageSource, open_image
+from danceopd.data.routing import sample_batch
+from danceopd.data.sources import Edits, Prompts
+from danceopd.errors import UserError
+from danceopd.labelfree.skills import draw_critical
+from danceopd.recipe.labelfree import Consensus
+from danceopd.recipe.recipe import Recipe
+from danceopd.worlds.scenes.paraphrase import expanded, paraphrases
+
+PARAPHRASE, EXPANDED, DEGRADED, KEEP = "paraphrase ", "expanded", "degraded ", "keep"
+"""Names of variants: "paraphrase 1" and so on, "degraded blur" and so on; the others stand alone."""
+KEEP_PROMPT = "keep the picture as it is"
+"""What an edit is contrasted with where a family reads its null prompt together with the source."""
+
+
+class Reworded(Prompts):
+    """The rows of `data` with other `prompts`, by row; only these rows can be read."""
+
+    def __init__(self, data: Prompts, prompts: Mapping[int, str]) -> None:
+        super().__init__(data.table)
+        self._prompts = prompts
+
+    def _item(self, row: int, cells: Any) -> Any:
+        return self._prompts[row]
+
+
+class RewordedEdits(Edits):
+    """The same for edits: the source images stay."""
+
+    def __init__(self, data: Edits, prompts: Mapping[int, str]) -> None:
+        super().__init__(data.table)
+        self._prompts = prompts
+
+    def _item(self, row: int, cells: Any) -> tuple[str, ImageSource]:
+        return self._prompts[row], super()._item(row, cells)[1]
+
+
+class Degraded(Edits):
+    """The rows of `data` with degraded source images: one kind of degradation, its strength drawn for each row."""
+
+    def __init__(self, data: Edits, kind: str, seed: int) -> None:
+        super().__init__(data.table)
+        self._kind, self._seed = kind, seed
+
+    def _item(self, row: int, cells: Any) -> tuple[str, ImageSource]:
+        prompt, source = super()._item(row, cells)
+        picture: Image.Image = open_image(source, self.where(row))
+        return prompt, degrade(picture, self._kind, self._seed + row)
+
+
+def with_variants(recipe: Recipe, datasets: Mapping[str, TeacherData]) -> dict[str, TeacherData]:
+    """The teachers' data with the variants that the recipe's gates need; UserError where a gate would have none."""
+    found = variants(recipe, [d.data for d in datasets.values()], [d.rows for d in datasets.values()])
+    return {name: replace(d, variants=v) for (name, d), v in zip(datasets.items(), found, strict=True)}
+
+
+def variants(recipe: Recipe, data: Sequence[Prompts], rows: Sequence[Iterable[int]]) -> list[dict[str, Variant]]:
+    """For each teacher's `data`, by name, the variants of its sampled `rows`; all empty where no gate is on.
+
+    UserError where a gate would have no variant at all.
+    """
+    found: list[dict[str, Variant]] = [{} for _ in data]
+    if not recipe.gates.on:
+        return found
+    for teacher, mine, sampled, variants in zip(recipe.teachers, data, rows, found, strict=True):
+        consensus, skills = recipe.gates.consensus, recipe.gates.skills
+        if consensus is not None:
+            variants.update(_paraphrased(teacher.name, mine, sorted(sampled), consensus))
+        context = None if skills is None or not skills.eta else skills.privileged(teacher.capability)
+        if context is not None and "caption" in (context.step, context.episode):
+            longer = {row: mine.expanded(row) or expanded(mine.prompt(row)) for row in sorted(sampled)}
+            prompts = {row: prompt for row, prompt in longer.items() if prompt}
+            if not prompts:
+                key = f"gates.skills.{teacher.capability}." + ("step" if context.step == "caption" else "episode")
+                raise UserError(
+                    f"{key} is caption, and no row of {mine.table.path} (teacher {teacher.name!r}) has a longer "
+                    f"caption; add a column `expanded`, or set {key}: none"
+                )
+            variants[EXPANDED] = reworded(mine, prompts)
+    _degraded(recipe, data, found)
+    return found
+
+
+def unchanged(data: Prompts, rows: Iterable[int]) -> Variant:
+    """The rows with a prompt that asks to change nothing."""
+    return reworded(data, dict.fromkeys(rows, KEEP_PROMPT))
+
+
+def reworded(data: Prompts, prompts: Mapping[int, str]) -> Variant:
+    """`data` with other prompts for some rows."""
+    made = RewordedEdits(data, prompts) if isinstance(data, Edits) else Reworded(data, prompts)
+    return made, sorted(prompts)
+
+
+def other_prompts(data: Prompts, row: int) -> list[str]:
+    """Paraphrases of a row's prompt, each once: those of its data, else those of a rule."""
+    own = data.prompt(row)
+    return [prompt for prompt in dict.fromkeys(data.paraphrases(row) or paraphrases(own)) if prompt != own]
+
+
+def _paraphrased(name: str, data: Prompts, rows: Sequence[int], options: Consensus) -> dict[str, Variant]:
+    prompts: list[dict[int, str]] = [{} for _ in range(options.framings - 1)]
+    for row in rows:
+        for place, prompt in zip(prompts, other_prompts(data, row)):
+            place[row] = prompt
+    if not prompts[0]:
+        raise UserError(
+            f"gates.consensus needs paraphrases, and no row of {data.table.path} (teacher {name!r}) has any; add a "
+            "column `paraphrases`, or leave the gate out"
+        )
+    return {f"{PARAPHRASE}{i}": reworded(data, some) for i, some in enumerate(prompts, start=1) if some}
+
+
+def _degraded(recipe: Recipe, data: Sequence[Prompts], found: list[dict[str, Variant]]) -> None:
+    """The rows whose students will see a degraded source, by degradation."""
+    options, per = recipe.gates.skills, recipe.routing
+    if options is None or not options.eta or options.editing.step != "source":
+        return
+    shares = [recipe.shares()[t.name] for t in recipe.teachers]
+    groups, lengths = recipe.batch // recipe.group_size, [len(one) for one in data]
+    wanted: dict[tuple[int, str], set[int]] = {}
+    for step in range(recipe.steps):
+        teachers, samples = sample_batch(recipe.seed, step, groups, shares, lengths, per.per, per.groups)
+        drawn = draw_critical(recipe.seed, step, groups, recipe.rollout.steps, options)
+        for g in drawn.critical.nonzero()[0]:
+            wanted.setdefault((teachers[g], options.degrade[drawn.kind[g]]), set()).add(samples[g])
+    for (m, kind), rows in wanted.items():
+        one = data[m]
+        if isinstance(one, Edits):
+            found[m][DEGRADED + kind] = Degraded(one, kind, recipe.seed), sorted(rows)

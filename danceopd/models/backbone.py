@@ -1,0 +1,357 @@
+"""`Backbone`: one frozen transformer on which student and teachers are LoRA adapters that can be switched in no time.
+
+PEFT injects the layers; after that only their active-adapter marks change, never `requires_grad`, so a teacher's
+forward between the student's forward and backward cannot remove the student's gradient. Under gradient checkpointing
+the recompute runs with the adapter of its forward. `merged` swaps in weights W + BA from buffers that never move (a
+CUDA graph stays valid), so a rollout costs what the bare base costs; `merged_with_grad` computes W + BA with a
+gradient, which is cheaper than LoRA layers where the rank is large.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils.checkpoint import checkpoint
+
+from danceopd.common.messages import few
+from danceopd.errors import UserError
+from danceopd.models.lora import Adapter
+from danceopd.models.step_cache import Steady
+from danceopd.pipelines.condition import Condition
+from danceopd.pipelines.family import Family
+
+
+class ActiveAdapter(NamedTuple):
+    """Which adapter is active, and how: in LoRA layers, in merged weights, or in weights merged with a gradient."""
+
+    adapter: str | None = None
+    merged: str | None = None
+    merged_with_grad: str | None = None
+
+
+@dataclass
+class _MergedWeights:
+    """Weights W + BA of one adapter, and the device and parameter versions they were computed from."""
+
+    weights: dict[str, Tensor]
+    versions: list[Any] = field(default_factory=list)
+
+
+class _Switched:
+    """A context in which `active` is active. Reentrant: a retained graph recomputes more than once."""
+
+    def __init__(self, backbone: Backbone, active: ActiveAdapter) -> None:
+        self.backbone, self.active, self.before = backbone, active, list[ActiveAdapter]()
+
+    def __enter__(self) -> None:
+        self.before.append(self.backbone._active)
+        self.backbone._switch(self.active)
+
+    def __exit__(self, *error: object) -> None:
+        self.backbone._switch(self.before.pop())
+
+
+class Backbone:
+    """A frozen transformer with named adapters. Outside the contexts below it is the bare base.
+
+    Freezes `transformer` in place and puts it in eval mode; `family` says which modules a student adapts and how a
+    velocity is computed. Adapter weights are fp32 on the device of the layer they adapt. UserError when the transformer
+    carries a LoRA already.
+    """
+
+    def __init__(self, transformer: nn.Module, family: Family) -> None:
+        self.transformer: Any = transformer.requires_grad_(False).eval()
+        self.family = family
+        if any(isinstance(module, LoraLayer) for module in transformer.modules()):
+            raise UserError("the transformer already carries a LoRA; fuse it or load the base without it")
+        self._layers: dict[str, Any] = {}  # module path -> LoraLayer
+        self._base_weights: dict[str, Tensor] = {}  # module path -> the base weight, while a merged one is in its place
+        self._merged: dict[str, _MergedWeights] = {}
+        self._adapted: dict[str, list[str]] = {}  # adapter -> module paths
+        self._parameters: dict[str, list[Parameter]] = {}  # adapter -> A, B of each module
+        self._active = ActiveAdapter()
+        self._steady = Steady(transformer, family)
+        if getattr(transformer, "is_gradient_checkpointing", False):
+            self.checkpoint_gradients()
+
+    # Adapters
+
+    def add_adapter(self, name: str, adapter: Adapter, scale: float = 1.0, trainable: bool = False) -> None:
+        """Add `adapter` under `name`, as `W + scale·BA`; every one of its modules must match.
+
+        UserError when a module does not exist, is no Linear, or has another shape: the transformer is left
+        as it was. ValueError when the name is taken or the adapter empty.
+        """
+        if name in self._adapted or not re.fullmatch(r"\w[\w-]*", name):
+            raise ValueError(f"the adapter name {name!r} is taken or not made of letters, digits, - and _")
+        if not adapter.tensors:
+            raise ValueError(f"adapter {name!r} adapts nothing")
+        linears = self._linears()
+        unknown = [path for path in adapter.tensors if path not in linears]
+        if unknown:
+            raise UserError(
+                f"adapter {name!r}: {len(unknown)} of {len(adapter.tensors)} modules are not in this transformer "
+                f"({few(unknown)}); use a LoRA made for this base"
+            )
+        wrong = []
+        for path, (a, b) in adapter.tensors.items():
+            out_features, in_features = linears[path].weight.shape
+            if a.shape[1] != in_features or b.shape[0] != out_features or a.shape[0] != b.shape[1]:
+                wrong.append(f"{path}: A {tuple(a.shape)} B {tuple(b.shape)} on {out_features}x{in_features}")
+        if wrong:
+            raise UserError(
+                f"adapter {name!r}: {len(wrong)} of {len(adapter.tensors)} modules have another shape "
+                f"({few(wrong)}); use a LoRA made for this base"
+            )
+        self._inject(name, adapter, scale, trainable)
+
+    def new_student(
+        self, name: str = "student", rank: int = 32, seed: int = 0, init: Adapter | None = None
+    ) -> list[Parameter]:
+        """Add a trainable adapter on every target of the family, and return its parameters (A, B per module).
+
+        A is Kaiming-uniform from `seed`, B zero. `init` is copied into the first ranks, so that the student equals
+        `init` at step 0, and its modules join the targets; UserError if its rank exceeds `rank`.
+        """
+        if rank < 1:
+            raise UserError(f"the student's rank is {rank}; give 1 or more")
+        start = {} if init is None else init.tensors
+        largest = max((a.shape[0] for a, _ in start.values()), default=0)
+        if largest > rank:
+            raise UserError(
+                f"the student's rank {rank} cannot hold its init of rank {largest}; raise rank to {largest}"
+            )
+        generator, tensors = torch.Generator().manual_seed(seed), {}
+        for path, layer in self._linears().items():
+            if not re.fullmatch(self.family.lora_targets, path) and path not in start:
+                continue
+            out_features, in_features = layer.weight.shape
+            a = (2 * torch.rand(rank, in_features, generator=generator) - 1) * in_features**-0.5
+            b = torch.zeros(out_features, rank)
+            if path in start:
+                first_a, first_b = start[path]
+                if first_a.shape[1] == in_features and first_b.shape[0] == out_features:
+                    a[: len(first_a)], b[:, : len(first_a)] = first_a, first_b
+                else:
+                    a, b = first_a, first_b  # add_adapter refuses it with the shapes
+            tensors[path] = (a, b)
+        tensors.update({path: pair for path, pair in start.items() if path not in tensors})
+        self.add_adapter(name, Adapter(tensors), trainable=True)
+        return self.parameters(name)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters, in the order they were added."""
+        return list(self._adapted)
+
+    def modules(self, name: str) -> list[str]:
+        """Paths of the modules that one adapter adapts, in the order of `parameters`."""
+        return list(self._paths(name))
+
+    def parameters(self, name: str) -> list[Parameter]:
+        """The fp32 parameters of one adapter: A, B of each module, in the transformer's order."""
+        self._paths(name)
+        return list(self._parameters[name])
+
+    @torch.no_grad()
+    def adapter(self, name: str) -> Adapter:
+        """The current weights of one adapter, scale folded into B: detached fp32 copies on the CPU."""
+        tensors = {}
+        for path in self._paths(name):
+            layer = self._layers[path]
+            a, b = layer.lora_A[name].weight.cpu().clone(), layer.lora_B[name].weight.cpu()
+            tensors[path] = (a, b * layer.scaling[name])
+        return Adapter(tensors)
+
+    @torch.no_grad()
+    def assign(self, name: str, adapter: Adapter) -> None:
+        """Overwrite an adapter's weights in place (resume, EMA); ValueError unless modules and ranks are equal."""
+        layers = {path: self._layers[path] for path in self._paths(name)}
+        shapes = {p: (layer.lora_A[name].weight.shape, layer.lora_B[name].weight.shape) for p, layer in layers.items()}
+        if shapes != {p: (a.shape, b.shape) for p, (a, b) in adapter.tensors.items()}:
+            raise ValueError(f"the weights do not fit adapter {name!r}: other modules or other ranks")
+        for path, (a, b) in adapter.tensors.items():
+            layers[path].lora_A[name].weight.copy_(a)
+            layers[path].lora_B[name].weight.copy_(b / layers[path].scaling[name])
+
+    # Which adapter is active
+
+    def acting_as(self, name: str | None) -> AbstractContextManager[None]:
+        """A context in which adapter `name` is active in the LoRA layers (None: the bare base). May be nested.
+
+        KeyError for an adapter that is not there.
+        """
+        if name is not None:
+            self._paths(name)
+        return _Switched(self, ActiveAdapter(adapter=name))
+
+    def merged(self, name: str) -> AbstractContextManager[None]:
+        """A context in which the base weights are W + BA of `name` and no LoRA layer runs. May be nested.
+
+        For rollouts. Run no backward of a merged forward: its weights are gone after the context. Adapter weights that
+        changed are merged again on entry, except those written through `.data`, which need `refresh`.
+        """
+        self._paths(name)
+        if name not in self._merged or self._merged[name].versions != self._versions(name):
+            self.refresh(name)
+        return _Switched(self, ActiveAdapter(merged=name))
+
+    def merged_with_grad(self, name: str) -> AbstractContextManager[None]:
+        """A context in which the weights are W + BA of `name`, with a gradient to A and B; no LoRA layer runs.
+
+        Computed on entry. Under gradient checkpointing this is `acting_as`: each block's recompute would otherwise
+        merge all weights again.
+        """
+        if getattr(self.transformer, "is_gradient_checkpointing", False):
+            return self.acting_as(name)
+        self._paths(name)
+        return _Switched(self, ActiveAdapter(merged_with_grad=name))
+
+    def merging_is_cheaper(self, name: str) -> bool:
+        """Whether `merged` and `merged_with_grad` cost less than the LoRA layers of `name`, and are exact."""
+        layers = map(self._layers.__getitem__, self._paths(name))
+        adapted = [(layer.base_layer.weight, layer.r[name]) for layer in layers]
+        return may_copy_weights(self.transformer) and merging_costs_less(adapted)
+
+    @torch.no_grad()
+    def refresh(self, name: str) -> None:
+        """Recompute the merged weights of `name`, in place, from the base weights (so rounding does not add up)."""
+        merged = self._merged.setdefault(name, _MergedWeights({}))
+        for path in self._paths(name):
+            layer = self._layers[path]
+            weight = self._base_weights.get(path, layer.base_layer.weight.data)
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            if path not in merged.weights or merged.weights[path].device != weight.device:
+                merged.weights[path] = torch.empty_like(weight)
+            if weight.dtype == torch.float32:
+                torch.addmm(weight, b, a, alpha=layer.scaling[name], out=merged.weights[path])
+            else:
+                merged.weights[path].copy_(torch.addmm(weight.float(), b, a, alpha=layer.scaling[name]))
+        merged.versions = self._versions(name)
+
+    def velocity(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """Velocity `v = ε − x0` with the active adapter: `x (B, …)`, `sigma (B,)` -> shape of `x`, fp32."""
+        if getattr(self.transformer, "gradient_checkpointing", False) and torch.is_grad_enabled():
+            self.checkpoint_gradients()
+        name = self._active.adapter or self._active.merged or self._active.merged_with_grad
+        with self._steady.forward(x, sigma, condition, self._active, self._paths(name) if name else ()):
+            return self.family.velocity(self.transformer, x, sigma, condition)
+
+    def checkpoint_gradients(self, enable: bool = True) -> None:
+        """Gradient checkpointing: blocks recompute in backward, each with the adapter of its forward."""
+        if not enable:
+            self.transformer.disable_gradient_checkpointing()
+        elif getattr(self.transformer, "_gradient_checkpointing_func", None) != self._checkpoint:
+            self.transformer.enable_gradient_checkpointing(self._checkpoint)
+
+    # Inside
+
+    def _checkpoint(self, block: Callable, *args: Any) -> Any:
+        active = self._active
+        both = lambda: (nullcontext(), _Switched(self, active))  # noqa: E731
+        return checkpoint(block, *args, use_reentrant=False, context_fn=both)
+
+    def _switch(self, new: ActiveAdapter) -> None:
+        """Make `new` the active adapter; only what differs from the one before is changed."""
+        old = self._active
+        if new.merged != old.merged:
+            for path, weight in self._base_weights.items():
+                self._layers[path].base_layer.weight.data = weight
+            self._base_weights = {}
+            for path, weight in self._merged[new.merged].weights.items() if new.merged else ():
+                parameter = self._layers[path].base_layer.weight
+                self._base_weights[path], parameter.data = parameter.data, weight
+        if new.merged_with_grad or old.merged_with_grad:
+            self._merge_with_grad(old.merged_with_grad, new.merged_with_grad)
+        if new.adapter != old.adapter:
+            self._mark(new.adapter)
+        self._active = new
+
+    def _merge_with_grad(self, old: str | None, new: str | None) -> None:
+        """Put W + BA in front of the layer's own parameter, which stays where it is and as it is."""
+        for layer in (self._layers[path] for path in (self._paths(old) if old else ())):
+            layer.base_layer.__dict__.pop("weight", None)
+        for layer in (self._layers[path] for path in (self._paths(new) if new else ())):
+            base, a, b = layer.base_layer, layer.lora_A[new].weight, layer.lora_B[new].weight
+            base.__dict__["weight"] = torch.addmm(base.weight, b, a, alpha=layer.scaling[new])
+
+    def _mark(self, adapter: str | None) -> None:
+        """Tell the LoRA layers which adapter is active."""
+        adapted, active = set(self._adapted[adapter] if adapter else ()), [adapter or ""]
+        for path, layer in self._layers.items():
+            layer._disable_adapters = path not in adapted
+            layer._active_adapter = active
+
+    def _inject(self, name: str, adapter: Adapter, scale: float, trainable: bool) -> None:
+        if self._active != ActiveAdapter():
+            raise RuntimeError("an adapter is added while none is active: outside of acting_as and merged")
+        grads = {p: p.requires_grad for p in self.transformer.parameters()}
+        paths = list(adapter.tensors)
+        config = LoraConfig(r=1, lora_alpha=1, target_modules=paths, init_lora_weights=False)
+        keys = {f"{path}.lora_A.weight": torch.empty(0) for path in paths}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns of every second adapter
+            inject_adapter_in_model(config, self.transformer, name, low_cpu_mem_usage=True, state_dict=keys)
+        self._layers = {p: m for p, m in self.transformer.named_modules() if isinstance(m, LoraLayer)}
+        for path, (a, b) in adapter.tensors.items():
+            layer = self._layers[path]
+            weight = layer.base_layer.weight
+            for half, value in ((layer.lora_A, a), (layer.lora_B, b)):
+                value = value.detach().to(weight.device, torch.float32, copy=True).contiguous()
+                half[name].weight = Parameter(value, requires_grad=trainable)
+            layer.r[name] = layer.lora_alpha[name] = a.shape[0]
+            layer.scaling[name] = float(scale)
+        for parameter, grad in grads.items():  # whatever this PEFT version thinks should train
+            parameter.requires_grad_(grad)
+        self.transformer.eval()
+        self._adapted[name] = [path for path in self._layers if path in adapter.tensors]
+        layers = [self._layers[path] for path in self._adapted[name]]
+        self._parameters[name] = [half[name].weight for layer in layers for half in (layer.lora_A, layer.lora_B)]
+        self._mark(None)
+
+    def _linears(self) -> dict[str, nn.Linear]:
+        """Module path -> the Linear there (the base layer where a LoRA layer already wraps it)."""
+        found: dict[str, nn.Linear] = {}
+        for path, module in self.transformer.named_modules():
+            module = module.get_base_layer() if isinstance(module, LoraLayer) else module
+            if isinstance(module, nn.Linear) and ".lora_" not in path and not path.endswith(".base_layer"):
+                found[path] = module
+        return found
+
+    def _paths(self, name: str) -> list[str]:
+        try:
+            return self._adapted[name]
+        except KeyError:
+            raise KeyError(f"no adapter {name!r}; there are {sorted(self._adapted)}") from None
+
+    def _versions(self, name: str) -> list[Any]:
+        return [self._parameters[name][0].device, *(p._version for p in self._parameters[name])]
+
+
+MAX_COPIED_PARAMETERS = 1_000_000_000
+"""Larger transformers get no copy of their weights that only serves speed."""
+
+
+def may_copy_weights(transformer: nn.Module) -> bool:
+    """Whether the transformer is small enough to hold merged copies of its weights for speed alone."""
+    return sum(p.numel() for p in transformer.parameters()) <= MAX_COPIED_PARAMETERS
+
+
+def merging_costs_less(adapted: Sequence[tuple[Tensor, int]]) -> bool:
+    """Whether the ranks of `adapted` (weight, rank) are so large that W + BA costs less than the LoRA layers.
+
+    False for sharded (FSDP) weights and for half precision, where merging would round.
+    """
+    if any(type(weight) is not nn.Parameter or weight.dtype != torch.float32 for weight, _ in adapted):
+        return False
+    return sum(weight.numel() for weight, _ in adapted) < sum(3 * rank * sum(weight.shape) for weight, rank in adapted)

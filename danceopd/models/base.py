@@ -1,0 +1,194 @@
+"""The base model on disk: find it or download it, load its pipeline, hash it, and read its settings.
+
+A LoRA only fits the weights it was trained on, so a base has a fingerprint that every copy of its folder shares.
+`empty_transformer` has shapes and no weights, which is enough to refuse a wrong LoRA at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from danceopd.common.files import sha256
+from danceopd.common.shipped import resolve
+from danceopd.errors import UserError
+from danceopd.pipelines.family import Family
+from danceopd.pipelines.registry import family_of
+
+_HASHES: dict[tuple[str, int, int], str] = {}  # (path, mtime in ns, size) -> sha256 of the file
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """A context without the progress bars of diffusers and transformers; warnings stay."""
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
+
+    shown = [log for log in (diffusers_log, transformers_log) if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
+
+
+def base_folder(base: str | Path) -> Path:
+    """The local folder of a base model: of a path, a shipped name, or `owner/name` on the hub (then downloaded).
+
+    UserError when it is none of these, or not a diffusers pipeline.
+    """
+    place = resolve(base, "base model", hub=True)
+    if not Path(place).exists():
+        from diffusers import DiffusionPipeline
+
+        try:
+            with quietly():
+                place = DiffusionPipeline.download(place)
+        except Exception as error:  # the hub's client raises a dozen kinds
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"base model {base} is not a folder here and could not be fetched from the hub ({reason}); check "
+                "the name and the connection, or download it first and give its folder"
+            ) from None
+    folder = Path(place)
+    if not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"base model {folder} is not a diffusers pipeline (it has no model_index.json); give a folder that "
+            "DiffusionPipeline.save_pretrained wrote"
+        )
+    return folder
+
+
+def load_base(folder: str | Path, dtype: torch.dtype | None = None, **components: Any) -> Any:
+    """`DiffusionPipeline.from_pretrained(folder)` without progress bars; `dtype` None is the stock default (fp32).
+
+    `components` replace the folder's own (`vae=None` leaves one out). UserError when it does not load.
+    """
+    from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
+
+    kwargs: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    try:
+        with quietly():
+            return DiffusionPipeline.from_pretrained(folder, **kwargs, **components)
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} needs a package that is not installed ({reason}); install it") from error
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the pipeline {folder} does not load ({reason}); fetch it again, or check that diffusers is new enough"
+        ) from error
+
+
+def empty_transformer(folder: str | Path) -> nn.Module:
+    """The pipeline's transformer on the meta device, from its config alone: shapes without weights."""
+    return empty_model(transformer_config(Path(folder) / "transformer"), folder)
+
+
+def empty_model(config: Mapping[str, Any], where: str | Path) -> nn.Module:
+    """The model of a diffusers config on the meta device; `where` is what an error message names."""
+    import diffusers
+
+    model = getattr(diffusers, str(config.get("_class_name")), None)
+    if model is None:
+        raise UserError(
+            f"{where} has a transformer of class {config.get('_class_name')}, which this diffusers does not "
+            "know; install a newer diffusers"
+        )
+    with torch.device("meta"):
+        return model.from_config(dict(config))
+
+
+def base_fingerprint(base: str | Path) -> str:
+    """`transformer_fingerprint` of a base model's transformer; UserError without weights in safetensors."""
+    return transformer_fingerprint(base_folder(base) / "transformer")
+
+
+def transformer_fingerprint(folder: Path) -> str:
+    """sha256 over a transformer folder's safetensors files and its configuration.
+
+    The same for every copy of the folder; another training step, shape or rope gives another one. Paths and versions
+    in the configuration do not count. UserError when there are no weights in safetensors.
+    """
+    config = {k: v for k, v in transformer_config(folder).items() if k == "_class_name" or not k.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise UserError(f"{folder} holds no safetensors weights; save the base with safetensors")
+    for shard in shards:
+        digest.update(f"\n{shard.name} {file_sha256(shard)}".encode())
+    return digest.hexdigest()
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """The dtype in which most of the transformer's parameters are stored (from the safetensors headers)."""
+    from safetensors import safe_open
+
+    names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    counts: dict[str, int] = {}
+    for shard in sorted((Path(folder) / "transformer").glob("*.safetensors")):
+        with safe_open(str(shard), framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 - not a dict
+                piece = opened.get_slice(key)
+                counts[piece.get_dtype()] = counts.get(piece.get_dtype(), 0) + torch.Size(piece.get_shape()).numel()
+    return names.get(max(counts, key=lambda name: counts[name], default="F32"), torch.float32)
+
+
+def transformer_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a transformer folder; UserError when it cannot be read."""
+    file = folder / "config.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({type(error).__name__}); fetch the base model again") from None
+
+
+def file_sha256(file: Path) -> str:
+    """sha256 of a file, computed once per process as long as its time and size stay the same."""
+    stat = file.stat()
+    key = (str(file.resolve()), stat.st_mtime_ns, stat.st_size)
+    if key not in _HASHES:
+        _HASHES[key] = sha256(file)
+    return _HASHES[key]
+
+
+CALL_KEYS = ("height", "width", "num_inference_steps", "guidance_scale", "max_sequence_length")
+"""The settings of a pipeline call that `danceopd.json` beside a base's `model_index.json` may give."""
+
+
+def call_defaults(base: str | Path) -> dict[str, Any]:
+    """The pipeline settings in a base's `danceopd.json`; empty where it has none. UserError when it cannot be read."""
+    path = Path(base) / "danceopd.json"
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        return {key: settings[key] for key in CALL_KEYS if settings.get(key) is not None}
+    except (ValueError, AttributeError, OSError) as error:
+        raise UserError(f"{path} is not a JSON object with the base's settings ({error}); restore it") from None
+
+
+def pipeline_call(base: Path, over: Mapping[str, float], family: Family | None = None) -> dict[str, Any]:
+    """Height, width, steps and settings for `GenerationPipeline` and `EditingPipeline`.
+
+    The stock pipeline's defaults, overridden by the base's `danceopd.json`, overridden by the recipe's `call` (`over`).
+    UserError for a setting of the recipe that `family` (None: the base's) does not take.
+    """
+    family = family or family_of(base)
+    known = ("height", "width", "num_inference_steps", *family.call)
+    odd = next((key for key in over if key not in known), None)
+    if odd is not None:
+        raise UserError(f"call.{odd} means nothing to {family.name}; leave it out of the recipe")
+    call = family.stock_call() | {key: value for key, value in call_defaults(base).items() if key in known} | dict(over)
+    call["steps"] = call.pop("num_inference_steps")
+    return call

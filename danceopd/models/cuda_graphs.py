@@ -1,0 +1,376 @@
+"""Replay the student's rollout forwards as CUDA graphs, one for each layout of inputs and each number of rows.
+
+`with_cuda_graphs` wraps the velocity field of a rollout in a `CapturedField`, which gives the same velocities without
+launching thousands of kernels from Python at each step. A graph replays the captured kernels on the same memory. So
+inputs are copied into static tensors, the result is copied out, and the weights must not move: `Backbone.merged` keeps
+W + BA in place, and if they did move, everything is captured again. What a forward would read back from the device is
+part of the layout (`Family.sync_free`), what it would copy to the device is kept from its first run, and a forward that
+still waits for the device is refused before the capture. What cannot be captured runs eagerly, and the log says why.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from danceopd.kernels.masks import masks_unread
+from danceopd.models.backbone import Backbone
+from danceopd.models.fields import AdapterField, MergedField
+from danceopd.models.step_cache import anew
+from danceopd.pipelines.condition import Condition
+from danceopd.pipelines.registry import FAMILIES
+
+MIN_CALLS = 8
+"""Calls with one layout before it is captured, which costs about two forwards; and never in the update that used it
+first. So rare layouts are never captured, and the memory that a gradient takes is known by then."""
+MAX_GRAPHS = 32
+"""Graphs that are kept; of more, the least recently used is dropped."""
+
+_log = logging.getLogger("danceopd")
+Run = Callable[[], Tensor]
+
+
+class NotCapturable(Exception):
+    """Why a forward is not captured, in words that follow "because"."""
+
+
+class GraphCapture(Protocol):
+    """Turns a run on fixed tensors into one that repeats without Python: `CudaGraphs`, or a stand-in in tests."""
+
+    def capture(self, run: Run) -> Run:
+        """A function that repeats `run` on the memory it reads now; it returns one tensor, overwritten each time.
+
+        NotCapturable if the run cannot be captured and no harm is done.
+        """
+        ...
+
+
+class CudaGraphs:
+    """CUDA graphs on `device` that share one memory pool: each result is read before another graph runs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.pool = device, torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+        self._peak = 0
+
+    def capture(self, run: Run) -> Run:
+        with torch.cuda.device(self.device):
+            here, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+            self.stream.wait_stream(here)
+            with torch.cuda.stream(self.stream):
+                self._dry_run(run)
+            try:
+                # other threads (NCCL's watchdog, for example) may go on querying their own streams
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                    out = run()
+            finally:
+                torch.cuda.set_stream(here)  # a capture that fails leaves its own stream current
+            here.wait_stream(self.stream)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+    def _dry_run(self, run: Run) -> None:
+        """One run on the capture stream: it must not wait for the device, and its memory must fit. NotCapturable."""
+        before, mode = torch.cuda.memory_allocated(), torch.cuda.get_sync_debug_mode()
+        self._peak = max(self._peak, torch.cuda.max_memory_reserved())
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        except torch.cuda.OutOfMemoryError as error:
+            raise NotCapturable("there is no memory for a graph of this size") from error
+        except RuntimeError as error:
+            raise NotCapturable(f"its forward waits for the device ({_first_line(error)})") from error
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        needs = torch.cuda.max_memory_allocated() - before
+        spare = torch.cuda.get_device_properties(self.device).total_memory - self._peak
+        if needs > spare:
+            needed, free = needs / 2**30, max(spare, 0) / 2**30
+            raise NotCapturable(f"a graph needs {needed:.1f} GiB of its own and {free:.1f} GiB are spare")
+
+
+@dataclass(frozen=True)
+class StaticInputs:
+    """The tensors that a captured forward reads its inputs from."""
+
+    x: Tensor
+    sigma: Tensor
+    condition: Condition
+
+    def fill(self, x: Tensor, sigma: Tensor, condition: Condition) -> None:
+        """Copy inputs in; rows beyond those of `x` become copies of its first row."""
+        for static, value in ((self.x, x), (self.sigma, sigma)):
+            static[: len(x)].copy_(value)
+            static[len(x) :].copy_(value[:1].expand_as(static[len(x) :]))
+        mine = self.condition
+        pairs = [(mine.context, condition.context)]
+        pairs += [(mine.kwargs[name], value) for name, value in condition.kwargs.items()]
+        pairs += [(mine.shared[name], value) for name, value in condition.shared.items()]
+        for static_tensor, given in pairs:
+            if static_tensor is not None and given is not None:
+                static_tensor.copy_(given)
+
+
+class CapturedCall(NamedTuple):
+    """One captured forward. `kept`: memory that it reads and others own, kept alive with the graph."""
+
+    inputs: StaticInputs
+    replay: Run
+    kept: list[Any]
+
+
+class CapturedField:
+    """`field` (see `fields.MergedField`) from CUDA graphs; equal to it but for the rounding of a padded batch.
+
+    `min_calls`: see MIN_CALLS; 1 captures at once. `max_graphs`: see MAX_GRAPHS. More than 16 rows are padded to the
+    next of eight sizes an octave with copies of the first row: less than an eighth more.
+    """
+
+    def __init__(
+        self, field: MergedField, graphs: GraphCapture, min_calls: int = MIN_CALLS, max_graphs: int = MAX_GRAPHS
+    ) -> None:
+        self.field, self.graphs, self.min_calls, self.max_graphs = field, graphs, min_calls, max_graphs
+        self.off: str | None = None  # why nothing is captured any more
+        self._captured: OrderedDict[Hashable, CapturedCall] = OrderedDict()
+        self._counts: OrderedDict[Hashable, tuple[int, int]] = OrderedDict()  # calls, and the weights' version at first
+        self._refused: set[Hashable] = set()
+        self._recent: deque[tuple[Condition, Condition]] = deque(maxlen=2)  # two: a rollout may be guided
+        self._warned: set[str] = set()
+        self._weights: list[Tensor] = []
+        self._addresses: list[int] = []
+
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone of the field."""
+        return self.field.backbone
+
+    def acting(self) -> AbstractContextManager[None]:
+        """The context in which the backbone has this field's weights."""
+        return self.field.acting()
+
+    @property
+    def graph_count(self) -> int:
+        """The number of graphs that are kept."""
+        return len(self._captured)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """`x (B, …)`, `sigma (B,)` -> velocity, shape of `x`, fp32; a new tensor."""
+        if self.off is not None or not len(x):
+            return self.field(x, sigma, condition)
+        padded = self._padded(condition, padded_rows(len(x)))
+        key = _layout(x, sigma, padded)
+        with self.field.acting():
+            self._check_weights()
+            call = self._captured.get(key)
+            if call is not None:
+                self._captured.move_to_end(key)
+                call.inputs.fill(x, sigma, padded)
+                return call.replay()[: len(x)].clone()
+            if not self._due(key):
+                return self.backbone.velocity(x, sigma, condition)
+            velocity = self._capture(key, x, sigma, padded)
+        return velocity[: len(x)] if velocity is not None else self.field(x, sigma, condition)
+
+    def clear(self) -> None:
+        """Drop every graph, and with them their memory."""
+        self._captured.clear()
+
+    def _padded(self, condition: Condition, rows: int) -> Condition:
+        """`condition` with this many rows, and as its family needs it to run without waiting for the device."""
+        for given, padded in self._recent:
+            if given is condition and len(padded) == rows:
+                return padded
+        padded, more = condition, rows - len(condition)
+        if more:
+            padded = condition.rows([*range(len(condition)), *[0] * more])
+        padded = FAMILIES[condition.family].sync_free(padded)
+        self._recent.append((condition, padded))
+        return padded
+
+    def _check_weights(self) -> None:
+        """Drop all graphs if the weights have moved in memory. Called while the field acts."""
+        if not self._weights:
+            named = self.backbone.transformer.named_parameters()
+            self._weights = [*(p for name, p in named if ".lora_" not in name), *self.backbone.transformer.buffers()]
+        addresses = [weight.data_ptr() for weight in self._weights]
+        if addresses != self._addresses:
+            self.clear()
+            self._addresses = addresses
+
+    def _due(self, key: Hashable) -> bool:
+        """Count a call of a layout; whether to capture it now."""
+        if key in self._refused:
+            return False
+        version = self.backbone.parameters(self.field.name)[0]._version
+        calls, first = self._counts.pop(key, (0, version))
+        self._counts[key] = calls + 1, first
+        while len(self._counts) > 64 * self.max_graphs:
+            self._counts.popitem(last=False)
+        return self.min_calls <= 1 or (calls + 1 >= self.min_calls and version != first)
+
+    def _capture(self, key: Hashable, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor | None:
+        """Capture a graph; the velocity of its first run, or None if it cannot be captured."""
+        del self._counts[key]
+        rows = len(condition)
+        if len(self._captured) >= self.max_graphs:
+            self._captured.popitem(last=False)
+            self._warn(f"rollouts have more than {self.max_graphs} layouts, so some are captured again and again")
+        shared = {name: _copy(value) for name, value in condition.shared.items()}
+        static = replace(condition._map(_copy), shared=shared)
+        inputs = StaticInputs(x.new_empty(rows, *x.shape[1:]), sigma.new_empty(rows), static)
+        inputs.fill(x, sigma, condition)
+        constants, kept = ConstantInputs(), list[Any]()
+
+        def run() -> Tensor:
+            with anew(), constants:
+                return self.backbone.velocity(inputs.x, inputs.sigma, inputs.condition)
+
+        def run_and_keep() -> Tensor:
+            with StoragesRead() as storages:
+                kept.append(storages.found)
+                return run()
+
+        name = self.backbone.family.name
+        try:
+            with masks_unread():
+                velocity = run().clone()  # the run that makes the constants
+                constants.closed = True
+                replay = self.graphs.capture(run_and_keep)
+        except NotCapturable as error:
+            self._refused.add(key)
+            self._warn(f"a rollout of {name} runs without a CUDA graph because {error}")
+            return None
+        except RuntimeError as error:
+            self.off = _first_line(error)
+            self.clear()
+            self._warn(f"rollouts of {name} run without CUDA graphs because a capture failed: {self.off}")
+            return None
+        self._captured[key] = CapturedCall(inputs, replay, [*kept, constants.made])
+        return velocity
+
+    def _warn(self, sentence: str) -> None:
+        if sentence not in self._warned:
+            self._warned.add(sentence)
+            _log.warning("rollout.cuda_graphs: %s", sentence)
+
+
+def padded_rows(rows: int) -> int:
+    """The number of rows that a batch is padded to: its own up to 16, then the next of eight sizes an octave."""
+    step = 1 << max(0, (rows - 1).bit_length() - 4)
+    return -(-rows // step) * step
+
+
+def _copy(value: Tensor) -> Tensor:
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _layout(x: Tensor, sigma: Tensor, condition: Condition) -> Hashable:
+    """All that a captured forward depends on besides the numbers in its inputs."""
+    tensors = {**condition.kwargs, **{f"shared {name}": value for name, value in condition.shared.items()}}
+    tensors["context"] = condition.context
+    shapes = tuple((name, _shape(tensors[name])) for name in sorted(tensors))
+    fixed = json.dumps(condition.fixed, sort_keys=True)
+    return condition.family, len(condition), _shape(x[0]), sigma.dtype, x.device, shapes, fixed
+
+
+def _shape(value: Tensor | None) -> tuple | None:
+    return None if value is None else (tuple(value.shape), value.dtype)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
+class ConstantInputs(TorchFunctionMode):
+    """Keeps the tensors that a forward makes of plain numbers (`torch.tensor([1, 2])`), by their arguments.
+
+    Making one copies from the host, which a graph cannot hold. So they are made in the first run, and once `closed` is
+    set each use is a copy on the device; NotCapturable for one that was not made before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[Hashable, Tensor] = {}
+        self.closed = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        plain = bool(args) and isinstance(args[0], int | float | list | tuple)
+        if func not in (torch.tensor, torch.as_tensor) or not plain:
+            return func(*args, **kwargs)
+        key = repr((args, sorted(kwargs.items(), key=lambda item: item[0])))
+        if key not in self.made:
+            if self.closed:
+                raise NotCapturable(f"its forward makes another tensor of plain numbers each time ({key[:60]})")
+            self.made[key] = func(*args, **kwargs)
+        return self.made[key].clone()
+
+
+class StoragesRead(TorchDispatchMode):
+    """Collects the memory that operators read and did not make, so that it can be kept alive with the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, Any] = {}
+        self._made: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in self._made:
+                self.found[value.untyped_storage().data_ptr()] = value.untyped_storage()
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor):
+                address = value.untyped_storage().data_ptr()
+                if address not in self.found:
+                    self._made.add(address)
+        return out
+
+
+def with_cuda_graphs(
+    field: AdapterField | MergedField,
+    device: torch.device,
+    *,
+    enabled: bool,
+    compiled: bool = False,
+    source_cached: bool = False,
+) -> AdapterField | MergedField | CapturedField:
+    """The field of a rollout, replayed as CUDA graphs if `enabled` and possible; else `field` itself.
+
+    `enabled`, `compiled`, `source_cached`: `rollout.cuda_graphs`, `compile` and `rollout.cache_source` of the recipe.
+    Logs why graphs that are enabled are not possible.
+    """
+    if not enabled:
+        return field
+    reason = None
+    if device.type != "cuda":
+        reason = f"{device.type} has no CUDA graphs"
+    elif not isinstance(field, MergedField):
+        reason = "the rollout goes through LoRA layers (rollout.merged: false, or parallel: fsdp)"
+    elif compiled:
+        reason = "compile: true makes its own graphs"
+    elif source_cached:
+        reason = "rollout.cache_source keeps too much to be copied at each step"
+    elif any(hasattr(module, "_hf_hook") for module in field.backbone.transformer.modules()):
+        reason = "the transformer's weights are offloaded"
+    if reason is None and isinstance(field, MergedField):
+        return CapturedField(field, CudaGraphs(device))
+    _log.warning("rollout.cuda_graphs: eager rollouts, because %s", reason)
+    return field

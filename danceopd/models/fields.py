@@ -1,0 +1,89 @@
+"""Velocity fields, `field(x, sigma, condition) -> v`: what rollouts and objectives call for teachers and the student.
+
+`x (B, …)` fp32, `sigma (B,)` in [0, 1] with 1 pure noise, a Condition of B rows; the result has the shape of `x`,
+fp32, `v = ε − x0`. Fields compute no gradient; the student's velocity with one is `backbone.velocity` inside
+`backbone.acting_as("student")`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from danceopd.models.backbone import Backbone
+from danceopd.pipelines.condition import Condition
+from danceopd.pipelines.registry import FAMILIES, with_prompt_of
+
+VelocityField = Callable[[Tensor, Tensor, Condition], Tensor]
+
+
+@dataclass(frozen=True)
+class AdapterField:
+    """The velocity of the backbone with one adapter in its LoRA layers; `name` None is the bare base."""
+
+    backbone: Backbone
+    name: str | None
+
+    def acting(self) -> AbstractContextManager[None]:
+        """The context in which the backbone has this field's weights."""
+        return self.backbone.acting_as(self.name)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        with self.acting():
+            return self.backbone.velocity(x, sigma, condition)
+
+
+def BaseField(backbone: Backbone) -> AdapterField:  # noqa: N802 (a field like the others, named like them)
+    """The velocity of the bare base model."""
+    return AdapterField(backbone, None)
+
+
+@dataclass(frozen=True)
+class MergedField:
+    """The velocity of the backbone with one adapter merged into its weights: as `AdapterField`, without LoRA layers.
+
+    Costs one copy of the adapted weights; for rollouts, and for teachers that are queried often.
+    """
+
+    backbone: Backbone
+    name: str
+
+    def acting(self) -> AbstractContextManager[None]:
+        """The context in which the backbone has this field's weights."""
+        return self.backbone.merged(self.name)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        with self.acting():
+            return self.backbone.velocity(x, sigma, condition)
+
+
+@dataclass(frozen=True)
+class GuidedField:
+    """Classifier-free guidance of another field as its family does it: most often `v_null + scale · (v − v_null)`.
+
+    `null_condition` is the recorded condition of the null prompt, one row or as many as the batch; only its
+    prompt is used, so a source image stays in place on both sides, as in the stock pipelines. Scale 1 is
+    the plain field. Each call makes two calls of `field`.
+    """
+
+    field: VelocityField
+    null_condition: Condition
+    scale: float
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        v_null = self.field(x, sigma, with_prompt_of(condition, self.null_condition))
+        return FAMILIES[condition.family].guide(self.field(x, sigma, condition), v_null, self.scale)
+
+
+def unguided(field: VelocityField) -> VelocityField:
+    """The field inside any `GuidedField`: the same without classifier-free guidance."""
+    while isinstance(field, GuidedField):
+        field = field.field
+    return field

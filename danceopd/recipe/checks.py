@@ -1,0 +1,146 @@
+"""What must hold between the parts of a recipe: a table of faults, each with its sentence.
+
+`check` is called when a `Recipe` is made. A row is (when it is wrong, what to say); `{r...}` in a sentence is looked up
+in the recipe. Checks of one part alone stand in that part, checks that need a model in the room that has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from danceopd.common.messages import did_you_mean
+from danceopd.recipe.parts import FlowOPD, OffPolicy, Query, Rollout
+
+if TYPE_CHECKING:
+    from danceopd.recipe.recipe import Recipe
+
+EVERY_STEP = ("diffusionopd", "flowopd")
+"""Objectives that query the teacher at every step of a trajectory."""
+NO_ROLLOUT = ("offpolicy", "supervised")
+"""Objectives that learn from noised clean pictures, without a trajectory of the student."""
+TAKEN = ("student", "base", "blend", "ema")
+"""Names that mean something else than a teacher."""
+
+Check = tuple[Callable[["Recipe"], object], str]
+
+CHECKS: tuple[Check, ...] = (
+    # teachers
+    (lambda r: len(r.teachers) < 2, "a merge needs at least two teachers and here is {n_teachers}; add another"),
+    (
+        lambda r: all(t.adapter == "base" and t.guidance is None for t in r.teachers),
+        "every teacher is the bare base, so there is nothing to merge; give one an adapter",
+    ),
+    (
+        lambda r: r.routing.per == "turn" and len(set(r.shares().values())) > 1,
+        "routing.per turn gives each teacher equal turns; leave out the weights",
+    ),
+    # objective
+    (
+        lambda r: r.rollout.noise and r.rollout.solver != "euler",
+        "rollout.solver {r.rollout.solver} cannot take random steps; leave it out, or rollout.noise",
+    ),
+    (
+        lambda r: r.objective == "flowopd" and not r.rollout.noise,
+        "objective flowopd learns from stochastic rollouts; set rollout.noise (its paper: 0.7)",
+    ),
+    (
+        lambda r: r.objective == "flowopd" and r.batch % r.flowopd.group,
+        "batch {r.batch} is no multiple of flowopd.group, {r.flowopd.group}",
+    ),
+    (
+        lambda r: r.objective in EVERY_STEP and r.query != Query(),
+        "objective {r.objective} queries the teacher at every step, so query has no meaning; leave it out",
+    ),
+    (
+        lambda r: r.objective != "flowopd" and r.flowopd != FlowOPD(),
+        "flowopd is set, and the objective is {r.objective}; leave it out",
+    ),
+    (
+        lambda r: r.objective != "offpolicy" and r.offpolicy != OffPolicy(),
+        "offpolicy is set, and the objective is {r.objective}; leave it out",
+    ),
+    (
+        lambda r: r.objective in NO_ROLLOUT and r.rollout != Rollout(steps=r.rollout.steps),
+        "objective {r.objective} has no student rollout; of rollout, keep steps only",
+    ),
+    (
+        lambda r: r.rollout.cache_source and r.parallel == "fsdp",
+        "rollout.cache_source needs the whole base in each process; leave it out, or parallel fsdp",
+    ),
+    # gates
+    (
+        lambda r: r.gates.on and r.objective != "danceopd",
+        "gates weigh what objective danceopd learns, and the objective is {r.objective}",
+    ),
+    (
+        lambda r: r.gates.on and r.batch % r.gates.group,
+        "batch {r.batch} is no multiple of gates.group, {r.gates.group}",
+    ),
+    (
+        lambda r: r.gates.evidence is not None and r.gates.evidence.contrast == "source" and not r.has("editing"),
+        "gates.evidence.contrast is source, and no teacher edits; choose prompt or null",
+    ),
+    (
+        lambda r: r.gates.skills is not None and r.gates.skills.critical and r.rollout.steps < 2,
+        "gates.skills.critical compares steps and needs rollouts of two steps or more, rollout.steps",
+    ),
+    # batches
+    (
+        lambda r: (r.micro_batch or r.batch) < r.group_size,
+        "micro_batch {r.micro_batch} splits the rollouts of one sample, {group_key} {r.group_size}",
+    ),
+    # validation and monitor
+    (
+        lambda r: r.validation.decides and not r.validation.every,
+        "validation.{r.validation.decides} needs validation, and validation.every is 0; set it, such as 100",
+    ),
+    (
+        lambda r: r.monitor.rollback and not r.monitor.interval(r.gates.on),
+        "monitor.rollback is {r.monitor.rollback}, and nothing is monitored; set monitor.every, such as 100",
+    ),
+    (
+        lambda r: r.monitor.rollback == "plain" and not r.gates.on,
+        "monitor.rollback plain goes on without gates, and no gate is on; give stop",
+    ),
+)
+
+
+def check(recipe: Recipe) -> None:
+    """ValueError with the first fault's sentence."""
+    for sentence in (*_names(recipe), *_table(recipe)):
+        raise ValueError(sentence)
+
+
+def _table(recipe: Recipe) -> Iterator[str]:
+    group_key = "flowopd.group" if recipe.objective == "flowopd" else "gates.group"
+    for wrong, sentence in CHECKS:
+        if wrong(recipe):
+            yield sentence.format(r=recipe, n_teachers=len(recipe.teachers), group_key=group_key)
+
+
+def _names(recipe: Recipe) -> Iterator[str]:
+    """Faults of names, whose sentences say which."""
+    names = [teacher.name for teacher in recipe.teachers]
+    for name in names:
+        if names.count(name) > 1:
+            yield f"two teachers are named {name!r}; give each its own name"
+        if name in TAKEN:
+            yield f"a teacher may not be named {name!r}, which means something else; rename it"
+    for teacher in recipe.teachers:
+        if teacher.negative is not None and teacher.guidance is None:
+            yield (
+                f"teacher {teacher.name!r} has a negative prompt and no guidance; give it guidance, such as 3.5"
+            )
+    weights = {"routing.weights": recipe.routing.weights, "student.init_weights": recipe.student.init_weights}
+    for key, given in weights.items():
+        for name in given:
+            if name not in names:
+                yield f"{key} names {name!r}, which is no teacher{did_you_mean(name, names)}"
+    if recipe.family is not None:
+        from danceopd.pipelines.registry import FAMILIES  # late: it imports torch
+
+        if recipe.family not in FAMILIES:
+            yield f"family is {recipe.family!r}, which is unknown{did_you_mean(recipe.family, FAMILIES)}"
+    if recipe.output.exists() and not recipe.output.is_dir():
+        yield f"output {recipe.output} is a file; name a folder"

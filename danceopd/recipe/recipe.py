@@ -1,0 +1,249 @@
+"""What to merge, and how: one frozen pydantic model that YAML files, flags and Python share.
+
+Every default of a merge stands here and in its parts and nowhere else, and is the paper's; what `danceopd merge` does
+with nothing given is the shipped recipe `checkpoints/demo.yaml`. A `Recipe` that exists is a valid one: unknown keys,
+impossible numbers, missing files and misspelt names are refused when it is made, with a `UserError` that names the key,
+the file and the nearest valid name. Shipped checkpoints ("base", "generation", ...) go by their bare names; a folder
+is written "./generation".
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from danceopd.common.messages import did_you_mean, explain_validation_error, read_yaml
+from danceopd.common.shipped import demo, portable
+from danceopd.errors import UserError
+from danceopd.recipe.aliases import RENAMED, modernise
+from danceopd.recipe.checks import check
+from danceopd.recipe.labelfree import Gates, Monitor
+from danceopd.recipe.parts import (
+    Data,
+    FlowOPD,
+    Guidance,
+    OffPolicy,
+    Optimizer,
+    Part,
+    Query,
+    Rollout,
+    Routing,
+    Samples,
+    Student,
+    Teacher,
+    Unit,
+    existing,
+)
+from danceopd.recipe.validation import Validation
+
+CAPABILITIES = ("generation", "editing")
+CALL_KEYS = ("height", "width", "num_inference_steps", "max_sequence_length", "guidance_scale")
+CONTINUES = (
+    "steps",
+    "output",
+    "device",
+    "samples",
+    "save_every",
+    "keep_last",
+    "time_limit",
+    "micro_batch",
+    "gradient_checkpointing",
+    "compile",
+    "kernels",
+    "parallel",
+    "validation",
+    "monitor",
+)
+"""Fields that may differ between a run and its continuation: but for rounding they change nothing a step computes."""
+
+_log = logging.getLogger("danceopd")
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def _editing_base(value: Any) -> Any:
+    return None if value is None else existing(value, "editing base", hub=True, shipped_names=False)
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    for key, value in call.items():
+        kinds, kind = ((int, float), "a number") if key == "guidance_scale" else ((int,), "a whole number")
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
+            raise ValueError(f"{key} is {value!r}; it must be {kind} greater than 0")
+    return call
+
+
+def _base(value: Any) -> Any:
+    return existing(value, "base model", hub=True)
+
+
+def _shipped_teachers() -> tuple[dict[str, str], ...]:
+    return tuple({"name": c, "adapter": c, "capability": c} for c in CAPABILITIES)
+
+
+class Recipe(Part):
+    """Everything a merge needs. Without teachers it takes the shipped ones, on the shipped base."""
+
+    base: Annotated[str, BeforeValidator(_base)] = "base"
+    teachers: tuple[Teacher, ...] = Field(default_factory=_shipped_teachers, validate_default=True)
+    output: Path = Path("student")
+    steps: PositiveInt = 2000
+    batch: PositiveInt = 8
+    seed: Seed = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the frozen models; the student and Adam are fp32
+    micro_batch: PositiveInt | None = None  # rows of the batch at a time; None: all
+    gradient_checkpointing: bool = False
+    compile: bool = False  # the transformer's repeated blocks, by torch.compile
+    kernels: Literal["auto", True, False] = "auto"  # fused around attention; auto: on a GPU, where a trial says so
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes, each has the whole base, or a share of it
+    student: Student = Student()
+    optimizer: Optimizer = Optimizer()
+    ema: Unit = 0.99
+    rollout: Rollout = Rollout()
+    query: Query = Query()
+    routing: Routing = Routing()
+    objective: Literal["danceopd", "diffusionopd", "flowopd", "offpolicy", "supervised"] = "danceopd"
+    flowopd: FlowOPD = FlowOPD()
+    offpolicy: OffPolicy = OffPolicy()
+    guidance: Guidance = Guidance()
+    gates: Gates = Gates()
+    data: Data = Data()
+    samples: Samples = Samples()
+    validation: Validation = Validation()
+    monitor: Monitor = Monitor()
+    save_every: PositiveInt = 100
+    keep_last: PositiveInt = 2  # checkpoints
+    time_limit: PositiveFloat | None = None  # minutes
+    call: Annotated[dict[str, Any], AfterValidator(_call)] = {}  # over the base's own: CALL_KEYS
+    family: str | None = None  # a key of pipelines.FAMILIES; None: by the base's pipeline class
+    editing_base: Annotated[str | None, BeforeValidator(_editing_base)] = None  # has what the base lacks for editing
+
+    def __init__(self, /, _where: str = "the recipe", **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise UserError(explain_validation_error(error, type(self), _where)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: Any) -> Any:
+        """Old keys under their new names; `generation: X` and `editing: Y` stand for the two teachers of those names.
+        """
+        if not isinstance(data, Mapping):
+            return data
+        data, old = modernise(data)
+        for key in old:
+            _log.warning("recipe key %s is now called %s; the old name works for one version", key, RENAMED[key])
+        if not any(c in data for c in CAPABILITIES):
+            return data
+        short = {c: data.pop(c) for c in CAPABILITIES if c in data}
+        if "teachers" in data:
+            raise ValueError(f"`teachers` and `{next(iter(short))}` both name teachers; keep one of the two")
+        data["teachers"] = [t | {"adapter": short.get(t["name"], t["adapter"])} for t in _shipped_teachers()]
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        check(self)
+        for key in self.call:
+            if key not in CALL_KEYS:
+                raise ValueError(f"unknown key call.{key}{did_you_mean(key, CALL_KEYS)}")
+        known = ["base", "blend", *(teacher.name for teacher in self.teachers)]
+        if self.student.init not in known:
+            hint = did_you_mean(self.student.init, known)
+            init = existing(self.student.init, "student.init", hint=hint, shipped_names=False)
+            object.__setattr__(self, "student", self.student.model_copy(update={"init": init}))
+        return self
+
+    # -- reading --------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **flags: Any) -> Recipe:
+        """The recipe in a YAML file; fields given in `flags` (and not None) win over the file's."""
+        fields = read_yaml(Path(path), "recipe")
+        if not fields:
+            raise UserError(f"recipe {path} is empty; write what to merge, or name no recipe for the shipped models")
+        return cls._with_flags(fields, flags, str(path))
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, **flags: Any) -> Recipe:
+        """What the command line uses: a file, then flags (None: not given).
+
+        Without a file and without a model among the flags: the shipped demo.
+        """
+        if path is None and all(flags.get(model) is None for model in ("base", *CAPABILITIES)):
+            return cls._with_flags(read_yaml(demo(), "recipe"), flags, "the command line")
+        return cls._with_flags({}, flags, "the command line") if path is None else cls.from_yaml(path, **flags)
+
+    @classmethod
+    def _with_flags(cls, fields: dict[str, Any], flags: Mapping[str, Any], where: str) -> Recipe:
+        given = {key: value for key, value in flags.items() if value is not None}
+        if isinstance(fields.get("teachers"), list):
+            for capability in [c for c in CAPABILITIES if c in given]:
+                teachers = [t for t in fields["teachers"] if isinstance(t, dict)]
+                ours = [t for t in teachers if t.get("capability") == capability]
+                if len(ours) != 1:
+                    count = f"{len(ours)} {capability} teachers"
+                    raise UserError(f"--{capability} is ambiguous: {where} has {count}; edit the file")
+                ours[0]["adapter"] = given.pop(capability)
+        return cls(where, **{**fields, **given})
+
+    # -- writing --------------------------------------------------------------------------------------
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain data that makes the same recipe again; shipped checkpoints by name, other paths absolute."""
+        data = self.model_dump(mode="json")
+        data["base"] = portable(self.base)
+        data["editing_base"] = None if self.editing_base is None else portable(self.editing_base)
+        for teacher in data["teachers"]:
+            teacher["adapter"] = portable(teacher["adapter"])
+        return data
+
+    def identity(self) -> dict[str, Any]:
+        """`resolved()` without what may change when a run is continued."""
+        kept = {key: value for key, value in self.resolved().items() if key not in CONTINUES}
+        kept["rollout"].pop("cuda_graphs")
+        return kept
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML; `Recipe.from_yaml` reads it back to an equal one."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=110)
+
+    # -- asking ---------------------------------------------------------------------------------------
+
+    @property
+    def group_size(self) -> int:
+        """Rows of an update that are rollouts of one sample and stay in one batch."""
+        return self.flowopd.group if self.objective == "flowopd" else self.gates.group
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether the objective learns from finished pictures of the data."""
+        return self.objective == "supervised" or (self.objective == "offpolicy" and self.offpolicy.clean == "targets")
+
+    def has(self, capability: str) -> bool:
+        """Whether a teacher has this capability."""
+        return any(teacher.capability == capability for teacher in self.teachers)
+
+    def shares(self) -> dict[str, float]:
+        """The share of the rows that is routed to each teacher, by name; sums to 1."""
+        raw = {t.name: self.routing.weights.get(t.name, t.weight) for t in self.teachers}
+        return {name: weight / sum(raw.values()) for name, weight in raw.items()}
+
+    def data_source(self, teacher: Teacher) -> str:
+        """Where the prompts, or edit pairs, of a teacher come from."""
+        return teacher.data or getattr(self.data, teacher.capability)

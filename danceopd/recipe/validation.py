@@ -1,0 +1,55 @@
+"""The validation part of a recipe: how often the student's velocity error on held-out prompts is measured.
+
+    validation: {every: 100, patience: 5}          stop when it no longer falls, and export the best
+    validation: {every: 100, select: best}         run to the end, and export the best
+
+`danceopd.run.validation` says what is measured. Nothing here changes what an update computes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from danceopd.recipe.parts import Part, Unit
+
+SHOWN_ROWS, DECIDING_ROWS = 16, 32
+"""Held-out rows of a teacher: enough to see a curve, and to choose a checkpoint by it."""
+
+
+class Validation(Part):
+    """Measured at the start, every so many steps, and at the end.
+
+    With `patience` the run stops once so many checks in a row were no better than the best before them by a share
+    `min_delta` of it. `select` says which check's EMA is exported; None: the best with `patience`, else the last.
+    """
+
+    every: int = Field(200, ge=0)  # steps; 0: never
+    rows: PositiveInt | None = None  # held out, for each teacher; None: 32 where it decides, else 16
+    patience: PositiveInt | None = None  # checks; None: the run takes all its steps
+    min_delta: Unit = 0.01
+    select: Literal["last", "best"] | None = None
+
+    @property
+    def exports_best(self) -> bool:
+        """Whether the best check's EMA is exported."""
+        return self.select == "best" or (self.select is None and self.patience is not None)
+
+    @property
+    def decides(self) -> str:
+        """The key by which it decides something, with its value; empty where it only shows."""
+        return f"patience {self.patience}" if self.patience else "select best" if self.select == "best" else ""
+
+    @property
+    def held_out_rows(self) -> int:
+        """Held-out rows of each teacher."""
+        return self.rows or (DECIDING_ROWS if self.exports_best or self.patience else SHOWN_ROWS)
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether there is a check after update `step` of `steps`."""
+        return self.every > 0 and (step == steps or step % self.every == 0)
+
+    def checks(self, steps: int) -> int:
+        """Measurements of a run: its checks, its start, and the base."""
+        return 2 + -(-steps // self.every) if self.every else 0

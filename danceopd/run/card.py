@@ -1,0 +1,166 @@
+"""The model card: `README.md` beside the student, for a reader who does not know this package.
+
+First how to load it, in three lines of stock diffusers with the call arguments of both tasks; then what it
+scored, what it was merged from (each by its hash), and the recipe that makes it again. Hugging Face reads the
+front matter. Nothing in it leaks a path of this machine: folders are named, not located.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from danceopd.common.files import disk_errors, write_atomic
+from danceopd.common.shipped import SHIPPED
+
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+PAPER = "[DanceOPD](https://arxiv.org/abs/2606.27377)"
+
+
+def write_card(
+    folder: str | Path,
+    recipe: Any,
+    scores: Mapping[str, Mapping[str, float | str | None]] | None = None,
+    hashes: Mapping[str, str] | None = None,
+    snippet: str | None = None,
+    grid: str | Path | None = None,
+    fused: bool = False,
+    init: str | None = None,
+    sentences: Sequence[str] = (),
+) -> Path:
+    """Write `folder/README.md`.
+
+    `recipe` is a Recipe or its resolved mapping; `scores` is {row: {column: value}}, e.g.
+    {"student": {"generation": 0.93, "editing": 9.1}}, None for a value that was not measured; `hashes` is
+    {"student" | "base" | teacher: sha256}; `snippet` replaces the load snippet; `grid` is a picture in the folder;
+    `init` a sentence on the student's init, `sentences` what validation and the monitor found.
+    Returns its path. Raises UserError when it cannot be written.
+    """
+    folder = Path(folder)
+    resolved = _paths_named(recipe if isinstance(recipe, Mapping) else recipe.resolved())
+    base, teachers = str(resolved.get("base", "base")), resolved.get("teachers") or []
+    names = [str(teacher["name"]) for teacher in teachers]
+    parts = [
+        _front_matter(base, {str(teacher.get("capability")) for teacher in teachers}, fused),
+        f"# {_title(folder)}",
+        f"One {'pipeline' if fused else 'LoRA'} that does what {_and(names)} do, merged on `{base}` by "
+        f"`danceopd`: the student rolled out its own denoising trajectory and learned, "
+        f"at one state of each, the velocity of the routed teacher ({PAPER}).",
+    ]
+    if grid is not None:
+        parts.append(f"![What the models draw and edit, side by side]({_inside(folder, Path(grid))})")
+    parts += ["## Use", _block(snippet or load_snippet(base, resolved.get("call") or {}, fused), "python")]
+    if scores:
+        parts += ["## Scores", _score_table(scores)]
+    parts += ["## Merged from", _origin_table(base, teachers, hashes or {}), *filter(None, (init,))]
+    if sentences:
+        parts += ["## Checked during training", "\n".join(f"- {sentence}" for sentence in sentences)]
+    parts += ["## Recipe", _block(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=100), "yaml")]
+    parts.append("Made again by `danceopd merge recipe.yaml`.")
+    path = folder / "README.md"
+    with disk_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, ("\n\n".join(parts) + "\n").encode())
+    return path
+
+
+def load_snippet(base: str, call: Mapping[str, Any] | None = None, fused: bool = False) -> str:
+    """Python that loads the student with stock diffusers, then draws, then edits. `call` has the recipe's keys
+    (height, width, steps, max_sequence_length)."""
+    call = {("num_inference_steps" if key == "steps" else key): value for key, value in (call or {}).items()}
+    extra = "".join(f", {key}={value!r}" for key, value in call.items())
+    load = ["from diffusers import DiffusionPipeline"]
+    if fused:
+        load.append('pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")')
+    else:
+        where = base if _HUB.fullmatch(base) else f"path/to/{base}"
+        load.append(f'pipe = DiffusionPipeline.from_pretrained("{where}")')
+        load.append('pipe.load_lora_weights("path/to/this/folder")')
+    return "\n".join(
+        [
+            *load,
+            "",
+            f'drawn = pipe(prompt="a red circle above a blue square"{extra}).images[0]',
+            f'edited = pipe(image=drawn, prompt="make the circle green"{extra}).images[0]',
+        ]
+    )
+
+
+def _front_matter(base: str, capabilities: set[str], fused: bool) -> str:
+    editing = "editing" in capabilities
+    tags = ["danceopd", "text-to-image", *(["image-to-image", "image-editing"] if editing else [])]
+    tags += [] if fused else ["lora", "template:sd-lora"]
+    fields: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
+    if base != ".":
+        fields["base_model"] = base
+        fields["base_model_relation"] = "merge" if fused else "adapter"
+    return "---\n" + yaml.safe_dump(fields, sort_keys=False, allow_unicode=True) + "---"
+
+
+def _title(folder: Path) -> str:
+    return folder.resolve().name or "student"
+
+
+def _and(names: list[str]) -> str:
+    marked = [f"`{name}`" for name in names] or ["its teachers"]
+    return marked[0] if len(marked) == 1 else ", ".join(marked[:-1]) + " and " + marked[-1]
+
+
+def _paths_named(value: Any) -> Any:
+    """The recipe as plain data, with every absolute path cut to its last part."""
+    if isinstance(value, Mapping):
+        return {str(key): _paths_named(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_paths_named(item) for item in value]
+    if isinstance(value, Path) or (isinstance(value, str) and Path(value).is_absolute()):
+        return Path(value).name
+    return value
+
+
+def _inside(folder: Path, grid: Path) -> str:
+    path = grid.resolve()
+    return path.relative_to(folder.resolve()).as_posix() if path.is_relative_to(folder.resolve()) else grid.as_posix()
+
+
+def _block(text: str, language: str) -> str:
+    return f"```{language}\n{text.rstrip()}\n```"
+
+
+def _table(rows: list[list[str]]) -> str:
+    """Markdown; the first row is the head."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def _score_table(scores: Mapping[str, Mapping[str, float | str | None]]) -> str:
+    columns = list(dict.fromkeys(column for row in scores.values() for column in row))
+    rows = [["", *columns]]
+    for name, row in scores.items():
+        rows.append([f"**{name}**" if name == "student" else name, *(_number(row.get(column)) for column in columns)])
+    return _table(rows)
+
+
+def _number(value: float | str | None) -> str:
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else f"{value:.3g}"
+
+
+def _origin_table(base: str, teachers: list[Mapping[str, Any]], hashes: Mapping[str, str]) -> str:
+    rows = [["", "what", "for", "strength", "sha256"]]
+    rows.append(["base", f"`{base}`", "", "", _hash(hashes, "base")])
+    for teacher in teachers:
+        name, adapter = str(teacher["name"]), str(teacher.get("adapter", "base"))
+        what = f"`{adapter}`" + (" (shipped)" if adapter in SHIPPED else "")
+        rows.append(
+            [name, what, str(teacher.get("capability", "")), f"{teacher.get('scale', 1.0):g}", _hash(hashes, name)]
+        )
+    if "student" in hashes:
+        rows.append(["student", "this model", "", "", _hash(hashes, "student")])
+    return _table(rows)
+
+
+def _hash(hashes: Mapping[str, str], name: str) -> str:
+    return f"`{hashes[name]}`" if name in hashes else "–"

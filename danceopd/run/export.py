@@ -1,0 +1,184 @@
+"""The end of a run: the student's EMA is written, proven through the stock pipeline, and gets its model card.
+
+`export` writes a LoRA to a temporary name, loads it back with a fresh stock pipeline, compares its velocities with the
+student's at the end of training, and only then lets the file take its place. Stock `load_lora_weights` can be a silent
+no-op, so nothing here trusts it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from danceopd.adapters.header import WEIGHTS
+from danceopd.adapters.load import ExportError, load_lora
+from danceopd.adapters.read import read_adapter
+from danceopd.adapters.write import write_adapter
+from danceopd.common.distributed import Processes
+from danceopd.common.files import disk_errors, partial_path
+from danceopd.common.shipped import portable
+from danceopd.common.tensors import DTYPES
+from danceopd.data.dataset import of_one_layout
+from danceopd.engine.trainer import Trainer
+from danceopd.models.base import base_fingerprint, base_folder, load_base
+from danceopd.models.lora import Adapter
+from danceopd.pipelines.condition import Condition
+from danceopd.pipelines.registry import FAMILIES
+from danceopd.recipe.recipe import Recipe
+from danceopd.run.card import load_snippet, write_card
+from danceopd.run.directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a student was made from: the base's folder and fingerprint, its call, the teachers' hashes, and a sentence
+    on the student's init."""
+
+    base: Path
+    fingerprint: str
+    call: Mapping[str, Any]
+    hashes: Mapping[str, str]
+    init: str
+
+
+def stock_dtype(recipe: Recipe) -> torch.dtype | None:
+    """The dtype to load the base in; None is the stock default, fp32."""
+    return None if recipe.dtype == "fp32" else DTYPES[recipe.dtype]
+
+
+def write_student(
+    trainer: Trainer,
+    recipe: Recipe,
+    student: Adapter,
+    step: int,
+    origin: Origin,
+    run: RunDirectory | None,
+    processes: Processes,
+    proof: torch.device,
+    sentences: Sequence[str] = (),
+) -> None:
+    """Write `student`, the EMA after `step`, into the run's folder; all processes call it, the first writes.
+
+    `proof` is where the whole base fits. `sentences` are what the card says of the run. ExportError when the written
+    file is not the student.
+    """
+    field = trainer.ema_field(merged=False, adapter=student)
+    probes = []
+    for teacher in trainer.teachers:
+        condition = teacher.dataset.rows(of_one_layout(teacher.dataset, 4)).to(trainer.device)
+        generator = torch.Generator().manual_seed(recipe.seed)
+        x = torch.randn(len(condition), *condition.shape, generator=generator).to(trainer.device)
+        sigma = torch.linspace(1.0, 0.25, len(condition), device=trainer.device)
+        velocity = field(x, sigma, condition)
+        probes.append(Probe(x.to(proof), sigma.to(proof), condition.to(proof), velocity.to(proof)))
+    with processes.main_first():
+        if run is None:
+            return
+        facts = {"steps": str(step), "seed": str(recipe.seed)}
+        load = partial(load_base, origin.base, stock_dtype(recipe))
+        export(student, run.path, recipe.base, probes, metadata=facts, load=load)
+        # The student is trained without guidance; stock pipelines would add it unasked.
+        call = {**origin.call, **trainer.backbone.family.guidance_off}
+        grid = run.logger.picture(step)
+        write_card(
+            run.path,
+            recipe,
+            hashes={**origin.hashes, "base": origin.fingerprint, "student": student.sha256},
+            snippet=load_snippet(str(recipe.resolved()["base"]), call),
+            grid=grid if grid.exists() else None,
+            init=origin.init,
+            sentences=sentences,
+        )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Inputs of the transformer, and the student's velocity there at the end of training.
+
+    `x (B, …)` fp32 latents, `sigma (B,)`, a Condition of B rows, `velocity` of the shape of `x`.
+    """
+
+    x: Tensor
+    sigma: Tensor
+    condition: Condition
+    velocity: Tensor
+
+    @torch.no_grad()
+    def velocity_of(self, transformer: nn.Module) -> Tensor:
+        """Another transformer's velocity there, fp32."""
+        return FAMILIES[self.condition.family].velocity(transformer, self.x, self.sigma, self.condition).float()
+
+
+def export(
+    adapter: Adapter,
+    folder: str | os.PathLike,
+    base: str | os.PathLike,
+    probes: Sequence[Probe],
+    *,
+    dtype: torch.dtype = torch.float32,
+    metadata: Mapping[str, str] | None = None,
+    load: Callable[[], Any] | None = None,
+    tolerance: float = 0.02,
+) -> Path:
+    """Write the student's LoRA to `folder`, prove it through a fresh stock pipeline, and only then let it stay.
+
+    `base` goes into the file with its fingerprint. `load` returns a FRESH stock pipeline of it and is called once
+    (default: `base` in fp32; for a bf16 backbone give one in bf16; leave out what the probes do not need). The
+    reloaded velocities may differ from the probes' by `tolerance` of the change the student makes, plus the
+    rounding of the backbone's dtype.
+
+    Returns the file's path. Raises ExportError when the file changes nothing or something else, or the
+    student equals its base; UserError when it cannot be written.
+    """
+    if not probes:
+        raise ValueError("an export is proven with at least one probe")
+    folder = Path(folder)
+    where = base_folder(os.fspath(base))
+    record = {**(metadata or {}), "base": portable(os.fspath(base)), "base_sha256": base_fingerprint(where)}
+    trial = partial_path(folder / "export")
+    try:
+        file = write_adapter(adapter, trial, dtype, record)
+        pipe = load() if load is not None else load_base(where)
+        pipe.transformer.to(probes[0].x.device).eval()
+        bare = [probe.velocity_of(pipe.transformer) for probe in probes]
+        load_lora(pipe, file, read_adapter(file, pipe.transformer))
+        loaded = [probe.velocity_of(pipe.transformer) for probe in probes]
+        _compare(probes, bare, loaded, pipe.transformer.dtype, tolerance)
+        with disk_errors(folder / WEIGHTS):
+            os.replace(file, folder / WEIGHTS)
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+    return folder / WEIGHTS
+
+
+def _compare(
+    probes: Sequence[Probe], bare: list[Tensor], loaded: list[Tensor], dtype: torch.dtype, tolerance: float
+) -> None:
+    student, base, file = (
+        torch.cat([velocity.detach().float().cpu().flatten() for velocity in velocities])
+        for velocities in ([probe.velocity for probe in probes], bare, loaded)
+    )
+    if not student.isfinite().all():
+        raise ExportError("the student predicts NaN or infinity; its training diverged, lower the learning rate")
+    if torch.equal(student, base):
+        raise ExportError("the student equals its base, so there is nothing to export; train it for longer")
+    if torch.equal(file, base):
+        raise ExportError(
+            "the exported LoRA changes nothing in the stock pipeline, though the student differs "
+            "from its base; report this with your diffusers and peft versions"
+        )
+    change, error = float((student - base).norm()), float((file - student).norm())
+    if not error <= tolerance * change + 4 * torch.finfo(dtype).eps * float(student.norm()):
+        raise ExportError(
+            f"the exported LoRA is not the student: reloaded, its velocities are {error / change:.1%} of the student's "
+            f"change away from the student's (at most {tolerance:.1%} allowed); report this with your diffusers "
+            "and peft versions"
+        )

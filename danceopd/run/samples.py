@@ -1,0 +1,86 @@
+"""The sample grid of a run: the same prompts, sources and noise every time, so that eyes can compare.
+
+One row of pictures for generation and two (source, result) for editing, for each picture size among the first rows of
+each capability's data; drawn by the student's EMA, as it would be exported.
+"""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+
+from danceopd.data.encode import Encoder
+from danceopd.data.images import open_image
+from danceopd.data.sources import Edits, edits_from, prompts_from
+from danceopd.engine.callbacks import Callback
+from danceopd.engine.metrics import StepMetrics
+from danceopd.engine.trainer import Trainer
+from danceopd.models.fields import VelocityField
+from danceopd.recipe.recipe import Recipe
+from danceopd.run.logger import Logger
+from danceopd.run.plots import grid
+
+
+class SampleGrid:
+    """Conditions and noise of the grid, encoded once; `draw` costs one rollout for each capability."""
+
+    def __init__(self, recipe: Recipe, encoder: Encoder, device: torch.device) -> None:
+        count = recipe.samples.count
+        self.parts = []
+        for capability in dict.fromkeys(t.capability for t in recipe.teachers):
+            spec = next(recipe.data_source(t) for t in recipe.teachers if t.capability == capability)
+            read = edits_from if capability == "editing" else prompts_from
+            data = read(spec, count, recipe.seed + 1, check=False)
+            first = range(min(count, len(data)))
+            steps = encoder.pipelines[capability].call["num_inference_steps"]
+            dataset = encoder.encode(capability, data, first, steps)
+            for layout in dict.fromkeys(map(dataset.layout, first)):
+                rows = [row for row in first if dataset.layout(row) == layout]
+                pipeline = encoder.sized(capability, dataset.size(rows[0]))
+                noise = pipeline.noise(rows).to(device)
+                found = [data[row] for row in rows]
+                prompts, sources = found, list[Image.Image]()
+                if isinstance(data, Edits):
+                    prompts, sources = [p for p, _ in found], [open_image(image) for _, image in found]
+                self.parts.append((pipeline, dataset.rows(rows).to(noise.device), noise, prompts, sources))
+
+    def draw(self, student: VelocityField) -> Image.Image:
+        """The grid as `student` draws it: a picture for each prompt, source and result for each edit."""
+        rows: list[list[Image.Image | None]] = []
+        labels: list[str] = []
+        for pipeline, condition, noise, prompts, sources in self.parts:
+            *_, last = pipeline.denoise(condition, noise, student)
+            made = pipeline.images(last.x)
+            if not sources:
+                rows.append(list(made))
+                labels.append("generation: " + "; ".join(prompts))
+                continue
+            rows += [list(sources), list(made)]
+            labels += ["editing, source", "edited: " + "; ".join(prompts)]
+        return grid(rows, labels)
+
+
+class Samples(Callback):
+    """Draws the grid at the start, every so many steps (0: not between), and at the end.
+
+    `grid` is None in processes that do not draw, `logger` in all but the first; `merged`: draw on W + BA, not through
+    the LoRA layers (a sharded backbone has no whole W).
+    """
+
+    def __init__(self, grid: SampleGrid | None, logger: Logger | None, every: int, merged: bool) -> None:
+        self.grid, self.logger, self.every, self.merged = grid, logger, every, merged
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        if trainer.step == 0:
+            self.draw(trainer, 0, trainer.ema_field(self.merged))
+
+    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        if trainer.step == trainer.steps or (self.every and trainer.step % self.every == 0):
+            self.draw(trainer, trainer.step, trainer.ema_field(self.merged))
+
+    def draw(self, trainer: Trainer, step: int, student: VelocityField) -> None:
+        """Draw `student` as the grid of `step`."""
+        if self.grid is not None:
+            picture = self.grid.draw(student)
+            if self.logger is not None:
+                self.logger.image(step, picture)

@@ -1,0 +1,152 @@
+"""`teach`: train one stage of the small model and write it; `STAGES` says what each is trained on and for how long."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLFlux2
+
+from danceopd.adapters.write import write_adapter
+from danceopd.common.files import disk_errors, write_json
+from danceopd.common.messages import did_you_mean
+from danceopd.common.shipped import portable
+from danceopd.common.system import describe_machine
+from danceopd.errors import UserError
+from danceopd.models.base import base_fingerprint, base_folder, load_base
+from danceopd.pipelines.registry import family_of
+from danceopd.worlds.scenes.edits import GLOBAL, LOCAL, TASKS
+from danceopd.worlds.scenes.prompts import TAGS
+from danceopd.worlds.toy.autoencoder import fit_encoder, make_autoencoder
+from danceopd.worlds.toy.batches import Batches, Mix
+from danceopd.worlds.toy.codes import CellTable
+from danceopd.worlds.toy.decoder import train_decoder
+from danceopd.worlds.toy.flow import LoraTransformer, Schedule, Trainer
+from danceopd.worlds.toy.small import make_pipeline, make_transformer, save_pipeline
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps, rows a step, and the data; ``rank`` is that of a LoRA, None trains the whole transformer."""
+
+    steps: int
+    batch: int = 64
+    mix: Mix | None = None
+    rank: int | None = None
+    muon: float = 3e-3
+    guidance: float = 1.0
+
+
+def _even(names: tuple[str, ...]) -> Mapping[str, float]:
+    return dict.fromkeys(names, 1.0)
+
+
+HARD = {"single_object": 0.4, "two_object": 1.5, "counting": 2.0, "colors": 0.4, "position": 5.0, "color_attr": 2.0}
+"""The data of the generation teacher: mostly counting, position and binding."""
+RANK = 40
+"""Rank of the shipped teachers: 1.4 MB each in bfloat16."""
+
+STAGES: dict[str, Stage] = {
+    "autoencoder": Stage(steps=10000, batch=24),
+    "base": Stage(steps=4000, mix=Mix(_even(TAGS), _even(TASKS), 0.6)),
+    "generation": Stage(steps=11000, mix=Mix(HARD, {}, 1.0), rank=RANK, guidance=2.0),
+    "editing": Stage(steps=1800, mix=Mix({}, _even(TASKS), 0.0), rank=RANK),
+    "local-edit": Stage(steps=2000, mix=Mix({}, _even(LOCAL), 0.0), rank=RANK),
+    "global-edit": Stage(steps=300, mix=Mix({}, _even(GLOBAL), 0.0), rank=RANK),
+}
+
+
+def teach(
+    stage: str,
+    output: Path | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    base: str | Path = "base",
+    report: Callable[[int, int, float], None] | None = None,
+) -> Path:
+    """Train one stage and write it; returns its folder.
+
+    ``output`` is the pipeline's folder for ``autoencoder`` and ``base`` (in either order) and the LoRA's for the
+    teachers; default ``checkpoints/<stage>``. Training state is kept in ``<output>/.training``, from which the same
+    call continues. ``report(step, steps, loss)`` is called after every step. UserError for an unknown stage, for steps
+    below 1, and for a folder that cannot be written.
+    """
+    if stage not in STAGES:
+        raise UserError(f"no stage is named {stage!r}{did_you_mean(stage, STAGES)}")
+    plan = STAGES[stage]
+    total = plan.steps if steps is None else steps
+    if total < 1:
+        raise UserError(f"steps is {total}; give 1 or more")
+    pipeline = stage in ("autoencoder", "base")
+    folder = Path(output) if output is not None else Path("checkpoints") / ("base" if pipeline else stage)
+    state = folder / ".training" / stage
+    with disk_errors(folder):  # now, not after hours of training
+        state.mkdir(parents=True, exist_ok=True)
+
+    def on_step(step: int, loss: float) -> None:
+        if report is not None:
+            report(step, total, loss)
+
+    if stage == "autoencoder":
+        vae = _autoencoder(None, seed)
+        train_decoder(vae, state, total, seed, plan.batch, on_step)
+        _write_pipeline(folder, seed, vae=vae)
+    elif stage == "base":
+        transformer = make_transformer(seed)
+        pipe = make_pipeline(_autoencoder(folder, seed), transformer, seed)
+        parameters = dict(transformer.named_parameters())
+        assert plan.mix is not None
+        batches = Batches(pipe, CellTable(pipe.vae), plan.mix, plan.batch, seed)
+        average = Trainer(transformer, parameters, batches, Schedule(total, muon=plan.muon), state).run(on_step)
+        transformer.load_state_dict(average)
+        _write_pipeline(folder, seed, transformer=transformer)
+    else:
+        _teach_lora(plan, base, folder, state, total, seed, on_step)
+    machine = f"{describe_machine()}, torch {torch.__version__}"
+    note = {"stage": stage, "seed": seed, "steps": total, "machine": machine}
+    write_json(folder / f"{stage}.json", note)
+    return folder
+
+
+def _autoencoder(folder: Path | None, seed: int) -> AutoencoderKLFlux2:
+    """The autoencoder in a pipeline's folder, else a new one with its encoder fitted."""
+    if folder is not None and (folder / "vae").is_dir():
+        return AutoencoderKLFlux2.from_pretrained(folder / "vae").eval()
+    vae = make_autoencoder(seed).eval()
+    fit_encoder(vae)
+    return vae
+
+
+def _write_pipeline(folder: Path, seed: int, vae=None, transformer=None) -> None:
+    """Write the pipeline with this stage's part; the other stage's part is the trained one or an untrained one."""
+    if vae is None:
+        vae = _autoencoder(folder, seed)
+    if transformer is None:
+        there = (folder / "transformer").is_dir()
+        transformer = load_base(folder).transformer if there else make_transformer(seed)
+    save_pipeline(make_pipeline(vae, transformer, seed), folder)
+
+
+def _teach_lora(
+    plan: Stage,
+    base: str | Path,
+    folder: Path,
+    state: Path,
+    total: int,
+    seed: int,
+    on_step: Callable[[int, float], None],
+) -> None:
+    place = base_folder(base)
+    pipe = load_base(place)
+    targets = family_of(pipe).lora_targets
+    modules = [n for n, m in pipe.transformer.named_modules() if hasattr(m, "weight") and re.fullmatch(targets, n)]
+    assert plan.mix is not None and plan.rank is not None
+    model = LoraTransformer(pipe.transformer, modules, plan.rank, seed)
+    batches = Batches(pipe, CellTable(pipe.vae), plan.mix, plan.batch, seed)
+    schedule = Schedule(total, muon=plan.muon, guidance=plan.guidance)
+    average = Trainer(model, model.factors, batches, schedule, state).run(on_step)
+    origin = {"base": portable(str(place)), "base_sha256": base_fingerprint(place)}
+    write_adapter(model.adapter(average), folder, torch.bfloat16, origin)

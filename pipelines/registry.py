@@ -1,0 +1,78 @@
+"""The registry of model families, which family a pipeline belongs to, and a condition with another prompt."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from danceopd.errors import UserError
+
+from .condition import Condition
+from .family import Family
+from .flux1 import FLUX1
+from .flux2 import FLUX2_DEV, FLUX2_KLEIN, FLUX2_KLEIN_KV
+from .qwen import QWEN_IMAGE
+from .sd3 import SD3
+from .zimage import Z_IMAGE
+
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (FLUX2_KLEIN, FLUX2_KLEIN_KV, FLUX2_DEV, FLUX1, QWEN_IMAGE, Z_IMAGE, SD3)
+}
+
+
+def family_of(pipe_or_folder: Any, name: str | None = None) -> Family:
+    """The family of a loaded pipeline, of a pipeline folder, or of a model on the hub.
+
+    Read from the class name or from `model_index.json`; no weights are loaded. A `name`, which is a key of `FAMILIES`,
+    decides alone. UserError when there is no such file, or no family of that name or class.
+    """
+    if name is not None:
+        if name not in FAMILIES:
+            near = difflib.get_close_matches(name, FAMILIES, 1)
+            hint = f"did you mean {near[0]}" if near else f"use one of {', '.join(sorted(FAMILIES))}"
+            raise UserError(f"there is no model family {name!r}; {hint}")
+        return FAMILIES[name]
+    if isinstance(pipe_or_folder, str | Path):
+        known_as, where = class_name(pipe_or_folder), str(pipe_or_folder)
+    else:
+        known_as = where = type(pipe_or_folder).__name__
+    for family in FAMILIES.values():
+        if known_as in family.classes:
+            return family
+    known = sorted({c for family in FAMILIES.values() for c in family.classes})
+    near = difflib.get_close_matches(known_as, known, 1)
+    hint = f"did you mean a {near[0]}" if near else f"use one of {', '.join(known)}"
+    raise UserError(f"{where} is a {known_as}, which danceopd does not know; {hint}")
+
+
+def class_name(folder: str | Path) -> str:
+    """The pipeline class in the `model_index.json` of a folder or of a model on the hub; UserError without one."""
+    index = Path(folder) / "model_index.json"
+    try:
+        if index.parent.exists():
+            return json.loads(index.read_text())["_class_name"]
+        from diffusers import DiffusionPipeline
+
+        return DiffusionPipeline.load_config(str(folder))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} is not a diffusers pipeline ({type(error).__name__} at model_index.json); "
+            f"give a folder that DiffusionPipeline.save_pretrained wrote, or a model's name on the hub"
+        ) from error
+
+
+def with_prompt_of(condition: Condition, other: Condition) -> Condition:
+    """`condition` with the prompts of `other` (one row, or as many); source image and positions stay its own.
+
+    With the condition of the null prompt as `other` this is the unconditional side of classifier-free guidance.
+    """
+    if len(other) not in (1, len(condition)):
+        raise ValueError(f"the condition with the prompts has {len(other)} rows; give 1 or {len(condition)}")
+    kwargs = dict(condition.kwargs)
+    for key in FAMILIES[condition.family].prompt_kwargs:
+        value = other.kwargs[key]
+        kwargs[key] = None if value is None else value.expand(len(condition), *value.shape[1:]).clone()
+    return replace(condition, kwargs=kwargs)

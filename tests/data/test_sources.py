@@ -1,0 +1,310 @@
+"""Sources of work: what each kind gives, and that every fault names its file and line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+from danceopd.common import cache
+from danceopd.data import tables
+from danceopd.data.images import image_size, open_image
+from danceopd.data.sources import Edits, edits_from, prompts_from
+from danceopd.data.tables import CsvTable, JsonTable
+from danceopd.errors import UserError
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 80), "red").save("red.png")
+    return tmp_path
+
+
+def test_scenes_are_drawn_by_seed() -> None:
+    prompts = prompts_from("scenes", rows=12, seed=1)
+    assert len(prompts) == 12 and all(prompts)
+    assert prompts[:] == prompts_from("scenes", rows=12, seed=1)[:] != prompts_from("scenes", rows=12, seed=2)[:]
+    pairs = edits_from("scenes", rows=6, seed=1)
+    assert len(pairs) == 6 and {image.size for _, image in pairs} == {(64, 64)}  # type: ignore[union-attr]
+
+
+def test_scenes_of_some_tasks_only() -> None:
+    assert all("photo of" in p for p in prompts_from("scenes:counting", rows=4))
+    words = [instruction for instruction, _ in edits_from("scenes:background_change", rows=6)]
+    assert all("background" in w or w.startswith("put") for w in words)
+    assert len(edits_from("scenes:local", rows=5)) == 5
+    with pytest.raises(UserError, match="the task 'locl', which does not exist; did you mean 'local'"):
+        edits_from("scenes:locl")
+
+
+def test_text_file(here: Path) -> None:
+    Path("p.txt").write_text("a fox\n  a dog \n\n", encoding="utf-8-sig")
+    assert prompts_from("p.txt")[:] == ["a fox", "a dog"]
+    Path("p.txt").write_text("a fox\n\na dog\n")
+    with pytest.raises(UserError, match="p.txt, line 2: prompt is empty"):
+        prompts_from("p.txt")
+    with pytest.raises(UserError, match="edits need a source image each"):
+        edits_from("p.txt")
+
+
+def test_csv(here: Path) -> None:
+    Path("d.csv").write_text('instruction,image\n"make it blue, please",red.png\n')
+    assert edits_from("d.csv")[:] == [("make it blue, please", Path("red.png"))]
+    Path("d.csv").write_text("prompt,id\na fox,1\n,2\n")
+    with pytest.raises(UserError, match="d.csv, line 3: prompt is empty"):
+        prompts_from("d.csv")
+    Path("d.csv").write_text("promt\na fox\n")
+    with pytest.raises(UserError, match="d.csv, line 2 has no column 'prompt'; is it called 'promt'"):
+        prompts_from("d.csv")
+    Path("d.csv").write_text("prompt\na fox, a dog\n")
+    with pytest.raises(UserError, match="d.csv, line 2 has more fields than the header"):
+        prompts_from("d.csv")
+    Path("d.csv").write_text("prompt\n")
+    with pytest.raises(UserError, match="d.csv has no rows"):
+        prompts_from("d.csv")
+
+
+def test_jsonl(here: Path) -> None:
+    rows = [{"instruction": "make it blue", "source": "red.png"}, {"prompt": "remove it", "image": "red.png"}]
+    Path("d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [words for words, _ in edits_from("d.jsonl")] == ["make it blue", "remove it"]
+    Path("d.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    with pytest.raises(UserError, match="d.jsonl, line 2 is not valid JSON"):
+        prompts_from("d.jsonl")
+    Path("d.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": 3}\n')
+    with pytest.raises(UserError, match="d.jsonl, line 3: prompt is 3, not text"):
+        prompts_from("d.jsonl")
+    Path("d.jsonl").write_text("[1]\n")
+    with pytest.raises(UserError, match="d.jsonl, line 1 is not a JSON object"):
+        prompts_from("d.jsonl")
+
+
+def test_parquet(here: Path) -> None:
+    Path("d.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="needs pyarrow|not a readable parquet file"):
+        prompts_from("d.parquet")
+    arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed; the sentence above is what a user gets")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"prompt": ["a fox"]}), "d.parquet")
+    assert prompts_from("d.parquet")[:] == ["a fox"]
+
+
+def test_folder(here: Path) -> None:
+    Path("red.txt").write_text("make it blue\n")
+    assert edits_from(".")[:] == [("make it blue", here / "red.png")]
+    assert prompts_from(".")[:] == ["make it blue"]
+    Path("green.txt").write_text("x")
+    with pytest.raises(UserError, match="green.txt has no image of the same name"):
+        edits_from(".")
+    Path("green.txt").unlink()
+    Path("red.txt").unlink()
+    with pytest.raises(UserError, match="red.png has no instruction; write it into red.txt"):
+        edits_from(".")
+
+
+def test_sources_that_are_none(here: Path) -> None:
+    with pytest.raises(UserError, match="'none.csv' does not exist"):
+        prompts_from("none.csv")
+    with pytest.raises(UserError, match="red.png is of an unknown kind"):
+        prompts_from("red.png")
+    Path("p.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="p.txt, line 1 is not text in UTF-8"):
+        prompts_from("p.txt")
+
+
+def _alpha(path: Path) -> None:
+    Image.new("RGBA", (64, 64)).save(path)
+
+
+def _palette_alpha(path: Path) -> None:
+    Image.new("P", (64, 64)).save(path, transparency=0)
+
+
+def _cut(path: Path) -> None:
+    Image.effect_noise((96, 96), 50).save(path)
+    path.write_bytes(path.read_bytes()[:900])
+
+
+@pytest.mark.parametrize(
+    ("make", "words", "at_once"),
+    [
+        (lambda path: path.write_text("hello"), "is not an image", True),
+        (lambda path: path.write_bytes(b""), "is not an image", True),
+        (lambda path: path.mkdir(), "is not an image", True),
+        (lambda path: None, "does not exist", True),
+        (_alpha, "has an alpha channel", True),
+        (_palette_alpha, "has an alpha channel", True),
+        (lambda path: Image.new("RGB", (63, 200)).save(path), "is 63x200 pixels, too small", True),
+        (_cut, "is a damaged image", False),
+    ],
+)
+def test_bad_images(here: Path, make, words: str, at_once: bool) -> None:
+    make(here / "bad.png")
+    Path("d.csv").write_text("instruction,image\nmake it blue,bad.png\n")
+    with pytest.raises(UserError, match=words):
+        open_image(Path("bad.png"))
+    if at_once:
+        with pytest.raises(UserError, match=f"d.csv, line 2: .*{words}"):
+            edits_from("d.csv")
+
+
+def test_open_image_is_upright_rgb(here: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("L", (80, 64)).save("turned.jpg", exif=exif)
+    image = open_image(Path("turned.jpg"))
+    assert (image.mode, image.size) == ("RGB", (64, 80))
+    with pytest.raises(UserError, match="alpha"):
+        open_image(Image.new("RGBA", (64, 64)))
+    assert image_size(Path("turned.jpg")) == (64, 80)
+
+
+# -- lazy tables ------------------------------------------------------------------------------------------
+
+
+def _wild(rows: int, seed: int) -> list[list[str]]:
+    """Cells with everything that CSV has to quote, and what looks like it."""
+    pieces = ["a fox", '"', ",", "\n", "\r\n", "ü", " ", '""', "5' by 3"]
+    drawn = random.Random(seed)
+    return [["x" + "".join(drawn.choices(pieces, k=drawn.randrange(6))), str(i)] for i in range(rows)]
+
+
+@pytest.mark.parametrize("block", [7, 64, 1 << 20])
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_csv_rows_are_those_of_the_csv_module(here: Path, monkeypatch, block: int, ends: str) -> None:
+    """Quoted newlines, quotes and commas, wherever the blocks that are indexed at once are cut."""
+    monkeypatch.setattr(tables, "BLOCK", block)
+    monkeypatch.setattr(CsvTable, "_by_reader", lambda self: pytest.fail("a tidy file is indexed by its quotes"))
+    rows = _wild(300, block)
+    with open("d.csv", "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, lineterminator=ends).writerows([["prompt", "id"], *rows])
+    table = CsvTable(Path("d.csv"))
+    assert [list(table[i].values()) for i in range(len(table))] == rows
+    assert [list(row.values()) for row in table.scan()] == rows  # type: ignore[union-attr]
+
+
+def test_csv_with_quotes_that_are_letters(here: Path) -> None:
+    """A quote inside an unquoted cell opens nothing, so the next newline ends the row."""
+    Path("d.csv").write_text('prompt,id\na 5" pipe,1\n"two\nlines",2\n\nlast "one",3')
+    table = CsvTable(Path("d.csv"))
+    assert [row["prompt"] for row in table.scan()] == ['a 5" pipe', "two\nlines", 'last "one"']  # type: ignore[index]
+    assert (table[2]["id"], table.where(1), table.where(2)) == ("3", "d.csv, line 3", "d.csv, line 6")
+    Path("d.csv").write_text('prompt\na\n"never closed\n')
+    with pytest.raises(UserError, match="d.csv, line 3 is not valid CSV"):
+        prompts_from("d.csv")
+
+
+def test_jsonl_is_parsed_a_line_at_a_time(here: Path) -> None:
+    """Lines that only together are valid JSON are faults, each in its own line."""
+    Path("d.jsonl").write_text('{"prompt": "a"}, {"prompt": "b"}\n{"prompt": [{"x": 1}\n{"y": 2}]}\n')
+    with pytest.raises(UserError, match=r"d.jsonl, line 1 is not valid JSON.*and 2 more rows are faulty"):
+        prompts_from("d.jsonl")
+    Path("d.jsonl").write_text('\ufeff{"prompt": "a"}\n   \n\n{"prompt": "b"}', encoding="utf-8")
+    table = JsonTable(Path("d.jsonl"))
+    assert [row["prompt"] for row in table.scan()] == ["a", "b"]  # type: ignore[index]
+    assert table.where(1) == "d.jsonl, line 4"
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_first_missing_image_and_how_many_more(here: Path, kind: str) -> None:
+    paths = ["red.png"] * 3000
+    paths[1234] = paths[2000] = "gone.png"
+    paths[2999] = "nowhere/red.png"
+    rows = [{"caption": f"row {i}", "control_path": path, "image": "no result"} for i, path in enumerate(paths)]
+    if kind == "csv":
+        with open("d.csv", "w", newline="") as file:
+            csv.DictWriter(file, list(rows[0])).writerows([dict(zip(rows[0], rows[0])), *rows])
+    elif kind == "jsonl":
+        Path("d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        arrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(arrow.Table.from_pylist(rows), "d.parquet", row_group_size=700)
+    line = {"csv": "line 1236", "jsonl": "line 1235", "parquet": "row 1235"}[kind]
+    with pytest.raises(UserError, match=rf"{line}: image gone.png does not exist.*\(and 2 more rows are faulty\)"):
+        edits_from(f"d.{kind}")
+    edits = edits_from(f"d.{kind}", check=False)
+    assert edits[2998] == ("row 2998", Path("red.png")) and edits.size(0) == (64, 80)
+    assert isinstance(edits, Edits) and len(edits) == 3000
+
+
+def test_rows_that_will_be_drawn_are_looked_into(here: Path) -> None:
+    """Every image's header is not opened in a big table, but those that will be drawn are."""
+    Path("d.jsonl").write_text("".join(json.dumps({"prompt": "p", "source": f"{i % 2}.png"}) + "\n" for i in range(4)))
+    Image.new("RGB", (64, 64)).save("0.png")
+    Path("1.png").write_text("no picture")
+    edits = edits_from("d.jsonl", check=False)
+    edits.check([0, 2])
+    with pytest.raises(UserError, match="d.jsonl, line 2: 1.png is not an image.*and 1 more"):
+        edits.check([0, 1, 3])
+
+
+def test_folder_with_a_control_folder(here: Path) -> None:
+    """`control/name` is the source, `name.png` the result, as trainers lay it out."""
+    Path("edits/control").mkdir(parents=True)
+    Path("edits/a.txt").write_text("make it blue")
+    Image.new("RGB", (64, 64), "blue").save("edits/a.png")
+    with pytest.raises(UserError, match="a.txt has no source image edits/control/a.png"):
+        edits_from("edits")
+    Image.new("RGB", (64, 96), "red").save("edits/control/a.jpg")
+    edits = edits_from("edits")
+    assert edits[0] == ("make it blue", here / "edits/control/a.jpg") and edits.size(0) == (64, 96)
+    Path("edits/a.txt").write_text("  ")
+    with pytest.raises(UserError, match="a.txt: prompt is empty"):
+        edits_from("edits")
+
+
+def test_large_indices_are_kept_until_the_file_changes(here: Path, monkeypatch) -> None:
+    monkeypatch.setenv("DANCEOPD_CACHE", str(here / "cache"))
+    monkeypatch.setattr(cache, "MIN_CACHED_BYTES", 0)
+    Path("d.jsonl").write_text('{"prompt": "a"}\n')
+    assert len(prompts_from("d.jsonl")) == 1
+    (kept,) = (here / "cache/tables").iterdir()
+    with monkeypatch.context() as inside:
+        inside.setattr(JsonTable, "_index", lambda self: pytest.fail("indexed again"))
+        assert prompts_from("d.jsonl")[:] == ["a"]
+    Path("d.jsonl").write_text('{"prompt": "a"}\n{"prompt": "bc"}\n')
+    assert prompts_from("d.jsonl")[:] == ["a", "bc"]
+    assert [path != kept for path in (here / "cache/tables").iterdir()] == [True]
+    next((here / "cache/tables").iterdir()).write_bytes(b"cut")
+    assert prompts_from("d.jsonl")[:] == ["a", "bc"]
+
+
+def test_parquet_rows_across_groups(here: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    words = [f"row {i}" for i in range(1000)]
+    parquet.write_table(arrow.table({"n": list(range(1000)), "text": words}), "d.parquet", row_group_size=90)
+    prompts = prompts_from("d.parquet")
+    assert prompts[:] == words and prompts[-1] == "row 999" and prompts.table[5] == {"text": "row 5"}
+    with pytest.raises(IndexError):
+        prompts[1000]
+
+
+def test_a_dataset_on_the_hub(here: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"needs datasets; `pip install \"danceopd\[data\]\"`"):
+        prompts_from("hub:owner/name")
+    fake = ModuleType("datasets")
+    fake.get_dataset_config_names = lambda name: ["small"]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    with pytest.raises(UserError, match="is not hub:owner/name"):
+        prompts_from("hub:owner")
+    asked = []
+
+    def load_dataset(name: str, config: str | None, split: str) -> None:
+        asked.append((name, config, split))
+        raise ConnectionError("no network")
+
+    fake.load_dataset = load_dataset  # type: ignore[attr-defined]
+    for spec in ("hub:o/n", "hub:o/n:small", "hub:o/n:test", "hub:o/n:big:test[:9]"):
+        with pytest.raises(UserError, match="does not load"):
+            prompts_from(spec)
+    assert asked[:3] == [("o/n", None, "train"), ("o/n", "small", "train"), ("o/n", None, "test")]

@@ -1,0 +1,205 @@
+"""Encoded rows on disk: found again by content, shared, mapped, and never trusted when they are damaged."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CALL, random_image, tiny_klein
+
+from danceopd.common.cache import cache_key
+from danceopd.data.dataset import open_datasets, sampled_rows
+from danceopd.data.encode import Encoder, encoders_fingerprint, free_encoders
+from danceopd.data.routing import pick
+from danceopd.data.sources import Edits, edits_from, prompts_from
+from danceopd.data.store import Store, missing
+from danceopd.errors import UserError
+from danceopd.pipelines import EditingPipeline, GenerationPipeline, family_of
+from danceopd.recipe.recipe import Recipe
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_klein(folder)
+    return folder
+
+
+def encoder(base: Path, cache: Path) -> Encoder:
+    pipe = tiny_klein()
+    family = family_of(pipe)
+    draw = {"generation": GenerationPipeline(pipe, family, CALL), "editing": EditingPipeline(pipe, family, CALL)}
+    return Encoder(base, family, draw, cache=cache)
+
+
+def equal(a: Any, b: Any) -> bool:
+    one, other = a.state(), b.state()
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def row(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"x": torch.randn(3, 5, generator=generator), "half": torch.ones(2).bfloat16(), "none": torch.zeros(0)}
+
+
+def test_rows_come_back_from_another_store(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with store.add() as add:
+        for seed in range(5):
+            add(cache_key(seed), row(seed))
+        add(cache_key(0), row(9))  # there already
+    again = Store(tmp_path)
+    assert len(again) == 5 and missing(again, [cache_key(i) for i in (7, 4, 7)]) == [cache_key(7)]
+    for seed in range(5):
+        found = again.row(cache_key(seed))
+        assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in row(seed).items())
+    with pytest.raises(KeyError):
+        again.row(cache_key(7))
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "empty", "foreign"])
+def test_damage_is_found_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: str) -> None:
+    for seed in range(2):  # a shard each
+        with Store(tmp_path).add() as add:
+            add(cache_key(seed), row(seed))
+    shard = next(p for p in tmp_path.iterdir() if cache_key(1)[:8] in p.name)
+    content = bytearray(shard.read_bytes())
+    content[-2] ^= 1
+    harms = {"cut": bytes(content[:-8]), "flip": bytes(content), "empty": b"", "foreign": b"text" * 99}
+    shard.write_bytes(harms[harm])
+    with caplog.at_level(logging.WARNING, "danceopd"):
+        store = Store(tmp_path)
+        assert missing(store, [cache_key(0), cache_key(1)]) == [cache_key(1)]
+    assert f"{shard} is damaged" in caplog.text and not shard.exists()
+    with store.add() as add:
+        add(cache_key(1), row(1))
+    assert torch.equal(store.row(cache_key(1))["x"], row(1)["x"])
+
+
+def test_processes_share_a_folder(tmp_path: Path) -> None:
+    """Three write overlapping rows at the same time; all rows are there and whole."""
+    code = (
+        "import sys, torch; from pathlib import Path; from danceopd.data.store import Store, cache_key\n"
+        "store, mine = Store(Path(sys.argv[1])), int(sys.argv[2])\n"
+        "for seed in range(mine, mine + 20):\n"
+        "    with store.add() as add: add(cache_key(seed), {'x': torch.full((4,), float(seed))})\n"
+    )
+    workers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(n)]) for n in (0, 10, 20)]
+    assert [worker.wait(60) for worker in workers] == [0, 0, 0]
+    store = Store(tmp_path)
+    assert len(store) == 40 and not missing(store, map(cache_key, range(40)))
+    assert all(store.row(cache_key(seed))["x"].tolist() == [seed] * 4 for seed in range(40))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    add = Store(tmp_path / "file" / "cache").add()
+    add(cache_key(0), row(0))
+    with pytest.raises(UserError, match="cannot be written .*set DANCEOPD_CACHE to another folder"):
+        add.flush()
+
+
+def test_questions_are_the_pipelines_own_conditions(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a red circle\na blue star\nthe green ring on the left\n")
+    data, coder = prompts_from(tmp_path / "p.txt"), encoder(base, tmp_path / "cache")
+    questions = coder.questions("generation", data, [0, 2], STEPS)
+    direct = coder.draw["generation"].conditions(data[:])
+    assert len(questions) == 3 and equal(questions.rows([2, 0, 2]), direct.rows([2, 0, 2]))
+    assert questions.layout(0) == direct.layout and questions.layout(1) is None  # never drawn, never encoded
+    stock = GenerationPipeline(tiny_klein(), coder.family, {**CALL, "steps": STEPS})
+    assert torch.equal(questions.sigmas(0), stock.sigmas())
+    with pytest.raises(KeyError):
+        questions.rows([1])
+
+
+def test_edits_keep_their_shape_and_share_a_batch_by_size(base: Path, tmp_path: Path) -> None:
+    """Each source at the stock pipeline's own size for it, with the schedule of that size."""
+    sizes = [(64, 64), (96, 64), (64, 64), (80, 144)]
+    with open(tmp_path / "e.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("prompt", "image"), *(("make it red", f"{i}.png") for i in range(4))])
+    for i, (width, height) in enumerate(sizes):
+        random_image(i, width, height).save(tmp_path / f"{i}.png")
+    data, coder = edits_from(tmp_path / "e.csv"), encoder(base, tmp_path / "cache")
+    coder.draw = {k: type(d)(d.pipe, d.family, {**CALL, "height": 128, "width": 128}) for k, d in coder.draw.items()}
+    questions = coder.questions("editing", data, range(4), STEPS)
+    assert [questions.size(i) for i in range(4)] == [(64, 64), (64, 96), (64, 64), (144, 80)]
+    assert questions.layout(0) == questions.layout(2) and len({questions.layout(i) for i in range(4)}) == 3
+    assert isinstance(data, Edits)
+    for i, (height, width) in ((1, (64, 96)), (3, (144, 80))):
+        stock = EditingPipeline(tiny_klein(), coder.family, {**CALL, "height": height, "width": width, "steps": STEPS})
+        assert equal(questions.rows([i]), stock.conditions(["make it red"], [random_image(i, *sizes[i])]))
+        assert torch.equal(questions.sigmas(i), stock.sigmas())
+    assert questions.sigmas(0).tolist() != questions.sigmas(3).tolist()  # the shift depends on the size
+    assert len(questions.rows([0, 2])) == 2
+
+
+def test_encoded_once_whoever_asks(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run, table, order and encoder object: equal content is found; another prompt or setting is not."""
+    (tmp_path / "p.txt").write_text("a red circle\na blue star\n")
+    (tmp_path / "q.jsonl").write_text('{"prompt": "a green ring"}\n{"caption": "a blue star"}\n')
+    first = encoder(base, tmp_path).questions("generation", prompts_from(tmp_path / "p.txt"), [0, 1], STEPS)
+    coder, asked = encoder(base, tmp_path), []
+    real = GenerationPipeline.conditions
+    monkeypatch.setattr(GenerationPipeline, "conditions", lambda self, p: asked.append(list(p)) or real(self, p))
+    second = coder.questions("generation", prompts_from(tmp_path / "q.jsonl"), [0, 1], 9)
+    assert asked == [["a green ring"]] and equal(second.rows([1]), first.rows([1]))
+    longer = {**CALL, "max_sequence_length": 30}
+    coder.draw["generation"] = GenerationPipeline(coder.draw["generation"].pipe, coder.family, longer)
+    coder.questions("generation", prompts_from(tmp_path / "q.jsonl"), [1], 9)
+    assert asked[1:] == [["a blue star"]]
+
+
+def test_fingerprint_is_of_what_encodes(base: Path, tmp_path: Path) -> None:
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    assert encoders_fingerprint(other) == encoders_fingerprint(base)
+    for name, changes in (("transformer", False), ("text_encoder", True), ("vae", True)):
+        weights = next((other / name).glob("*.safetensors"))
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(bytes(content))
+        assert (encoders_fingerprint(other) != encoders_fingerprint(base)) == changes, name
+        shutil.copy(next((base / name).glob("*.safetensors")), weights)
+
+
+def test_encoders_leave_and_the_rest_still_draws(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    coder = encoder(base, tmp_path)
+    pipe = coder.draw["generation"].pipe
+    questions = coder.questions("generation", prompts_from(tmp_path / "p.txt"), [0], STEPS)
+    before = coder.draw["generation"].noise([3])
+    free_encoders(coder, pipe)
+    assert all(d.pipe.text_encoder is None for d in coder.draw.values()) and pipe.text_encoder is None
+    drawer = coder.sized("generation", (64, 64))
+    assert torch.equal(drawer.noise([3]), before) and torch.equal(drawer.sigmas(), coder.draw["editing"].sigmas())
+    velocity = lambda x, s, c: coder.family.velocity(pipe.transformer, x, s, c)  # noqa: E731
+    with torch.no_grad():
+        *_, last = drawer.denoise(questions.rows([0]), before, velocity)
+    assert drawer.images(last.x)[0].size == (64, 64)
+
+
+def test_rows_drawn_are_those_the_updates_pick(files: dict[str, str], tmp_path: Path) -> None:
+    Path("p.txt").write_text("".join(f"a red circle {i}\n" for i in range(200)))
+    recipe = Recipe(**files, steps=7, batch=6, seed=3, data={"generation": "p.txt"})
+    asked = open_datasets(recipe)
+    lengths = [len(asked[t.name].data) for t in recipe.teachers]
+    seen: list[set[int]] = [set(range(4)), set(range(4))]
+    for step in range(7):
+        for teacher, picked in zip(*pick(3, step, 6, [0.5, 0.5], lengths)):
+            seen[teacher].add(picked)
+    assert [set(asked[t.name].rows) for t in recipe.teachers] == seen == sampled_rows(recipe, lengths)
+    assert lengths == [200, 1024] and 4 < len(seen[0]) < 30
+    Path("p.txt").write_text("a red circle\n\na blue star\n")
+    with pytest.raises(UserError, match="p.txt, line 2: prompt is empty"):
+        open_datasets(recipe)

@@ -1,0 +1,25 @@
+"""Every family's tiny pipelines in one list, `TINIES`; a family that is added here is tested by `test_families.py`."""
+
+from __future__ import annotations
+
+import tiny_flux1
+import tiny_flux2_dev
+import tiny_klein_kv
+import tiny_qwen
+import tiny_sd3
+import tiny_zimage
+from tiny import CALL, tiny_klein
+from tiny_parts import Tiny
+
+KLEIN = Tiny("flux2-klein", tiny_klein, lambda pipe: pipe, {**CALL, "steps": 4})
+TINIES: list[Tiny] = [
+    KLEIN,
+    tiny_klein_kv.TINY,
+    tiny_flux2_dev.TINY,
+    tiny_flux1.TINY,
+    tiny_qwen.TINY,
+    tiny_qwen.PLUS,
+    tiny_zimage.TINY,
+    tiny_zimage.OMNI,
+    tiny_sd3.TINY,
+]

@@ -1,0 +1,186 @@
+"""`kernels: auto`: the fused kernels are installed where a trial finds them right and faster, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+from rollout_cases import CASES, NAMES, rollout_case
+from tinies import KLEIN
+
+from danceopd.kernels import autotune, backend, uninstall
+from danceopd.kernels.autotune import (
+    ROOT,
+    Verdict,
+    build_model,
+    cached_verdict,
+    evaluate,
+    install_if_faster,
+    run_trial,
+    source_files,
+    verdict_file,
+)
+from danceopd.kernels.ops import row_ops
+from danceopd.kernels.processors import FusedProcessor
+
+CUDA = torch.device("cuda")
+HALF = [i for i, name in enumerate(NAMES) if name in ("flux2-klein editing", "sd3 generation", "z-image editing")]
+
+
+@pytest.fixture(scope="module")
+def klein():
+    case = rollout_case(KLEIN, "generation")
+    return case.backbone.transformer, case.conditions()
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """The fused modules run as custom operators, and take half as long as the stock ones."""
+    monkeypatch.setattr(autotune, "_seconds", lambda model, calls, device: [[2.0, 1.0], [4.0, 2.0]])
+    with backend.using("op"):
+        yield
+
+
+@pytest.fixture
+def cuda(monkeypatch, tmp_path):
+    """As on a machine with a GPU that can run the kernels, with an empty cache."""
+    monkeypatch.setenv("DANCEOPD_CACHE", str(tmp_path))
+    monkeypatch.setattr(backend, "active", lambda device: device)
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_every_family_is_evaluated(case, at_once):
+    """Built from a specification that JSON can hold, with the condition that the merge has."""
+    one = rollout_case(*case)
+    spec = json.loads(json.dumps(autotune.model_spec(one.backbone.transformer)))
+    model = build_model(spec)
+    verdict = evaluate(model, one.conditions(), torch.float32)
+    assert verdict == Verdict(True, "the fused kernels are installed: 2.00 times as fast as the stock modules", 2.0)
+    assert not any(isinstance(getattr(module, "processor", None), FusedProcessor) for module in model.modules())
+
+
+@pytest.mark.parametrize("case", [CASES[i] for i in HALF], ids=[NAMES[i] for i in HALF])
+def test_half_precision_is_compared_with_half_precision(case, at_once):
+    one = rollout_case(*case)
+    assert evaluate(build_model(autotune.model_spec(one.backbone.transformer)), one.conditions(), torch.bfloat16).fused
+
+
+@pytest.mark.parametrize("wrong", ["velocity", "gradient"])
+def test_a_wrong_kernel_is_rejected(wrong, at_once, klein, monkeypatch):
+    norm = row_ops.add_norm
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1.001 if wrong == "velocity" else x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 1.001
+
+    monkeypatch.setattr(row_ops, "add_norm", lambda *args: tuple(Scaled.apply(out) for out in norm(*args)))
+    verdict = evaluate(build_model(autotune.model_spec(klein[0])), klein[1], torch.float32)
+    assert not verdict.fused and f"the fused kernels are wrong here (their {wrong} is" in verdict.reason
+
+
+def test_what_is_not_faster_is_not_installed(klein, monkeypatch):
+    monkeypatch.setattr(autotune, "_seconds", lambda model, calls, device: [[1.0, 0.99], [2.0, 2.0]])
+    verdict = evaluate(build_model(autotune.model_spec(klein[0])), klein[1], torch.float32)
+    assert verdict == Verdict(False, "the stock modules stay: the fused kernels are 1.01 times as fast here", 12 / 11.9)
+
+
+def test_a_trial_in_a_real_process(klein):
+    """On a CPU both ways are plain torch, so the results are right and the speeds about the same."""
+    verdict, keep = run_trial(*klein)
+    assert keep and verdict.speedup is not None and 0.3 < verdict.speedup < 3 and "as fast" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("script", "text", "keep"),
+    [
+        ("kill -SEGV $$", "Segmentation fault", True),
+        ("kill -KILL $$", "Killed", False),  # the system's way to say that memory ran out
+        ("echo 'torch.OutOfMemoryError: CUDA out of memory.' >&2; exit 1", "out of memory", False),
+        ("echo 'CUDA error: an illegal memory access' >&2; exit 1", "illegal memory access", True),
+        ("sleep 60", "took over 1 s", True),
+    ],
+)
+def test_a_process_that_ends_badly_harms_nothing(klein, monkeypatch, tmp_path, script, text, keep):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(autotune, "TIMEOUT", 1.0 if "sleep" in script else 60.0)
+    verdict, kept = run_trial(*klein)
+    assert not verdict.fused and verdict.reason.startswith("the stock modules stay: ") and text in verdict.reason
+    assert kept is keep
+
+
+def test_a_trial_runs_once_and_its_verdict_is_kept(klein, monkeypatch, cuda):
+    model, condition = klein
+    lines, trials = [], []
+
+    def process(transformer, condition):
+        trials.append(len(condition))
+        return Verdict(True, "the fused kernels are installed: 1.30 times as fast as the stock modules", 1.3), True
+
+    monkeypatch.setattr(autotune, "run_trial", process)
+    for _ in range(2):
+        assert install_if_faster(model, condition, CUDA, lines.append).fused
+        assert uninstall(model) > 0
+    assert trials == [3] and cached_verdict(model, condition).speedup == 1.3
+    first, *others = [line.split(":")[1] for line in lines]
+    assert first.startswith(" testing the fused kernels") and others == [" the fused kernels are installed"] * 2
+    assert install_if_faster(model, condition.rows(slice(0, 2)), CUDA, lines.append) and trials == [3, 2]
+    uninstall(model)
+
+
+def test_every_source_below_the_package_belongs_to_a_verdict():
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in source_files()}
+    assert ROOT.name == "kernels" and folders == {".", "cuda", "cuda/csrc", "ops", "triton"}
+    assert set(source_files()) >= set(ROOT.rglob("*.py")) | set(ROOT.rglob("*.cu")) | set(ROOT.rglob("*.cuh"))
+
+
+SOURCES = ["functional.py", "cuda/launch.py", "cuda/csrc/rows.cuh", "ops/row_ops.py", "triton/qkv.py"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_changed_source_needs_another_trial(klein, monkeypatch, cuda, tmp_path, source):
+    """A source in any sub-folder: no verdict about other kernels is used."""
+    copy = tmp_path / "kernels_copy"
+    shutil.copytree(ROOT, copy)
+    monkeypatch.setattr(autotune, "ROOT", copy)
+    before = verdict_file(*klein)
+    assert verdict_file(*klein) == before
+    with (copy / source).open("a") as file:
+        file.write("\n")
+    assert verdict_file(*klein) != before
+
+
+def test_a_damaged_or_temporary_verdict_is_not_used(klein, monkeypatch, cuda):
+    model, condition = klein
+    temporary = Verdict(False, "the stock modules stay: out of memory"), False
+    monkeypatch.setattr(autotune, "run_trial", lambda *_: temporary)
+    assert install_if_faster(model, condition, CUDA, lambda line: None) == temporary[0]
+    assert not list(cuda.rglob("trial-*.json")) and uninstall(model) == 0
+    monkeypatch.setattr(autotune, "run_trial", lambda *_: (temporary[0], True))
+    install_if_faster(model, condition, CUDA, lambda line: None)
+    (file,) = cuda.rglob("trial-*.json")
+    file.write_text("[tru")
+    assert cached_verdict(model, condition) is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_where_there_is_nothing_to_try_nothing_is_reported(klein, monkeypatch, device):
+    """On a CPU, and on a GPU whose only backend is torch."""
+    monkeypatch.setattr(backend, "active", lambda device: "torch")
+    monkeypatch.setattr(subprocess, "run", None)
+    lines = []
+    assert install_if_faster(*klein, torch.device(device), lines.append) is None
+    assert not lines and uninstall(klein[0]) == 0

@@ -1,0 +1,43 @@
+"""`benchmarks/gpu.py` without a GPU: a failing line does not stop the others, and each part keeps to its time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+# Segments of 100 seconds each, of which the fused form fails, and a model that cannot be made.
+CODE = f"""
+import sys, time
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import gpu, torch
+def broken(*args, **kwargs): raise torch.cuda.OutOfMemoryError("no memory\\nat all")
+late, clock, stock = [0], time.monotonic, gpu.gpu_segments.one_segment
+def slow(*args):
+    late[0] += 100
+    return stock(*args)
+time.monotonic = lambda: clock() + late[0]
+gpu.gpu_segments.one_segment, gpu.gpu_segments.Segment.fused, gpu.gpu_forwards.klein = slow, broken, broken
+gpu.app()
+"""
+
+
+@pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks are not part of an installed package")
+def test_a_failing_line_does_not_stop_the_others(tmp_path):
+    out = tmp_path / "table.md"
+    command = [sys.executable, "-c", CODE, "kernels", "--smoke", "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "300"}, timeout=300)
+    lines = out.read_text(encoding="utf-8").splitlines()
+    assert done.returncode == 1, done.stderr  # what fails in a smoke test is a fault
+    assert "- SD3.5-M 64 px, cuda: OutOfMemoryError: no memory" in lines
+    assert "- klein-4B 64 px + source: OutOfMemoryError: no memory" in lines
+    count = lambda *words: sum(all(word in line for word in words) for line in lines)  # noqa: E731
+    assert count("| fwd |", "64 px") == 2 and count("| fwd + bwd |", "64 px") == 1  # then their share is over
+    others = "| add_norm", "| SwiGLU", "| Z-Image 64 px | no-gradient", "| z-image 64 px, 4", "| klein-4B, dense"
+    for begin in others:
+        assert any(line.startswith(begin) for line in lines), begin
+    assert count("| two captions, ") == 2 and not count("| flux2-klein")

@@ -1,0 +1,63 @@
+"""`kernels: true` in a recipe: installed for the whole merge, and on a CPU the same student to the last bit."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+from test_family_merges import recipe_of
+from tinies import KLEIN
+
+import danceopd
+from danceopd.adapters.read import read_adapter
+
+
+def student(folder, **fields):
+    folder.mkdir()
+    recipe = recipe_of(KLEIN, KLEIN.build(), folder).resolved()
+    danceopd.merge(danceopd.Recipe(**{**recipe, **fields}), report=lambda done, steps: None)
+    return read_adapter(folder / "student")
+
+
+def test_the_same_student(tmp_path, monkeypatch):
+    merge, installed = import_module("danceopd.merge"), []
+    install = merge.install
+    monkeypatch.setattr(merge, "install", lambda model: installed.append(install(model)))
+    plain = student(tmp_path / "plain")
+    assert not installed
+    fused = student(tmp_path / "fused", kernels=True)
+    assert installed == [14]  # two double and two single blocks, their attention and their SwiGLUs
+    assert plain.tensors.keys() == fused.tensors.keys()
+    for path, pair in plain.tensors.items():
+        assert all(torch.equal(a, b) for a, b in zip(pair, fused.tensors[path])), path
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can run the CUDA backend")
+def test_what_cannot_run_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("DANCEOPD_KERNELS", "cuda")
+    with pytest.raises(danceopd.errors.UserError, match="DANCEOPD_KERNELS=cuda, but .*use auto"):
+        student(tmp_path / "fused", kernels=True)
+
+
+def test_a_trial_decides_unless_the_recipe_does(tmp_path, monkeypatch):
+    """The trial gets rows of the merge's condition; `kernels` may change when a run is continued."""
+    for value, text in (("on", "known: auto, true, false"), ("ato", "did you mean 'auto'"), ("true", "without quotes")):
+        with pytest.raises(danceopd.errors.UserError, match=text):
+            danceopd.Recipe(kernels=value)
+    recipe = danceopd.Recipe()
+    assert recipe.kernels == "auto" and "kernels" not in recipe.identity()
+    trials = []
+
+    def decide(transformer, condition, device, say):
+        trials.append((len(condition), condition.family, device.type))
+
+    monkeypatch.setattr(import_module("danceopd.merge"), "install_if_faster", decide)
+    for name, fields in (("auto", {}), ("off", {"kernels": False}), ("compiled", {"compile": True})):
+        monkeypatch.setattr(import_module("danceopd.merge"), "compile_blocks", lambda transformer: None)
+        student(tmp_path / name, batch=3, **fields)
+    assert trials == [(2, "flux2-klein", "cpu")]
+
+
+def test_the_command_says_how(danceopd):
+    assert "kernels: true" in danceopd("kernels").stdout

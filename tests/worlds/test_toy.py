@@ -1,0 +1,209 @@
+"""How the shipped model is made: the cell-local code, the batches, both trainings, and their continuation."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from danceopd.adapters.read import read_adapter
+from danceopd.errors import UserError
+from danceopd.worlds.scenes.edits import TASKS, edits
+from danceopd.worlds.scenes.grammar import HELDOUT_OPERATIONS, has_heldout_binding
+from danceopd.worlds.scenes.prompts import TAGS, prompts
+from danceopd.worlds.scenes.render import render
+from danceopd.worlds.toy.autoencoder import fit_encoder, make_autoencoder
+from danceopd.worlds.toy.batches import Batches, Mix
+from danceopd.worlds.toy.codes import CellTable
+from danceopd.worlds.toy.decoder import CellPictures, unpack
+from danceopd.worlds.toy.flow import LoraTransformer, Schedule, loss_of, velocity
+from danceopd.worlds.toy.small import CALL, make_pipeline, make_tokenizer, make_transformer, vocabulary
+from danceopd.worlds.toy.stages import teach
+
+
+@pytest.fixture(scope="module")
+def parts():
+    vae = make_autoencoder().eval()
+    fit_encoder(vae)
+    pipe = make_pipeline(vae, make_transformer())
+    return pipe, CellTable(vae)
+
+
+def normalised(pipe, scenes):
+    """What the stock pipeline hands to the transformer for these pictures: (n, 16, C)."""
+    images = torch.from_numpy(np.stack([render(s) for s in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    packed = [pipe._pack_latents(pipe._encode_vae_image(i[None], None)) for i in images]
+    return torch.cat(packed)
+
+
+def test_code_is_cell_local(parts):
+    """Looking cells up equals encoding the picture with the stock pipeline's own functions."""
+    pipe, table = parts
+    scenes = [e.target for e in edits("train", 60, 3)]
+    with torch.no_grad():
+        error = (table.encode(scenes) - normalised(pipe, scenes)).abs().max()
+    assert error < 5e-3  # of a spread of 1
+
+
+def test_code_tells_every_scene_apart(parts):
+    _, table = parts
+    scenes = [p.scene for p in prompts("val", 120, 1)] + [e.source for e in edits("val", 60, 1)]
+    for scene, got in zip(scenes, table.read(table.encode(scenes))):
+        assert got.key() == scene.key()
+
+
+def test_unpack_is_the_pipelines(parts):
+    pipe, table = parts
+    tokens = table.encode([p.scene for p in prompts("train", 3, 0)])
+    ids = pipe._prepare_latent_ids(torch.zeros(3, 1, 4, 4))
+    spread = pipe._unpack_latents_with_ids(tokens, ids, 4, 4)
+    scale = (pipe.vae.bn.running_var + pipe.vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
+    raw = pipe._unpatchify_latents(spread * scale + pipe.vae.bn.running_mean.view(1, -1, 1, 1))
+    torch.testing.assert_close(unpack(pipe.vae, tokens), raw)
+
+
+def test_cell_pictures_are_pictures_of_their_tokens(parts):
+    """The decoder's targets, put together from tiles, encode to their own tokens."""
+    pipe, _ = parts
+    pictures = CellPictures(pipe.vae, 4, 0)
+    tokens, images, weights = pictures(5)
+    assert weights.shape == (4, 1, 64, 64) and weights.min() >= 1 and weights.max() > 4
+    with torch.no_grad():
+        encoded = torch.cat([pipe._pack_latents(pipe._encode_vae_image(i[None], None)) for i in images])
+    assert (encoded - tokens).square().mean().sqrt() < 0.11  # the noise that was added
+    again, *_ = CellPictures(pipe.vae, 4, 0)(5)
+    assert torch.equal(again, tokens)
+
+
+def test_velocity_is_the_pipelines_call(parts):
+    """Position ids and text as the stock pipeline passes them: the same velocity, with a source and without."""
+    from PIL import Image
+
+    from danceopd.pipelines.editing import EditingPipeline
+    from danceopd.pipelines.registry import FAMILIES
+
+    pipe, table = parts
+    family = FAMILIES["flux2-klein"]
+    edit = edits("train", 1, 2)[0]
+    call = {"height": 64, "width": 64, "steps": 4, "max_sequence_length": CALL["max_sequence_length"]}
+    condition = EditingPipeline(pipe, family, call).conditions(
+        [edit.instruction], [Image.fromarray(render(edit.source))]
+    )
+    text = Batches(pipe, table, Mix({}, {}, 0.0), 1, 0).text([edit.instruction])
+    x, sigma = torch.randn(1, 16, 64), torch.tensor([0.7])
+    with torch.no_grad():
+        stock = family.velocity(pipe.transformer, x, sigma, condition)
+        ours = velocity(pipe.transformer, x, sigma, text, table.encode([edit.source]))
+    torch.testing.assert_close(ours, stock, atol=2e-3, rtol=0)
+
+
+def test_every_instruction_fits_the_tokenizer():
+    tokenizer, known = make_tokenizer(), set(vocabulary())
+    assert len(known) <= 64
+    texts = [p.prompt for p in prompts("train", 600, 0)] + [e.instruction for e in edits("train", 600, 0)]
+    texts += [e.instruction for e in edits("test", 100, 0, tasks=("compound",))]
+    texts += [p.prompt for p in prompts("test", 6, 0, tags=("counting-five",))]
+    for text in texts:
+        tokens = tokenizer(text)["input_ids"]
+        assert tokenizer.unk_token_id not in tokens, text
+        assert 0 < len(tokens) <= CALL["max_sequence_length"], text
+
+
+def test_batches_repeat_and_hold_nothing_out(parts):
+    pipe, table = parts
+    drawn = []
+    for seed in (0, 0, 1):
+        batches = Batches(pipe, table, Mix(dict.fromkeys(TAGS, 1), dict.fromkeys(TASKS, 1), 0.5), 8, seed)
+        drawn.append([batches(step) for step in range(6)])
+    assert all(torch.equal(a.clean, b.clean) and torch.equal(a.text, b.text) for a, b in zip(drawn[0], drawn[1]))
+    assert not torch.equal(drawn[0][0].clean, drawn[2][0].clean)
+    assert {b.source is None for b in drawn[0]} == {True, False}
+    for batch in drawn[0]:
+        for tokens in (batch.clean, batch.source):
+            for scene in table.read(tokens) if tokens is not None else ():
+                assert scene.split() == "train" and not has_heldout_binding(scene)
+    for edit in edits("train", 400, 9):
+        new = {t.shape for t in edit.target.things} - {t.shape for t in edit.source.things}
+        assert not any((edit.task_type, shape) in HELDOUT_OPERATIONS for shape in new)
+
+
+def test_guidance_moves_the_target_away_from_no_prompt(parts):
+    """Where the model answers the prompt as it answers none, guidance changes nothing; else it does."""
+    pipe, table = parts
+    batch = Batches(pipe, table, Mix(dict.fromkeys(TAGS, 1), {}, 1.0), 8, 0, drop=0.0)(0)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(pipe.transformer.proj_out.weight, std=0.02)
+    plain = loss_of(pipe.transformer, batch, torch.Generator().manual_seed(1))
+    guided = loss_of(pipe.transformer, batch, torch.Generator().manual_seed(1), guidance=3.0)
+    assert plain != guided
+    batch.text = batch.empty.expand_as(batch.text).clone()
+    plain = loss_of(pipe.transformer, batch, torch.Generator().manual_seed(1))
+    guided = loss_of(pipe.transformer, batch, torch.Generator().manual_seed(1), guidance=3.0)
+    assert plain == guided
+
+
+def test_schedule_falls_to_zero():
+    schedule = Schedule(100, warmup=10, decay=0.5)
+    assert schedule.factor(0) == pytest.approx(0.1)
+    assert schedule.factor(30) == schedule.factor(49) == 1
+    assert schedule.factor(75) == pytest.approx(0.5)
+    assert schedule.factor(99) == pytest.approx(0.02)
+
+
+def test_lora_transformer_is_the_base_at_first_and_trains_only_its_factors(parts):
+    pipe, table = parts
+    model = LoraTransformer(pipe.transformer, ["transformer_blocks.0.attn.to_q"], 4, 0)
+    batch = Batches(pipe, table, Mix(dict.fromkeys(TAGS, 1), {}, 1.0), 2, 0)(0)
+    x, sigma = torch.randn(2, 16, 64), torch.rand(2)
+    bare = velocity(pipe.transformer, x, sigma, batch.text, None)
+    assert torch.equal(velocity(model, x, sigma, batch.text, None), bare)
+    loss_of(model, batch, torch.Generator().manual_seed(0)).backward()
+    assert all(p.grad is None for p in pipe.transformer.parameters())
+    assert model.factors["transformer_blocks.0.attn.to_q.lora_B"].grad.abs().max() > 0
+    pipe.transformer.requires_grad_(True)
+
+
+def test_stages_run_and_continue_to_the_same_bytes(tmp_path, monkeypatch):
+    """All kinds of stage for a few steps; an interrupted one ends where an uninterrupted one does."""
+    from dataclasses import replace
+
+    from danceopd.worlds.toy import stages
+
+    for name in stages.STAGES:
+        monkeypatch.setitem(stages.STAGES, name, replace(stages.STAGES[name], batch=2))
+    monkeypatch.setattr("danceopd.worlds.toy.flow.SAVE_EVERY", 2)
+    monkeypatch.setattr("danceopd.worlds.toy.decoder.SAVE_EVERY", 2)
+    base = teach("base", tmp_path / "base", steps=2)
+    teach("autoencoder", base, steps=2)
+    whole = teach("editing", tmp_path / "whole", steps=4, base=base)
+
+    class Stop(Exception):
+        pass
+
+    def stop(step, steps, loss):
+        if step == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        teach("editing", tmp_path / "cut", steps=4, base=base, report=stop)
+    cut = teach("editing", tmp_path / "cut", steps=4, base=base)
+    name = "pytorch_lora_weights.safetensors"
+    assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    adapter = read_adapter(cut)
+    assert adapter.rank == 40 and len(adapter) == 32
+    assert {t.dtype for t in load_file(cut / name).values()} == {torch.bfloat16}
+    assert (base / "base.json").is_file() and (base / "autoencoder.json").is_file()
+
+
+def test_bad_stage_and_steps(tmp_path):
+    with pytest.raises(UserError, match="no stage is named 'edit'.*editing"):
+        teach("edit", tmp_path)
+    with pytest.raises(UserError, match="steps is 0"):
+        teach("base", tmp_path, steps=0)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_training(tmp_path):
+    (tmp_path / "file").write_text("x")
+    steps = []
+    with pytest.raises(UserError, match="cannot write .*file"):
+        teach("generation", tmp_path / "file", steps=1, report=lambda *step: steps.append(step))
+    assert not steps and (tmp_path / "file").read_text() == "x"
