@@ -131,10 +131,6 @@ class Family:
     # CUDA graph can hold the forward; text may be padded to a round length where that changes nothing. The result is
     # not to be cut into rows.
     sync_free: Callable[[Condition], Condition] = unchanged_condition
-    # Paths (full-match regex) of modules whose answers stay over a walk, since they see words, places or sources and
-    # neither the picture nor the time; and of those that see the time alone (a `guidance` number besides it)
-    steady: str = ""
-    timed: str = ""
     call: tuple[str, ...] = ("max_sequence_length",)  # settings of the stock call a recipe may give besides the size
 
     @property

@@ -107,7 +107,6 @@ FLUX1 = Family(
     guidance_on=lambda scale: {"true_cfg_scale": scale, "negative_prompt": ""},
     prompt_kwargs=("encoder_hidden_states", "pooled_projections"),
     text_components=("text_encoder", "text_encoder_2"),
-    steady=r"context_embedder|pos_embed|time_text_embed\.(text|guidance)_embedder",
     call=("max_sequence_length", "guidance_scale"),
     prompt_lengths=t5_lengths,
     encode_prompts=_encode_prompts,

@@ -68,7 +68,6 @@ SD3 = Family(
     guidance_on=lambda scale: {"guidance_scale": scale},
     prompt_kwargs=("encoder_hidden_states", "pooled_projections"),
     text_components=("text_encoder", "text_encoder_2", "text_encoder_3"),
-    steady=r"context_embedder|time_text_embed\.text_embedder",
     prompt_lengths=_lengths,
     prompt_limit=_limit,
     dummy_prompt=_dummy_prompt,

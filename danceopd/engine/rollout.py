@@ -20,7 +20,6 @@ from danceopd.engine.solvers import SOLVERS, Euler, FlowSDE, Solver
 from danceopd.models.cuda_graphs import CapturedField
 from danceopd.models.fields import AdapterField, GuidedField, MergedField, VelocityField
 from danceopd.models.source_cache import with_cached_source
-from danceopd.models.step_cache import walk
 from danceopd.pipelines.condition import Condition
 from danceopd.recipe.parts import Rollout
 
@@ -65,34 +64,31 @@ def rollout(
         order = order.to(x.device)
         x, condition = x[order], condition.rows(order)
     grid = sigmas.to(x.device, torch.float32)
-    known = sigmas.tolist()
     solver = Euler() if solver is None else solver
     states = x.unsqueeze(1).repeat(1, stops.shape[1], *[1] * (x.ndim - 1))
     count = len(depths)  # rows that go on
-    with walk() as way:
-        for step in range(depths[0] if depths else 0):
-            if depths[count - 1] <= step:
-                while depths[count - 1] <= step:
-                    count -= 1
-                condition = condition.rows(slice(0, count))
-            active = x[:count]
-            rows = None if order is None else order[:count]
-            if callback is not None:
-                callback(step, torch.arange(count, device=x.device) if rows is None else rows, active)
-            sigma, to = grid[step].expand(count), grid[step + 1].expand(count)
-            way.level = known[step], sigma
-            velocity = field(active, sigma, condition)
-            after = solver.advance(active, velocity, sigma, to, rows)
-            for k in range(stops.shape[1]):
-                here = torch.nonzero(stops[:count, k] == step + 1)[:, 0]
-                if not len(here):
-                    continue
-                at, landed = here.to(x.device), after
-                if between is not None:  # rows that only pass by are computed, and dropped
-                    landed = solver.advance(active, velocity, sigma, between[:count, k].to(x), rows)
-                states[at, k] = landed[at]
-            solver.remember(velocity, sigma, to)
-            active.copy_(after)
+    for step in range(depths[0] if depths else 0):
+        if depths[count - 1] <= step:
+            while depths[count - 1] <= step:
+                count -= 1
+            condition = condition.rows(slice(0, count))
+        active = x[:count]
+        rows = None if order is None else order[:count]
+        if callback is not None:
+            callback(step, torch.arange(count, device=x.device) if rows is None else rows, active)
+        sigma, to = grid[step].expand(count), grid[step + 1].expand(count)
+        velocity = field(active, sigma, condition)
+        after = solver.advance(active, velocity, sigma, to, rows)
+        for k in range(stops.shape[1]):
+            here = torch.nonzero(stops[:count, k] == step + 1)[:, 0]
+            if not len(here):
+                continue
+            at, landed = here.to(x.device), after
+            if between is not None:  # rows that only pass by are computed, and dropped
+                landed = solver.advance(active, velocity, sigma, between[:count, k].to(x), rows)
+            states[at, k] = landed[at]
+        solver.remember(velocity, sigma, to)
+        active.copy_(after)
     if order is not None:
         states = torch.empty_like(states).index_copy_(0, order, states)
     return states if stop.ndim == 2 else states[:, 0]

@@ -26,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 from danceopd.common.messages import few
 from danceopd.errors import UserError
 from danceopd.models.lora import Adapter
-from danceopd.models.step_cache import Steady
 from danceopd.pipelines.condition import Condition
 from danceopd.pipelines.family import Family
 
@@ -80,7 +79,6 @@ class Backbone:
         self._adapted: dict[str, list[str]] = {}  # adapter -> module paths
         self._parameters: dict[str, list[Parameter]] = {}  # adapter -> A, B of each module
         self._active = ActiveAdapter()
-        self._steady = Steady(transformer, family)
         if getattr(transformer, "is_gradient_checkpointing", False):
             self.checkpoint_gradients()
 
@@ -243,9 +241,7 @@ class Backbone:
         """Velocity `v = ε − x0` with the active adapter: `x (B, …)`, `sigma (B,)` -> shape of `x`, fp32."""
         if getattr(self.transformer, "gradient_checkpointing", False) and torch.is_grad_enabled():
             self.checkpoint_gradients()
-        name = self._active.adapter or self._active.merged or self._active.merged_with_grad
-        with self._steady.forward(x, sigma, condition, self._active, self._paths(name) if name else ()):
-            return self.family.velocity(self.transformer, x, sigma, condition)
+        return self.family.velocity(self.transformer, x, sigma, condition)
 
     def checkpoint_gradients(self, enable: bool = True) -> None:
         """Gradient checkpointing: blocks recompute in backward, each with the adapter of its forward."""

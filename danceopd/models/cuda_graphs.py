@@ -27,7 +27,6 @@ from torch.utils._pytree import tree_leaves
 from danceopd.kernels.masks import masks_unread
 from danceopd.models.backbone import Backbone
 from danceopd.models.fields import AdapterField, MergedField
-from danceopd.models.step_cache import anew
 from danceopd.pipelines.condition import Condition
 from danceopd.pipelines.registry import FAMILIES
 
@@ -239,7 +238,7 @@ class CapturedField:
         constants, kept = ConstantInputs(), list[Any]()
 
         def run() -> Tensor:
-            with anew(), constants:
+            with constants:
                 return self.backbone.velocity(inputs.x, inputs.sigma, inputs.condition)
 
         def run_and_keep() -> Tensor:

@@ -13,7 +13,6 @@ from danceopd.engine.rollout import rollout
 from danceopd.models.backbone import Backbone
 from danceopd.models.cuda_graphs import CapturedField
 from danceopd.models.fields import MergedField
-from danceopd.models.step_cache import anew
 from danceopd.pipelines import EditingPipeline, GenerationPipeline
 from danceopd.pipelines.family import unchanged_condition
 from danceopd.pipelines.registry import FAMILIES
@@ -77,8 +76,7 @@ def afresh(field: Any) -> Any:
     """The field, computing everything at every step, as a captured graph does."""
 
     def velocity(x: torch.Tensor, sigma: torch.Tensor, condition: Any) -> torch.Tensor:
-        with anew():
-            return field(x, sigma, condition)
+        return field(x, sigma, condition)
 
     return velocity
 
