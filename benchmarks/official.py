@@ -22,6 +22,7 @@ from danceopd.engine.trainer import STUDENT
 from danceopd.models.backbone import Backbone
 from danceopd.models.lora import Adapter
 from danceopd.pipelines.condition import Condition
+from danceopd.recipe.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class ReleasedTrainer:
     def update(self) -> None:
         """Samples one after another, then one optimizer step."""
         lengths = [len(teacher.condition) for teacher in self.teachers]
-        shares = [1 / len(lengths)] * len(lengths)
-        teachers, samples = sample_batch(0, self.step, self.batch, shares, lengths, "row", 1)
+        shares = (1 / len(lengths),) * len(lengths)
+        teachers, samples = sample_batch(Sampling(0, 1, self.batch, shares), self.step, lengths)
         query_steps, _ = place(draw_queries(0, self.step, self.batch), self.sigmas)
         for m, row, query_step in zip(teachers, samples, query_steps[:, 0].tolist(), strict=True):
             self._sample(self.teachers[m], row, query_step)

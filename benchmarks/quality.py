@@ -30,7 +30,7 @@ import typer
 from official import ReleasedOptions
 from quality_table import report
 from rich.console import Console
-from step import medians, worlds
+from step import medians, setups
 
 from danceopd.adapters.blend import blend
 from danceopd.adapters.read import read_adapter
@@ -90,7 +90,7 @@ LINES = {
     "the released loop": Line("released", ReleasedOptions()),
     "+ encoded once": Line("released", ReleasedOptions(encode_once=True)),
     "+ stops at the query": Line("released", ReleasedOptions(encode_once=True, stop_at_query=True)),
-    "+ merged weights": Line(
+    "+ rollout on W + BA": Line(
         "released", ReleasedOptions(encode_once=True, stop_at_query=True, merged_weights=True)
     ),
     "+ batched, our trainer from here on": Line("released"),
@@ -102,7 +102,7 @@ LINES = {
     "5 steps, queries at high noise (the demo)": Line("5 steps, high noise"),
 }
 EARLIER = {
-    "+ merged walk": "+ merged weights",
+    "+ merged walk": "+ rollout on W + BA",
     "+ batched, formed (from here ours)": "+ batched, our trainer from here on",
     "+ average of the weights": "+ EMA",
     "5 steps, asked at high noise (the demo)": "5 steps, queries at high noise (the demo)",
@@ -234,12 +234,12 @@ def _started(metrics: StepMetrics, steps: int) -> None:
 
 def update_seconds(rows: int, repeats: int) -> dict[str, float]:
     """Median processor seconds of an update of `rows` rows, by line of the table."""
-    world = worlds()["the shipped model (2 M)"]
+    setup = setups()["the shipped model (2 M)"]
     updates: dict[str, Callable[[], Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, line in LINES.items():
             if line.released is not None:
-                updates[name] = world.released(rows, line.released, rank=80).update
+                updates[name] = setup.released(rows, line.released, rank=80).update
                 continue
             curve = CURVES[line.curve]
             recipe = recipe_of(curve, 0, repeats + 2, rows, Path(folder) / name)

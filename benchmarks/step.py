@@ -1,10 +1,10 @@
-"""How many updates a second, and how much memory, beside the released loop's way of doing the same.
+"""Seconds of an update, and peak memory, compared with a trainer that works like the paper's released code.
 
     python benchmarks/step.py [--repeats 5] [--rows 16]
 
-Tiny random SD3 and FLUX.2 pipelines of the stock classes (as the tests have them) and the shipped model. The same
-samples an update, the same 16 rollout steps, the paper's query law, fp32, one thread; the ways take turns, and medians
-are reported. Then the peak memory of a merge with 1, 2, 4 and 8 LoRA teachers on a FLUX.2 transformer of 46 million
+Tiny random SD3 and FLUX.2 pipelines of the stock classes (from the tests) and the shipped model. The same samples an
+update, the same 16 rollout steps, the paper's query law, fp32, one thread; the trainers take turns, and medians are
+reported. Then the peak memory of a merge with 1, 2, 4 and 8 LoRA teachers on a FLUX.2 transformer of 46 million
 parameters, each in a process of its own. Writes benchmarks/results/step.md.
 """
 
@@ -26,7 +26,8 @@ from official import ReleasedOptions, ReleasedTeacher, ReleasedTrainer, copy_wit
 from danceopd.common.system import describe_machine
 from danceopd.data.dataset import ConditionDataset
 from danceopd.data.sources import edits_from
-from danceopd.engine.trainer import STUDENT, Loop, Source
+from danceopd.engine.teachers import RoutedTeacher
+from danceopd.engine.trainer import STUDENT, Trainer
 from danceopd.models.backbone import Backbone
 from danceopd.models.base import base_folder, load_base
 from danceopd.models.fields import AdapterField, MergedField
@@ -34,7 +35,7 @@ from danceopd.models.lora import Adapter
 from danceopd.pipelines import EditingPipeline, GenerationPipeline, family_of
 from danceopd.recipe.recipe import Recipe
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
 from tiny import random_adapter, tiny_klein  # noqa: E402
 from tiny_sd3 import tiny_sd3  # noqa: E402
 
@@ -42,10 +43,10 @@ RESULTS = Path(__file__).parent / "results" / "step.md"
 STEPS, ROWS, RANK = 16, 8, 32
 WORDS = ["a red circle", "two blue square on the left", "a white ring", "a green star above"] * (ROWS // 4)
 TIMES = """Median processor
-seconds of an update, fp32, one thread, the ways in turn; in brackets, how many times as fast as the released way
+seconds of an update, fp32, one thread, the trainers in turn; in brackets, how many times as fast as the released one
 (benchmarks/official.py)."""
 MEMORY = """Peak memory in MiB of a process that holds the transformer, so many LoRA teachers and the student (rank 8,
-width 512), and has made one walk step and one gradient. The released way holds a transformer for each teacher."""
+width 512), and has made one rollout step and one gradient. The released way holds a transformer for each teacher."""
 HEAD = """# An update of {rows} samples, {steps} rollout steps, the paper's query law
 
 `python benchmarks/step.py --repeats {repeats} --rows {rows}`: {machine}, torch {torch}. {times}
@@ -54,12 +55,12 @@ WAYS = {
     "the released way": ReleasedOptions(),
     "+ encoded once": ReleasedOptions(encode_once=True),
     "+ stops at the query": ReleasedOptions(encode_once=True, stop_at_query=True),
-    "+ merged walk": ReleasedOptions(encode_once=True, stop_at_query=True, merged_weights=True),
+    "+ rollout on W + BA": ReleasedOptions(encode_once=True, stop_at_query=True, merged_weights=True),
 }
 
 
-class World:
-    """A pipeline, its work and its teachers, for both ways."""
+class Setup:
+    """A pipeline, its conditions and its teachers, for both trainers."""
 
     def __init__(self, pipe: Any, call: dict[str, Any], edits: bool) -> None:
         self.family, self.pipe = family_of(pipe), pipe
@@ -80,46 +81,46 @@ class World:
             for i, name in enumerate(self.conditions)
         }
 
-    def released(self, batch: int, habits: ReleasedOptions, rank: int = RANK) -> ReleasedTrainer:
+    def released(self, batch: int, options: ReleasedOptions, rank: int = RANK) -> ReleasedTrainer:
         bare = self.pipe.transformer
         routes = [
             ReleasedTeacher(copy_with(bare, self.adapters[name], self.family), condition, self.encode[name])
             for name, condition in self.conditions.items()
         ]
-        return ReleasedTrainer(copy_with(bare, Adapter({}), self.family), routes, self.sigmas, rank, batch, habits)
+        return ReleasedTrainer(copy_with(bare, Adapter({}), self.family), routes, self.sigmas, rank, batch, options)
 
-    def ours(self, batch: int) -> Loop:
+    def ours(self, batch: int) -> Trainer:
         backbone = copy_with(self.pipe.transformer, Adapter({}), self.family)
-        sources = []
+        teachers = []
         for name, condition in self.conditions.items():
             backbone.add_adapter(name, self.adapters[name])
             field = MergedField(backbone, name) if backbone.merging_is_cheaper(name) else AdapterField(backbone, name)
-            sources.append(Source(name, field, ConditionDataset([(condition, self.sigmas)])))
-        teachers = [{"name": n, "adapter": "generation", "capability": "generation"} for n in self.conditions]
-        recipe = Recipe(teachers=teachers, steps=10**6, batch=batch, student={"rank": RANK}, rollout={"steps": STEPS})
+            teachers.append(RoutedTeacher(name, field, ConditionDataset([(condition, self.sigmas)])))
+        named = [{"name": n, "adapter": "generation", "capability": "generation"} for n in self.conditions]
+        recipe = Recipe(teachers=named, steps=10**6, batch=batch, student={"rank": RANK}, rollout={"steps": STEPS})
         backbone.new_student(STUDENT, RANK)
-        return Loop(recipe, backbone, sources, torch.device("cpu"))
+        return Trainer(recipe, backbone, teachers, torch.device("cpu"))
 
 
-def worlds() -> dict[str, World]:
+def setups() -> dict[str, Setup]:
     shipped = load_base(base_folder("base"))
     return {
-        "tiny SD3": World(tiny_sd3(), {"height": 64, "width": 64, "max_sequence_length": 40}, edits=False),
-        "tiny FLUX.2": World(tiny_klein(), {"height": 64, "width": 64, "max_sequence_length": 24}, edits=True),
-        "the shipped model (2 M)": World(shipped, {"height": 64, "width": 64, "max_sequence_length": 32}, edits=True),
+        "tiny SD3": Setup(tiny_sd3(), {"height": 64, "width": 64, "max_sequence_length": 40}, edits=False),
+        "tiny FLUX.2": Setup(tiny_klein(), {"height": 64, "width": 64, "max_sequence_length": 24}, edits=True),
+        "the shipped model (2 M)": Setup(shipped, {"height": 64, "width": 64, "max_sequence_length": 32}, edits=True),
     }
 
 
-def timed(world: World, batch: int, repeats: int) -> dict[str, float]:
-    """Median seconds an update, by way."""
-    ways = {name: world.released(batch, habits).update for name, habits in WAYS.items()}
-    loop = world.ours(batch)
+def timed(setup: Setup, batch: int, repeats: int) -> dict[str, float]:
+    """Median seconds of an update, by trainer."""
+    ways = {name: setup.released(batch, options).update for name, options in WAYS.items()}
+    trainer = setup.ours(batch)
 
     def update() -> None:
-        loop._update()
-        loop.step += 1
+        trainer.train_step()
+        trainer.step += 1
 
-    return medians(ways | {"ours: + batched, formed": update}, repeats)
+    return medians(ways | {"ours: + batched": update}, repeats)
 
 
 def medians(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -144,21 +145,21 @@ def large() -> Any:
 
 
 def occupy(teachers: int, released: bool) -> None:
-    """Hold what an update holds, with so many teachers; prints MiB: the peak, the transformer's, an adapter's."""
+    """Allocate what an update needs with so many teachers; prints MiB: the peak, the transformer's, an adapter's."""
     torch.manual_seed(0)
     transformer, pipe = large(), tiny_klein()
     family = family_of(pipe)
     own = sum(p.nbytes for p in transformer.parameters()) / 2**20
     draw = GenerationPipeline(pipe, family, {"height": 64, "width": 64, "steps": 4, "max_sequence_length": 24})
     condition = draw.conditions(WORDS[:1])
-    words = condition.kwargs["encoder_hidden_states"]
-    condition.kwargs["encoder_hidden_states"] = words.repeat(1, 1, 6)[..., :256]
+    states = condition.kwargs["encoder_hidden_states"]
+    condition.kwargs["encoder_hidden_states"] = states.repeat(1, 1, 6)[..., :256]
     backbone, x, sigma = Backbone(transformer, family), torch.randn(1, *condition.shape), torch.ones(1)
-    kept = []
+    copies = []
     for i in range(teachers):
         adapter = random_adapter(transformer, rank=8, seed=i, size=0.01, targets=family.lora_targets)
         if released:
-            kept.append(copy_with(large(), adapter, family))
+            copies.append(copy_with(large(), adapter, family))
         else:
             backbone.add_adapter(f"t{i}", adapter)
     backbone.new_student(STUDENT, 8)
@@ -193,7 +194,7 @@ def main(
     if occupied:
         way, _, teachers = occupied.partition(":")
         return occupy(int(teachers), way == "released")
-    found = {name: timed(world, rows, repeats) for name, world in worlds().items()}
+    found = {name: timed(setup, rows, repeats) for name, setup in setups().items()}
     first = next(iter(found.values()))
     facts = {"machine": describe_machine(), "torch": torch.__version__, "times": TIMES}
     lines = [

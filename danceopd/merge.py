@@ -123,7 +123,9 @@ def merge(recipe: Recipe, report: Report | None = None) -> Student:
                 run = RunDirectory(recipe.output, recipe)
             finished = run is not None and run.finished
             if not finished:
-                datasets = with_variants(recipe, open_datasets(recipe))
+                datasets = with_variants(
+                    recipe.gates, recipe.sampling, recipe.rollout.steps, recipe.teachers, open_datasets(recipe)
+                )
                 if run is not None:
                     check_data(run.path, recipe, datasets)
                 teachers = [_load(recipe, one, base, processes.device) for one in teachers]
@@ -164,13 +166,14 @@ def _train(opened: _Opened, report: Report) -> Student:
             _warn_of_scenes(recipe)
 
     # the base, with its encoders; the transformer stays on the CPU until they have left
-    pipe = load_base(opened.base, stock_dtype(recipe))
+    pipe = load_base(opened.base, stock_dtype(recipe.dtype))
     transformer = pipe.transformer
     pipe.transformer = empty_module(transformer, next(transformer.parameters()))  # pipelines only record calls
     pipe.to(device)
     family = family_of(pipe, recipe.family)
     call = pipeline_call(opened.base, recipe.call, family)
-    pipelines = open_pipelines(pipe, family, call, (t.capability for t in recipe.teachers), recipe.editing_base)
+    capabilities = [teacher.capability for teacher in recipe.teachers]
+    pipelines = open_pipelines(pipe, family, call, capabilities, recipe.editing_base)
     backbone = _backbone(recipe, transformer, family)
     if sharded:
         shard(transformer, processes)
@@ -186,7 +189,10 @@ def _train(opened: _Opened, report: Report) -> Student:
             for one in opened.teachers
         ]
         fields, bare = {t.name: t.field for t in teachers}, BaseField(backbone)
-        grid = SampleGrid(recipe, encoder, device)
+        sources = dict[str, str]()  # the first teacher's, of each capability
+        for teacher in recipe.teachers:
+            sources.setdefault(teacher.capability, recipe.data_source(teacher))
+        grid = SampleGrid(sources, recipe.samples.count, recipe.seed + 1, encoder, device)
         if recipe.validation.every and measures:
             nulls = {t.name: (t.field, t.null) for t in teachers}
             error = validation_error(recipe, encoder, opened.datasets, nulls, bare, device)
@@ -209,7 +215,11 @@ def _train(opened: _Opened, report: Report) -> Student:
         (MergedField if recipe.rollout.merged else AdapterField)(backbone, STUDENT), device,
         enabled=recipe.rollout.cuda_graphs, compiled=recipe.compile, source_cached=recipe.rollout.cache_source,
     )  # fmt: skip
-    hook = GateHook(recipe, teachers, device) if recipe.gates.on else None
+    hook = None
+    if recipe.gates.on:
+        hook = GateHook(
+            recipe.gates, teachers, capabilities, device, seed=recipe.seed, rollout_steps=recipe.rollout.steps
+        )
     validation = EarlyStopping(recipe.validation, processes, error, run, merged=not sharded)
     monitor = MonitorCallback(recipe.monitor, recipe.monitor.interval(recipe.gates.on), probes, run, processes, sharded)
     facts = {"recipe": opened.recipe.identity(), "weights": weights}

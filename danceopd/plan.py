@@ -62,7 +62,9 @@ def plan(recipe: Recipe, tflops: float | None = None) -> dict[str, Any]:
     family, transformer = family_of(folder, recipe.family), empty_transformer(folder)
     call = pipeline_call(folder, recipe.call, family)
     teachers = {t.name: _teacher(t, folder, transformer) for t in recipe.teachers}
-    datasets = with_variants(recipe, open_datasets(recipe))
+    datasets = with_variants(
+        recipe.gates, recipe.sampling, recipe.rollout.steps, recipe.teachers, open_datasets(recipe)
+    )
     device = resolve_device(recipe.device)
     pipe = _pipeline(folder, family, transformer)
     pictures = _pictures(recipe, datasets, pipe, family, call, transformer)

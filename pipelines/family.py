@@ -126,7 +126,7 @@ class Family:
     grid: Callable[[Condition], tuple[int, int] | None] = image_grid  # rows and columns of a picture's latents
     # (transformer, condition) -> the same with its source's keys and values, computed once, in place of the source;
     # None: source tokens attend to the noisy ones or depend on the time, or there are none
-    keep_source: Callable[[Any, Condition], Condition] | None = None
+    cache_source: Callable[[Any, Condition], Condition] | None = None
     # condition -> the same with all in `fixed` that `velocity` would read back from the device (a host sync), so that a
     # CUDA graph can hold the forward; text may be padded to a round length where that changes nothing. The result is
     # not to be cut into rows.

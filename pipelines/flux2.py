@@ -217,6 +217,6 @@ FLUX2_KLEIN_KV = replace(
     guidance_on=None,
     split=_kv_split,
     velocity=_kv_velocity,
-    keep_source=_kv_keep,
+    cache_source=_kv_keep,
     grid=_kv_grid,
 )

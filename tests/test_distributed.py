@@ -2,51 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
-from test_resume import WEIGHTS, models, recipe
+from tiny_merge import WEIGHTS, check_student, json_lines, three_rows, tiny_models, torchrun
 
 from danceopd.merge import merge
-from danceopd.recipe.recipe import Recipe
-
-__all__ = ["models"]  # the fixture
 
 
-def made(models: Path, output: Path, **fields: object) -> Recipe:
-    """Three rows an update, so that one process has two and the other one; constant rate, so that it can go on."""
-    return recipe(models, output, batch=3, optimizer={"warmup": 1}, **fields)
-
-
-def launch(wanted: Recipe, folder: Path, expect: int = 0) -> str:
-    """`torchrun --nproc-per-node 2 -m danceopd merge`; what it said."""
-    file = folder / "r.yaml"
-    file.write_text(wanted.to_yaml())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "danceopd", "merge", str(file)],
-        env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert (done.returncode != 0) == bool(expect), done.stderr[-4000:]
-    return done.stderr + done.stdout
-
-
-def metrics(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def check(output: Path, wanted: dict[str, torch.Tensor]) -> None:
-    found = load_file(output / WEIGHTS)
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0)
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.slow
@@ -55,22 +23,22 @@ def test_two_processes_make_the_student_of_one(models: Path, tmp_path: Path) -> 
     one, two = tmp_path / "one", tmp_path / "two"
     wanted = {}
     for steps in (2, 4, 5):
-        merge(made(models, one, steps=steps), lambda done, total: None)
+        merge(three_rows(models, one, steps=steps), lambda metrics, total: None)
         wanted[steps] = load_file(one / WEIGHTS)
     moved = max((wanted[2][name] - wanted[5][name]).abs().max() for name in wanted[2])
     assert moved > 1e-4  # what follows could fail
-    said = launch(made(models, two, steps=2), tmp_path)
+    said = torchrun(three_rows(models, two, steps=2), tmp_path)
     assert said.count("student:") == 1, said
-    check(two, wanted[2])
+    check_student(two, wanted[2])
     assert sorted(p.name for p in (two / "checkpoints").iterdir()) == ["step-000002"]
-    launch(made(models, two, steps=4, parallel="fsdp"), tmp_path)
-    check(two, wanted[4])
-    merge(made(models, two, steps=5), lambda done, total: None)
-    check(two, wanted[5])
-    theirs, ours = metrics(two), metrics(one)
+    torchrun(three_rows(models, two, steps=4, parallel="fsdp"), tmp_path)
+    check_student(two, wanted[4])
+    merge(three_rows(models, two, steps=5), lambda metrics, total: None)
+    check_student(two, wanted[5])
+    theirs, ours = json_lines(two / "metrics.jsonl"), json_lines(one / "metrics.jsonl")
     assert [line["step"] for line in theirs] == [0, 1, 2, 3, 4, 5]
     for a, b in zip(theirs[1:], ours[1:]):
-        for key in ("loss", "gradient", "sigma"):
+        for key in ("loss", "grad_norm", "query_sigma"):
             assert a[key] == pytest.approx(b[key], rel=1e-3), key
     states = [load_file(folder / "checkpoints" / "step-000004" / "state.safetensors") for folder in (one, two)]
     assert states[0].keys() == {name for name in states[1] if not name.startswith("rng1.")}
@@ -80,9 +48,9 @@ def test_two_processes_make_the_student_of_one(models: Path, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_a_refusal_is_said_once(models: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(models / "edits", tmp_path / "edits") / WEIGHTS
-    wanted = made(models, tmp_path / "run", editing=str(tmp_path / "edits"))
+    wanted = three_rows(models, tmp_path / "run", editing=str(tmp_path / "edits"))
     broken.write_bytes(b"cut")
-    said = launch(wanted, tmp_path, expect=2)
+    said = torchrun(wanted, tmp_path, fails=True)
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "edits" in errors[0], said
     assert not (tmp_path / "run").exists()

@@ -17,15 +17,12 @@ import pytest
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
-from test_distributed import check, made
-from test_resume import WEIGHTS, models
+from tiny_merge import WEIGHTS, check_student, three_rows, tiny_models
 
 from danceopd.common.distributed import Processes
 from danceopd.errors import UserError
 from danceopd.merge import merge
 from danceopd.recipe.recipe import Recipe
-
-__all__ = ["models"]  # the fixture
 
 ROOT = Path(__file__).parents[1]
 ONE = "accelerate launch --multi_gpu --num_processes 2 -m danceopd merge recipe.yaml"
@@ -36,7 +33,7 @@ TWO = (
 """As docs/method.md has them."""
 
 
-def spare() -> int:
+def free_port() -> int:
     """A port that nobody listens at."""
     with socket.socket() as there:
         there.bind(("127.0.0.1", 0))
@@ -59,16 +56,16 @@ def ends(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, said
 
 
-def told(rank: int, port: int) -> Mapping[str, object]:
+def torchrun_environment(rank: int, port: int) -> Mapping[str, object]:
     """What torchrun tells a process of two."""
     return {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
 def written(models: Path, folder: Path, **fields: object) -> Recipe:
     folder.mkdir()
-    here = made(models, Path("run"), **{"steps": 2, "gap": {"every": 0}, **fields})
-    (folder / "recipe.yaml").write_text(here.to_yaml())
-    return here
+    recipe = three_rows(models, Path("run"), **{"steps": 2, "validation": {"every": 0}, **fields})
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    return recipe
 
 
 def of_two(folder: Path) -> bool:
@@ -78,10 +75,15 @@ def of_two(folder: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
 def wanted(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The student of one process."""
     output = tmp_path_factory.mktemp("one") / "run"
-    merge(made(models, output, steps=2, gap={"every": 0}), lambda done, steps: None)
+    merge(three_rows(models, output, steps=2, validation={"every": 0}), lambda metrics, steps: None)
     return load_file(output / WEIGHTS)
 
 
@@ -94,16 +96,16 @@ def test_the_documents_have_these_commands() -> None:
 def test_accelerate_launch(models: Path, wanted: dict, tmp_path: Path) -> None:
     here = tmp_path / "here"
     written(models, here)
-    status, said = ends(begin(ONE.replace("launch", f"launch --main_process_port {spare()}"), here))
+    status, said = ends(begin(ONE.replace("launch", f"launch --main_process_port {free_port()}"), here))
     assert status == 0 and said.count("student:") == 1, said
-    check(here / "run", wanted)
+    check_student(here / "run", wanted)
     assert of_two(here)
 
 
 @pytest.mark.slow
 def test_accelerate_launch_on_two_machines_that_share_no_disk(models: Path, wanted: dict, tmp_path: Path) -> None:
     """Two launchers, each with a folder and a cache of its own; only the first writes a run."""
-    command = TWO.replace("10.0.0.1", "127.0.0.1").replace("29500", str(spare()))
+    command = TWO.replace("10.0.0.1", "127.0.0.1").replace("29500", str(free_port()))
     machines = []
     for rank in (0, 1):
         here = tmp_path / str(rank)
@@ -113,7 +115,7 @@ def test_accelerate_launch_on_two_machines_that_share_no_disk(models: Path, want
     for process in machines:
         status, said = ends(process)
         assert status == 0, said
-    check(tmp_path / "0" / "run", wanted)
+    check_student(tmp_path / "0" / "run", wanted)
     assert of_two(tmp_path / "0") and not (tmp_path / "1" / "run").exists()
 
 
@@ -121,10 +123,11 @@ def test_mpi_on_cpus(tmp_path: Path) -> None:
     """By what Open MPI tells its processes, as `accelerate launch --cpu --mpirun_hostfile` starts them."""
     code = (
         "import torch\nfrom danceopd.common.distributed import Processes\nhere = Processes('cpu')\n"
-        "rank = torch.tensor(float(here.rank + 1))\nhere.all_reduce(rank)\nprint(here.rank, here.world_size, rank.item())\n"
+        "rank = torch.tensor(float(here.rank + 1))\nhere.all_reduce(rank)\n"
+        "print(here.rank, here.world_size, rank.item())\n"
     )
     (tmp_path / "sum.py").write_text(code)
-    names, port, both = ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE"), spare(), []
+    names, port, both = ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE"), free_port(), []
     for rank in (0, 1):
         mine = {f"OMPI_COMM_WORLD_{name}": 2 if "SIZE" in name else rank for name in names}
         both.append(begin("sum", tmp_path, **mine, MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
@@ -169,12 +172,12 @@ def test_one_process_of_a_launcher_is_one(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.slow
-def test_processes_that_were_told_otherwise_are_refused(models: Path, tmp_path: Path) -> None:
+def test_processes_with_different_recipes_are_refused(models: Path, tmp_path: Path) -> None:
     """Another recipe would never end; another teacher would spoil the student in silence."""
-    port = spare()
+    port = free_port()
     for rank, steps in enumerate((2, 3)):
         written(models, tmp_path / str(rank), steps=steps)
-    both = [begin("danceopd merge recipe.yaml", tmp_path / str(r), **told(r, port)) for r in (0, 1)]
+    both = [begin("danceopd merge recipe.yaml", tmp_path / str(r), **torchrun_environment(r, port)) for r in (0, 1)]
     (first, said), (second, quiet) = (ends(process) for process in both)
     assert first == second == 2 and "error:" not in quiet
     assert "error: process 1 was given another recipe than the first (steps is 3, not 2)" in said
@@ -184,9 +187,9 @@ def test_processes_that_were_told_otherwise_are_refused(models: Path, tmp_path: 
 @pytest.mark.slow
 def test_ctrl_c_stops_both_and_is_said_once(models: Path, tmp_path: Path) -> None:
     """It reaches one process alone: both end the update at hand, the first saves it and says how to go on."""
-    here, port = tmp_path / "here", spare()
+    here, port = tmp_path / "here", free_port()
     written(models, here, steps=5000, save_every=1)
-    both = [begin("danceopd merge recipe.yaml", here, **told(r, port)) for r in (0, 1)]
+    both = [begin("danceopd merge recipe.yaml", here, **torchrun_environment(r, port)) for r in (0, 1)]
     while not list((here / "run" / "checkpoints").glob("step-*")):
         assert both[0].poll() is None, both[0].communicate()[0]
         time.sleep(0.01)

@@ -1,6 +1,5 @@
 """The front door on a real, tiny pipeline: files out, the same bytes twice, exact continuation, refusals."""
 
-import json
 import shutil
 import sys
 
@@ -9,44 +8,26 @@ import torch
 from diffusers import DiffusionPipeline, Flux2Transformer2DModel
 from PIL import Image
 from tiny import random_adapter, tiny_klein
+from tiny_merge import WEIGHTS, Killed, json_lines, run, tiny_models, tiny_recipe
 
 from danceopd.adapters.read import read_adapter
 from danceopd.adapters.write import write_adapter
 from danceopd.data.encode import Encoder, free_encoders
 from danceopd.errors import UserError
 from danceopd.merge import merge
-from danceopd.recipe.recipe import Recipe
-
-CALL = {"height": 64, "width": 64, "steps": 4, "max_sequence_length": 24}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    pipe = tiny_klein(folder / "base")
-    for i, name in enumerate(("draws", "edits")):
-        write_adapter(random_adapter(pipe.transformer, seed=i, size=0.1), folder / name)
-    return folder
+    return tiny_models(tmp_path_factory.mktemp("models"))
 
 
 def recipe(models, output, **fields):
-    given = {
-        "base": str(models / "base"),
-        "generation": str(models / "draws"),
-        "editing": str(models / "edits"),
-        "output": output,
-        "steps": 4,
-        "batch": 4,
-        "student": {"rank": 8},
-        "data": {"rows": 6},
-        "samples": {"every": 2, "count": 2},
-        "save_every": 2,
-        "call": CALL,
-    }
-    return Recipe(**{**given, **fields})
+    call = {"height": 64, "width": 64, "num_inference_steps": 4, "max_sequence_length": 24}
+    return tiny_recipe(models, output, **{"samples": {"every": 2, "count": 2}, "call": call, "rollout": {}, **fields})
 
 
-def silent(progress, steps):
+def silent(metrics, steps):
     """A report that keeps quiet."""
 
 
@@ -54,7 +35,7 @@ def silent(progress, steps):
 def done(models, tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "student"
     seen = []
-    student = merge(recipe(models, output), lambda progress, steps: seen.append((progress.step, steps)))
+    student = merge(recipe(models, output), lambda metrics, steps: seen.append((metrics.step, steps)))
     return output, student, seen
 
 
@@ -62,16 +43,16 @@ def test_everything_is_written(done):
     output, student, seen = done
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert student.folder == output and student.steps == 4
-    for name in ("recipe.yaml", "README.md", "pytorch_lora_weights.safetensors", "metrics.jsonl", "finished.json"):
+    for name in ("recipe.yaml", "README.md", WEIGHTS, "metrics.jsonl", "finished.json"):
         assert (output / name).is_file(), name
     assert [p.name for p in sorted((output / "samples").iterdir())] == [f"step-{i:06d}.png" for i in (0, 2, 4)]
     assert Image.open(output / "samples" / "step-000004.png").size[0] > 128
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4] and "gap" in lines[0]
+    lines = json_lines(output / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4] and "validation" in lines[0]
     for line in lines[1:]:
-        assert line["loss/generation"] > 0 and line["loss/editing"] > 0 and line["gradient"] > 0
-        asked = {key: line[key] for key in line if key.startswith("asked/sigma ")}
-        assert len(asked) == 10 and sum(asked.values()) == pytest.approx(1, abs=1e-5)
+        assert line["loss/generation"] > 0 and line["loss/editing"] > 0 and line["grad_norm"] > 0
+        queries = {key: line[key] for key in line if key.startswith("query/sigma ")}
+        assert len(queries) == 10 and sum(queries.values()) == pytest.approx(1, abs=1e-5)
         errors = [key for key in line if key.startswith("error/sigma ")]
         assert 1 <= len(errors) <= 4 and all(line[key] > 0 for key in errors)
     assert any((output / "logs").iterdir())
@@ -102,30 +83,17 @@ def test_same_seed_same_bytes(done, models, tmp_path, caplog):
     output, _, _ = done
     merge(recipe(models, tmp_path / "again"), silent)
     assert "data.editing is the exact world" in caplog.text  # on a base that is not the shipped one
-    name = "pytorch_lora_weights.safetensors"
-    assert (tmp_path / "again" / name).read_bytes() == (output / name).read_bytes()
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (output / WEIGHTS).read_bytes()
     merge(recipe(models, tmp_path / "other", seed=1), silent)
-    assert (tmp_path / "other" / name).read_bytes() != (output / name).read_bytes()
+    assert (tmp_path / "other" / WEIGHTS).read_bytes() != (output / WEIGHTS).read_bytes()
 
 
 def test_interrupted_run_continues_to_the_same_bytes(done, models, tmp_path):
-    class Stop(Exception):
-        pass
-
-    def stop(progress, steps):
-        if progress.step == 3:
-            raise Stop
-
-    with pytest.raises(Stop):
-        merge(recipe(models, tmp_path / "run"), stop)
-    assert not (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
-    steps = []
-    merge(recipe(models, tmp_path / "run"), lambda progress, total: steps.append(progress.step))
-    assert steps == [3, 4]  # the checkpoint after step 2 is the last whole one
-    name = "pytorch_lora_weights.safetensors"
-    assert (tmp_path / "run" / name).read_bytes() == (done[0] / name).read_bytes()
-    lines = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [0, 1, 2, 3, 4]
+    run(recipe(models, tmp_path / "run"), kill=3)
+    assert not (tmp_path / "run" / WEIGHTS).exists()
+    assert run(recipe(models, tmp_path / "run")) == [3, 4]  # the checkpoint after step 2 is the last whole one
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (done[0] / WEIGHTS).read_bytes()
+    assert [line["step"] for line in json_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
 
 def test_finished_run_is_left_alone(done, models):
@@ -138,10 +106,10 @@ def test_finished_run_is_left_alone(done, models):
 
 
 def test_another_run_in_the_folder_is_refused(done, models):
-    before = (done[0] / "pytorch_lora_weights.safetensors").read_bytes()
+    before = (done[0] / WEIGHTS).read_bytes()
     with pytest.raises(UserError, match="holds another run .*optimizer.lr"):
         merge(recipe(models, done[0], optimizer={"lr": 0.5}), silent)
-    assert (done[0] / "pytorch_lora_weights.safetensors").read_bytes() == before
+    assert (done[0] / WEIGHTS).read_bytes() == before
 
 
 def test_foreign_adapter_is_refused_before_anything_is_written(models, tmp_path):
@@ -158,7 +126,7 @@ def test_foreign_adapter_is_refused_before_anything_is_written(models, tmp_path)
 def test_a_prompt_that_would_be_cut_is_named_and_the_mended_run_may_start(models, tmp_path):
     words, output = tmp_path / "words.txt", tmp_path / "out"
     words.write_text("\n".join(["a red circle", "a star " * 30] * 12))
-    fields = {"data": {"rows": 24, "generation": str(words)}, "gap": {"every": 0}}
+    fields = {"data": {"rows": 24, "generation": str(words)}, "validation": {"every": 0}}
     with pytest.raises(UserError, match=r"words.txt, line \d*[02468] has 65 tokens and would be cut at 24"):
         merge(recipe(models, output, **fields), silent)
     words.write_text("\n".join(["a red circle", "a star"] * 12))
@@ -194,13 +162,13 @@ def test_a_half_precision_backbone_with_all_that_saves_memory(models, tmp_path, 
     half = recipe(
         models, tmp_path / dtype, dtype=dtype, gradient_checkpointing=True, micro_batch=1, keep_last=1, **fields
     )
-    merge(half, lambda done, steps: seen.append(done))
+    merge(half, lambda metrics, steps: seen.append(metrics))
     found, wanted = (read_adapter(tmp_path / name) for name in (dtype, "fp32"))
     assert all(t.dtype == torch.float32 for pair in found.tensors.values() for t in pair)
-    assert not any(done.skipped for done in seen) and (dtype == "fp16") == (seen[0].scale is not None)
-    lines = [json.loads(line) for line in (tmp_path / "fp32" / "metrics.jsonl").read_text().splitlines()][1:]
+    assert not any(metrics.skipped for metrics in seen) and (dtype == "fp16") == (seen[0].loss_scale is not None)
+    lines = json_lines(tmp_path / "fp32" / "metrics.jsonl")[1:]
     rounding = {"bf16": 0.5, "fp16": 0.1}[dtype]  # the teachers are near the student, so bf16's own noise is seen
-    assert [done.loss for done in seen] == pytest.approx([line["loss"] for line in lines], rel=rounding)
+    assert [metrics.loss for metrics in seen] == pytest.approx([line["loss"] for line in lines], rel=rounding)
     assert [p.name for p in (tmp_path / dtype / "checkpoints").iterdir()] == ["step-000002"]
     near = sum((found.delta(m) - wanted.delta(m)).square().sum() for m in wanted.tensors)
     assert near < 0.01 * sum(wanted.delta(m).square().sum() for m in wanted.tensors)
@@ -211,22 +179,12 @@ def test_damaged_checkpoint_falls_back(models, tmp_path):
     (tmp_path / "run" / "finished.json").unlink()
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
     (newest / "state.safetensors").write_bytes(b"cut")
-    steps = []
-    merge(recipe(models, tmp_path / "run", steps=4), lambda progress, total: steps.append(progress.step))
-    assert steps == [3, 4]
+    assert run(recipe(models, tmp_path / "run", steps=4)) == [3, 4]
 
 
 def test_continued_run_encodes_nothing_anew(models, tmp_path, monkeypatch):
     """What a run encoded is kept: continuing it never asks the text encoder or the VAE's encoder again."""
-
-    class Stop(Exception):
-        pass
-
-    def stop(progress, steps):
-        raise Stop
-
-    with pytest.raises(Stop):
-        merge(recipe(models, tmp_path / "run"), stop)
+    run(recipe(models, tmp_path / "run"), kill=1)
 
     def refused(*arguments):
         raise AssertionError("a row was encoded again")
@@ -238,13 +196,10 @@ def test_continued_run_encodes_nothing_anew(models, tmp_path, monkeypatch):
 def test_the_transformer_goes_to_the_device_when_the_encoders_have_left(models, tmp_path, monkeypatch):
     """So the two are never there together."""
 
-    class Stop(Exception):
-        pass
+    def stop(metrics, steps):
+        raise Killed
 
-    def stop(progress, steps):
-        raise Stop
-
-    def told(name, done, size=lambda self: None):
+    def noted(name, done, size=lambda self: None):
         def instead(self, *arguments, **more):
             happened.append((name, size(self)))
             return done(self, *arguments, **more)
@@ -258,11 +213,11 @@ def test_the_transformer_goes_to_the_device_when_the_encoders_have_left(models, 
     whole = weights(tiny_klein().transformer)
     monkeypatch.setenv("DANCEOPD_CACHE", str(tmp_path / "cache"))
     to, moved = DiffusionPipeline.to, Flux2Transformer2DModel.to
-    monkeypatch.setattr(DiffusionPipeline, "to", told("to device", to, lambda pipe: weights(pipe.transformer)))
-    monkeypatch.setattr(sys.modules["danceopd.merge"], "free_encoders", told("encoders leave", free_encoders))
-    monkeypatch.setattr("danceopd.data.encode.Encoder._encode", told("encode", Encoder._encode))
-    monkeypatch.setattr(Flux2Transformer2DModel, "to", told("transformer", moved, weights))
-    with pytest.raises(Stop):
+    monkeypatch.setattr(DiffusionPipeline, "to", noted("to device", to, lambda pipe: weights(pipe.transformer)))
+    monkeypatch.setattr(sys.modules["danceopd.merge"], "free_encoders", noted("encoders leave", free_encoders))
+    monkeypatch.setattr("danceopd.data.encode.Encoder._encode", noted("encode", Encoder._encode))
+    monkeypatch.setattr(Flux2Transformer2DModel, "to", noted("transformer", moved, weights))
+    with pytest.raises(Killed):
         merge(recipe(models, tmp_path / "run"), stop)
     began = happened.index(("to device", 0))  # its transformer holds nothing
     left = happened.index(("encoders leave", None))
@@ -280,7 +235,7 @@ def test_fused_run_folder_loads_alone(done, models, tmp_path):
     fuse_in_place(folder)
     fused = DiffusionPipeline.from_pretrained(folder)
     stock = DiffusionPipeline.from_pretrained(models / "base")
-    stock.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors")
+    stock.load_lora_weights(str(folder), weight_name=WEIGHTS)
     pictures = []
     for pipe in (fused, stock):
         pipe.set_progress_bar_config(disable=True)

@@ -13,42 +13,36 @@ from pathlib import Path
 
 import pytest
 from tiny import random_adapter, random_image, tiny_klein
+from tiny_merge import WEIGHTS, Killed, tiny_models, tiny_recipe
 
 from danceopd.adapters.write import write_adapter
 from danceopd.data.dataset import open_datasets
 from danceopd.errors import UserError
 from danceopd.merge import merge
 from danceopd.recipe.recipe import Recipe
-from danceopd.run.provenance import remember_data
+from danceopd.run.provenance import check_data
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
 STEPS = 24
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    pipe = tiny_klein(folder / "base")
-    for i, name in enumerate(("draws", "edits")):
-        write_adapter(random_adapter(pipe.transformer, seed=i, size=0.1), folder / name)
-    return folder
+    return tiny_models(tmp_path_factory.mktemp("models"))
 
 
 def recipe(models: Path, output: Path, **fields: object) -> Recipe:
     given = {
-        "base": str(models / "base"), "generation": str(models / "draws"), "editing": str(models / "edits"),
-        "output": output, "steps": STEPS, "batch": 2, "student": {"rank": 8}, "data": {"rows": 4}, "save_every": 2,
-        "rollout": {"steps": 3}, "samples": {"every": 0, "count": 1}, "optimizer": {"schedule": "cosine"},
-        "call": {"height": 64, "width": 64, "steps": 2, "max_sequence_length": 24},
+        "steps": STEPS, "batch": 2, "data": {"rows": 4}, "optimizer": {"schedule": "cosine"},
+        "call": {"height": 64, "width": 64, "num_inference_steps": 2, "max_sequence_length": 24},
     }  # fmt: skip
-    return Recipe(**{**given, **fields})
+    return tiny_recipe(models, output, **{**given, **fields})
 
 
 @pytest.fixture(scope="module")
 def whole(models: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The student of a run that nobody stopped."""
     output = tmp_path_factory.mktemp("whole") / "student"
-    merge(recipe(models, output), lambda done, steps: None)
+    merge(recipe(models, output), lambda metrics, steps: None)
     return (output / WEIGHTS).read_bytes()
 
 
@@ -87,8 +81,8 @@ def test_killed_again_and_again_it_makes_the_same_student(models: Path, whole: b
 def test_signals_save_the_update_at_hand(
     models: Path, whole: bytes, tmp_path: Path, capsys, number: int, ends: type[BaseException], status: int
 ) -> None:
-    def stop(done, steps):
-        if done.step == 3:  # it comes between two updates: the next is learnt, and saved though none was due
+    def stop(metrics, steps):
+        if metrics.step == 3:  # it comes between two updates: the next is learnt, and saved though none was due
             os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
@@ -99,22 +93,19 @@ def test_signals_save_the_update_at_hand(
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000004"]
     assert signal.getsignal(number) == before
     steps = []
-    merge(recipe(models, tmp_path / "run"), lambda done, total: steps.append(done.step))
+    merge(recipe(models, tmp_path / "run"), lambda metrics, total: steps.append(metrics.step))
     assert steps == list(range(5, STEPS + 1))
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == whole
 
 
 def test_what_changed_is_named_and_the_run_left_alone(models: Path, tmp_path: Path) -> None:
-    class Stop(Exception):
-        pass
-
-    def stop(done, steps):
-        if done.step == 2:
-            raise Stop
+    def stop(metrics, steps):
+        if metrics.step == 2:
+            raise Killed
 
     mine = tmp_path / "models"
     shutil.copytree(models, mine)
-    with pytest.raises(Stop):
+    with pytest.raises(Killed):
         merge(recipe(mine, tmp_path / "run"), stop)
     checkpoints = sorted(p.read_bytes() for p in (tmp_path / "run" / "checkpoints").rglob("*.safetensors"))
     with pytest.raises(UserError, match=r"holds another run \(optimizer.lr is 0.0002 there and 0.5 here\)"):
@@ -131,7 +122,7 @@ def test_what_changed_is_named_and_the_run_left_alone(models: Path, tmp_path: Pa
 
 @pytest.fixture
 def sources(models: Path, tmp_path: Path) -> tuple[Recipe, Path]:
-    """A recipe on forty prompts in a file and five edits in a folder, of which it draws a few and all."""
+    """A recipe on forty prompts in a file and five edits in a folder, of which it samples a few and all."""
     (tmp_path / "p.txt").write_text("\n".join(f"a red circle {i}" for i in range(40)))
     folder = tmp_path / "pairs"
     folder.mkdir()
@@ -143,15 +134,12 @@ def sources(models: Path, tmp_path: Path) -> tuple[Recipe, Path]:
 
 
 def test_data_that_changed_is_named_and_the_run_left_alone(sources: tuple[Recipe, Path], tmp_path: Path) -> None:
-    class Stop(Exception):
-        pass
-
-    def stop(done, steps):
-        if done.step == 2:
-            raise Stop
+    def stop(metrics, steps):
+        if metrics.step == 2:
+            raise Killed
 
     wanted, _ = sources
-    with pytest.raises(Stop):
+    with pytest.raises(Killed):
         merge(wanted, stop)
     left = sorted(p.read_bytes() for p in (tmp_path / "run" / "checkpoints").rglob("*.safetensors"))
     prompts = tmp_path / "p.txt"
@@ -165,7 +153,7 @@ def test_data_that_changed_is_named_and_the_run_left_alone(sources: tuple[Recipe
 
 
 def test_what_of_the_data_may_change(sources: tuple[Recipe, Path], tmp_path: Path) -> None:
-    """Rows that no update draws and the times of files, not a row, a picture or the number of rows; a run that is
+    """Rows that no update samples and the times of files, not a row, a picture or the number of rows; a run that is
     given more steps is held to those it had."""
     wanted, folder = sources
     run, prompts = tmp_path / "run", tmp_path / "p.txt"
@@ -173,7 +161,7 @@ def test_what_of_the_data_may_change(sources: tuple[Recipe, Path], tmp_path: Pat
 
     def check(steps: int = 8) -> None:
         more = wanted.model_copy(update={"steps": steps})
-        remember_data(run, more, open_datasets(more))
+        check_data(run, more, open_datasets(more))
 
     check()
     drawn = set(open_datasets(wanted)["generation"].rows)

@@ -26,19 +26,19 @@ SYSTEM = (
     "You compare two pictures that two image models made for the same request. Look closely and be impartial: the "
     "order in which the pictures are shown means nothing. Judge only what can be seen."
 )
-EDIT = (
+EDIT_PROMPT = (
     "The first picture is the source. Picture A and picture B are two attempts to edit it by this instruction:\n"
     "{prompt}\n"
     "The better edit does all that the instruction asks, leaves everything else as it was in the source, and looks "
     "whole and natural. An attempt that did not do what was asked loses to one that did."
 )
-DRAW = (
+GENERATION_PROMPT = (
     "Picture A and picture B were both drawn for this description:\n"
     "{prompt}\n"
     "The better picture shows all that the description names, with the right number, colours and places, and is well "
     "made. A picture that misses part of the description loses to one that does not."
 )
-ASK = (
+FINAL_PROMPT = (
     "Which one is better? If neither is clearly better, say tie. Answer with one JSON object and nothing else: "
     '{"reasoning": "one or two sentences", "choice": "A" or "B" or "tie"}'
 )
@@ -62,14 +62,14 @@ def questions(pairs: Sequence[Pair]) -> Iterator[Question]:
     for pair in pairs:
         if pair.a is None or pair.b is None:
             continue
-        words = (DRAW if pair.source is None else EDIT).format(prompt=pair.prompt)
+        text = (GENERATION_PROMPT if pair.source is None else EDIT_PROMPT).format(prompt=pair.prompt)
         before = () if pair.source is None else ("Source:", pair.source)
         for order in ORDERS:
             first, second = (pair.a, pair.b) if order == "ab" else (pair.b, pair.a)
             yield Question(
                 key=_key(pair, order),
                 aspect=ASPECT,
-                parts=(words, *before, "Picture A:", first, "Picture B:", second, ASK),
+                parts=(text, *before, "Picture A:", first, "Picture B:", second, FINAL_PROMPT),
                 reads=Reads(choices=CHOICES),
                 system=SYSTEM,
                 facts={"item": pair.key, "order": order, "prompt": pair.prompt},

@@ -172,13 +172,9 @@ def in_subset(row: Mapping[str, Any], parts: Iterable[str]) -> bool:
 
 
 def subsets(
-    rows: Sequence[dict],
-    models: Sequence[str],
-    capability: str,
-    named: Mapping[str, Iterable[str]],
-    share: bool | None = None,
-    scale: Scale | None = None,
-) -> dict[str, dict[str, dict]]:
+    rows: Sequence[dict], models: Sequence[str], capability: str, named: Mapping[str, Iterable[str]],
+    share: bool | None = None, scale: Scale | None = None,
+) -> dict[str, dict[str, dict]]:  # fmt: skip
     """Subset -> model -> its overall figure there; subsets without an item of the capability are left out."""
     found = {}
     for name, parts in named.items():
@@ -234,27 +230,18 @@ def difference(one: Scores, other: Scores, scale: Scale) -> dict | None:
 
 
 def delta(
-    rows: Sequence[dict],
-    model: str,
-    other: str,
-    capability: str,
-    share: bool | None = None,
-    scale: Scale | None = None,
-) -> dict | None:
+    rows: Sequence[dict], model: str, other: str, capability: str,
+    share: bool | None = None, scale: Scale | None = None,
+) -> dict | None:  # fmt: skip
     """`model` minus `other`, paired by item; see `difference`."""
     found = scale_of(_is_share(capability, share), scale)
     return difference(scores_of(rows, model, capability), scores_of(rows, other, capability), found)
 
 
 def gap_closed(
-    rows: Sequence[dict],
-    student: str,
-    base: str,
-    teacher: str,
-    capability: str,
-    share: bool | None = None,
-    scale: Scale | None = None,
-) -> dict | None:
+    rows: Sequence[dict], student: str, base: str, teacher: str, capability: str,
+    share: bool | None = None, scale: Scale | None = None,
+) -> dict | None:  # fmt: skip
     """{share, low, high} of the gap closed, (student - base) / (teacher - base); None if the teacher is not ahead."""
     by_model = [scores_of(rows, name, capability) for name in (student, base, teacher)]
     groups = []
@@ -277,13 +264,9 @@ def gap_closed(
 
 
 def against_best(
-    rows: Sequence[dict],
-    student: str,
-    teachers: Sequence[str],
-    capability: str,
-    share: bool | None = None,
-    scale: Scale | None = None,
-) -> dict[str, dict]:
+    rows: Sequence[dict], student: str, teachers: Sequence[str], capability: str,
+    share: bool | None = None, scale: Scale | None = None,
+) -> dict[str, dict]:  # fmt: skip
     """Category -> the student minus the best teacher of that category: `teacher`, and the figure of `difference`.
 
     The best teacher is chosen by its mean on the same items, which favours the teacher: chance counts for it.
@@ -302,16 +285,8 @@ def against_best(
     return found
 
 
-def worst_regression(
-    rows: Sequence[dict],
-    student: str,
-    teachers: Sequence[str],
-    capability: str,
-    share: bool | None = None,
-    scale: Scale | None = None,
-) -> dict | None:
-    """The category in which the student is lowest against the best teacher there: {category, teacher, mean, …}."""
-    found = against_best(rows, student, teachers, capability, share, scale)
+def worst_regression(found: Mapping[str, dict]) -> dict | None:
+    """Of `against_best`, the category in which the student is lowest: {category, teacher, mean, …}."""
     known = [category for category in found if found[category]["mean"] is not None]
     if not known:
         return None
@@ -320,13 +295,9 @@ def worst_regression(
 
 
 def heldout(
-    rows: Sequence[dict],
-    student: str,
-    others: Sequence[str],
-    capability: str,
-    share: bool | None = None,
-    scale: Scale | None = None,
-) -> dict | None:
+    rows: Sequence[dict], student: str, others: Sequence[str],
+    capability: str, share: bool | None = None, scale: Scale | None = None,
+) -> dict | None:  # fmt: skip
     """The held-out items: `models` (`heldout` and `seen`, in the categories that have both), `deltas`, `categories`.
 
     `seen` are the ordinary items. `drop` is held out minus seen, unpaired; `deltas` are the student minus each other
@@ -365,15 +336,9 @@ def _drop(unseen: Scores, seen: Scores) -> dict | None:
 
 
 def comparison(
-    rows: Sequence[dict],
-    student: str,
-    base: str | None,
-    teachers: Sequence[str],
-    others: Sequence[str],
-    capability: str,
-    share: bool | None = None,
-    scale: Scale | None = None,
-) -> dict | None:
+    rows: Sequence[dict], student: str, base: str | None, teachers: Sequence[str], others: Sequence[str],
+    capability: str, share: bool | None = None, scale: Scale | None = None,
+) -> dict | None:  # fmt: skip
     """The student in one capability: deltas, gaps closed, regressions, held-out items; None if it has no item."""
     if summary(rows, student, capability, share, scale) is None:
         return None
@@ -382,12 +347,13 @@ def comparison(
     best = max(means, key=lambda name: means[name]) if means else None
     kind: dict[str, Any] = {"share": share, "scale": scale}
     gaps = {t: g for t in teachers if base and (g := gap_closed(rows, student, base, t, capability, **kind))}
+    against = against_best(rows, student, teachers, capability, **kind)
     return {
         "best_teacher": best,
         "deltas": {name: found for name in others if (found := delta(rows, student, name, capability, **kind))},
         "gap_closed": gaps.get(best) if best else None,
         "gaps": gaps,
-        "against_best": against_best(rows, student, teachers, capability, **kind),
-        "worst": worst_regression(rows, student, teachers, capability, **kind),
+        "against_best": against,
+        "worst": worst_regression(against),
         "heldout": heldout(rows, student, others, capability, **kind),
     }

@@ -90,16 +90,9 @@ def merge(
     from danceopd.recipe.recipe import Recipe
 
     resolved = Recipe.load(
-        recipe,
-        base=base,
-        generation=generation,
-        editing=editing,
-        output=output,
-        steps=steps,
-        seed=seed,
-        device=device,
-        time_limit=time_limit,
-    )
+        recipe, base=base, generation=generation, editing=editing, output=output, steps=steps, seed=seed, device=device,
+        time_limit=time_limit
+    )  # fmt: skip
     from danceopd.merge import merge as run
 
     student = run(resolved)

@@ -48,7 +48,7 @@ def bench(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many prompts and so many edits; default: all.")] = None,
     categories: Annotated[str, typer.Option(help="Only these categories, comma-separated; default: all.")] = "",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise; equal seeds give equal images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise; same seed, same machine: same images.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     batch: Annotated[int | None, typer.Option(help="Batch size of generation; default: by image size.")] = None,
     probes: Annotated[bool, typer.Option("--probes", help="Add held-out and compound items, reported apart.")] = False,

@@ -22,6 +22,7 @@ from danceopd.data.sources import Prompts, edits_from, prompts_from
 from danceopd.data.store import Store
 from danceopd.pipelines.condition import Condition, stack
 from danceopd.recipe.recipe import Recipe
+from danceopd.recipe.sampling import Sampling
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -86,19 +87,6 @@ class ConditionDataset:
         return bucket, row - self._ends[bucket] + len(self.buckets[bucket][0])
 
 
-class TargetDataset(ConditionDataset):
-    """A dataset in memory with the clean latents of its finished pictures, (rows, *shape) for each bucket."""
-
-    def __init__(self, buckets: Sequence[tuple[Condition, Tensor]], clean: Sequence[Tensor]) -> None:
-        super().__init__(buckets)
-        if [c.shape for c in clean] != [(len(condition), *condition.shape) for condition, _ in buckets]:
-            raise ValueError("targets need one clean latent of the condition's shape for each row")
-        self._clean = list(clean)
-
-    def targets(self, index: list[int]) -> Tensor:
-        return torch.stack([self._clean[bucket][row] for bucket, row in map(self._place, index)])
-
-
 def of_one_layout(dataset: Dataset, count: int) -> list[int]:
     """Up to `count` of the first rows that have the layout of row 0, for a batch to probe a model with."""
     near = range(min(len(dataset), 64 * count))
@@ -133,7 +121,7 @@ def open_datasets(recipe: Recipe) -> dict[str, TeacherData]:
         read = edits_from if capability == "editing" else prompts_from
         opened[source, capability] = read(source, recipe.data.rows, recipe.seed, check=False, targets=targets)
     data = [opened[key] for key in keys]
-    sampled = sampled_rows(recipe, [len(d) for d in data])
+    sampled = sampled_rows(recipe.sampling, [len(d) for d in data])
     for found in opened.values():
         rows = set().union(*(rows for d, rows in zip(data, sampled) if d is found))
         found.check(rows)
@@ -142,13 +130,11 @@ def open_datasets(recipe: Recipe) -> dict[str, TeacherData]:
     return {t.name: TeacherData(d, sorted(rows)) for t, d, rows in zip(recipe.teachers, data, sampled)}
 
 
-def sampled_rows(recipe: Recipe, lengths: Sequence[int]) -> list[set[int]]:
-    """The rows of each teacher's data that the recipe's updates sample, and the first few, for proofs."""
-    shares, per = [recipe.shares()[t.name] for t in recipe.teachers], recipe.routing
-    groups = recipe.batch // recipe.group_size
+def sampled_rows(sampling: Sampling, lengths: Sequence[int]) -> list[set[int]]:
+    """The rows of each teacher's data that the updates sample, and the first few, for proofs."""
     found = [set(range(min(PROOF_ROWS, length))) for length in lengths]
-    for step in range(recipe.steps):
-        for teacher, row in zip(*sample_batch(recipe.seed, step, groups, shares, lengths, per.per, per.groups)):
+    for step in range(sampling.steps):
+        for teacher, row in zip(*sample_batch(sampling, step, lengths)):
             found[teacher].add(row)
     return found
 

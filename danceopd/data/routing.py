@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from danceopd.common.rng import stream
+from danceopd.recipe.sampling import Sampling
 
 
 def route(seed: int, step: int, row: int, rows: int, shares: Sequence[float], per: str = "row", turn: int = 1) -> int:
@@ -25,10 +26,9 @@ def route(seed: int, step: int, row: int, rows: int, shares: Sequence[float], pe
     return min(int(np.searchsorted(np.cumsum(shares), place, side="right")), len(shares) - 1)
 
 
-def sample_batch(
-    seed: int, step: int, rows: int, shares: Sequence[float], lengths: Sequence[int], per: str = "row", turn: int = 1
-) -> tuple[list[int], list[int]]:
-    """Teacher index and sample index of each of an update's `rows`; `lengths` are the sizes of the teachers' data."""
-    teachers = [route(seed, step, row, rows, shares, per, turn) for row in range(rows)]
+def sample_batch(sampling: Sampling, step: int, lengths: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Teacher index and sample index of each group of update `step`; `lengths` are the sizes of the teachers' data."""
+    seed, groups, routing = sampling.seed, sampling.groups, sampling.routing
+    teachers = [route(seed, step, g, groups, sampling.shares, routing.per, routing.groups) for g in range(groups)]
     drawn = stream(seed, step, "data")
     return teachers, [int(drawn.integers(lengths[teacher])) for teacher in teachers]

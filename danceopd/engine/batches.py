@@ -107,12 +107,11 @@ class Batches:
         self, recipe: Recipe, teachers: Sequence[RoutedTeacher], device: torch.device, rank: int = 0, world: int = 1
     ) -> None:
         self.teachers, self.device, self.rank, self.world = list(teachers), device, rank, world
-        self.seed, self.rows, self.group, self.routing = recipe.seed, recipe.batch, recipe.group_size, recipe.routing
+        self.seed, self.rows, self.group, self.sampling = recipe.seed, recipe.batch, recipe.group_size, recipe.sampling
         self.query, self.dropout = recipe.query, recipe.guidance.unconditional
         self.guided = recipe.rollout.guidance != 1
         self.one_query = recipe.gates.group > 1  # rollouts that are compared are queried at one noise level
         self.micro_batch = max(self.group, (recipe.micro_batch or recipe.batch) // self.group * self.group)
-        self.shares = [recipe.shares()[t.name] for t in self.teachers]
         for teacher in self.teachers:
             if recipe.needs_targets and not isinstance(teacher.dataset, HasTargets):
                 raise UserError(
@@ -125,10 +124,9 @@ class Batches:
 
     def draw(self, step: int) -> Draw:
         """What update `step` samples."""
-        groups, lengths = self.rows // self.group, [len(t.dataset) for t in self.teachers]
-        per, query = self.routing, self.query
-        teachers, samples = sample_batch(self.seed, step, groups, self.shares, lengths, per.per, per.groups)
-        dropped = stream(self.seed, step, "blank").random(groups) < self.dropout
+        query, lengths = self.query, [len(t.dataset) for t in self.teachers]
+        teachers, samples = sample_batch(self.sampling, step, lengths)
+        dropped = stream(self.seed, step, "blank").random(len(teachers)) < self.dropout
         queries = draw_queries(self.seed, step, self.rows, query.count, query.law, query.beta)
         if self.one_query:
             queries = queries[:: self.group].repeat_interleave(self.group, dim=0)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +18,6 @@ from danceopd.common.tensors import append_dims
 from danceopd.engine.batches import Batch
 from danceopd.engine.solvers import FlowSDE
 from danceopd.engine.velocities import Velocities
-from danceopd.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,3 @@ OBJECTIVES: dict[str, Callable[..., Iterator[RowLoss]]] = {
 }
 
 
-def objective_of(recipe: Recipe) -> Objective:
-    """The recipe's objective with its own options."""
-    options = {"flowopd": recipe.flowopd, "offpolicy": recipe.offpolicy}.get(recipe.objective)
-    return partial(OBJECTIVES[recipe.objective], **({} if options is None else options.model_dump()))

@@ -9,6 +9,7 @@ several processes learns its own rows of the same update. Optional parts are a h
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from danceopd.engine.batches import Batches
 from danceopd.engine.callbacks import Callback, QueryHook
 from danceopd.engine.metrics import MetricSums, StepMetrics
-from danceopd.engine.objectives import Objective, objective_of
+from danceopd.engine.objectives import OBJECTIVES, Objective
 from danceopd.engine.optimizer import StudentOptimizer
 from danceopd.engine.rollout import StudentRollout
 from danceopd.engine.teachers import RoutedTeacher
@@ -40,22 +41,14 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        backbone: Backbone,
-        teachers: Sequence[RoutedTeacher],
-        device: torch.device,
-        rank: int = 0,
-        world: int = 1,
-        all_reduce: Callable[[Tensor], None] = lambda tensor: None,
-        field: AdapterField | MergedField | CapturedField | None = None,
-        hook: QueryHook | None = None,
-        callbacks: Sequence[Callback] = (),
-    ) -> None:
+        self, recipe: Recipe, backbone: Backbone, teachers: Sequence[RoutedTeacher], device: torch.device, rank: int =
+        0, world: int = 1, all_reduce: Callable[[Tensor], None] = lambda tensor: None, field: AdapterField |
+        MergedField | CapturedField | None = None, hook: QueryHook | None = None, callbacks: Sequence[Callback] = (),
+    ) -> None:  # fmt: skip
         self.backbone, self.device, self.steps, self.rows = backbone, device, recipe.steps, recipe.batch
         self.world, self.all_reduce, self.hook, self.callbacks = world, all_reduce, hook, list(callbacks)
         self.batches = Batches(recipe, teachers, device, rank, world)
-        self.objective: Objective = objective_of(recipe)
+        self.objective: Objective = partial(OBJECTIVES[recipe.objective], **recipe.objective_options)
         self.optimizer = StudentOptimizer(
             backbone.parameters(STUDENT), recipe.optimizer, recipe.ema, recipe.steps, recipe.dtype == "fp16"
         )

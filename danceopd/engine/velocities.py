@@ -41,14 +41,9 @@ class Velocities:
         return velocity
 
     def teacher_under(
-        self,
-        batch: Batch,
-        rows: list[int],
-        condition: Condition,
-        x: Tensor,
-        sigma: Tensor,
-        fields: Sequence[VelocityField] | None = None,
-    ) -> Tensor:
+        self, batch: Batch, rows: list[int], condition: Condition, x: Tensor, sigma: Tensor, fields:
+        Sequence[VelocityField] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Velocities (len(rows), …) of some `rows` of `x (B, …)`, `sigma (B,)` under another `condition`, a row each.
 
         `fields` answer, by teacher index; None: the teachers. Each row is routed as in the batch.

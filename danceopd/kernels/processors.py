@@ -139,6 +139,7 @@ class FusedFlux(FusedProcessor):
         return self.forward(*given) if self.supports(attn, encoder_hidden_states) else self.stock(*given)
 
     def supports(self, attn: Any, context: Tensor | None) -> bool:
+        """Whether the fused forward computes this call; else `stock` does."""
         return self._parallel_config is None and (context is None) == (attn.added_kv_proj_dim is None)
 
     def forward(
@@ -201,6 +202,7 @@ class FusedFlux2Parallel(FusedProcessor):
         return self.forward(*given) if self.supports(attn) else self.stock(*given)
 
     def supports(self, attn: Any) -> bool:
+        """Whether the fused forward computes this module; else `stock` does."""
         columns = 3 * attn.inner_dim + 2 * attn.mlp_hidden_dim
         return self._parallel_config is None and attn.to_qkv_mlp_proj.out_features == columns
 
@@ -254,7 +256,8 @@ class FusedSD3(FusedProcessor):
     text_first = False
 
     @property
-    def selects_backend(self) -> bool:  # the stock processor calls SDPA, whatever backend is set
+    def selects_backend(self) -> bool:
+        """Always: the stock processor calls SDPA, whatever backend is set."""
         return True
 
     def __call__(

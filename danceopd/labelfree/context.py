@@ -63,16 +63,9 @@ class StepContext:
     """The groups of one update, and the conditions that they can be queried under."""
 
     def __init__(
-        self,
-        gates: Gates,
-        teachers: Sequence[RoutedTeacher],
-        capabilities: Sequence[str],
-        device: torch.device,
-        seed: int,
-        step: int,
-        rollout_steps: int,
-        draw: Draw,
-    ) -> None:
+        self, gates: Gates, teachers: Sequence[RoutedTeacher], capabilities: Sequence[str], device: torch.device,
+        seed: int, step: int, rollout_steps: int, draw: Draw,
+    ) -> None:  # fmt: skip
         self.gates, self.teachers, self.capabilities, self.device = gates, teachers, capabilities, device
         self.teacher_index, self.sample_index = draw.teacher_index, draw.sample_index
         self.unconditional = draw.unconditional

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from danceopd.data.dataset import TeacherData
 from danceopd.labelfree.skills import candidates
 from danceopd.labelfree.variants import EXPANDED, PARAPHRASE
+from danceopd.recipe.labelfree import Gates, Skills
 from danceopd.recipe.parts import Teacher
 from danceopd.recipe.recipe import Recipe
 
@@ -24,15 +25,17 @@ def gate_forwards(
     """
     if not recipe.gates.on:
         return {}
+    prompted = 1 - recipe.guidance.unconditional
     guided = 1 if recipe.rollout.guidance == 1 else 2
-    frozen = {t.name: frozen_forwards(recipe, t, datasets[t.name]) for t in recipe.teachers}
-    longer = {t.name: guided * longer_rollouts(recipe, depths) for t in recipe.teachers}
+    queries, steps = recipe.query.count * prompted, recipe.rollout.steps
+    frozen = {t.name: queries * frozen_forwards(recipe.gates, t, datasets[t.name]) for t in recipe.teachers}
+    longer = {t.name: guided * prompted * longer_rollouts(recipe.gates.skills, steps, depths) for t in recipe.teachers}
     return {"gates, frozen": frozen, "gates, rollout": longer}
 
 
-def frozen_forwards(recipe: Recipe, teacher: Teacher, data: TeacherData) -> float:
-    """Forwards of frozen fields that gates need for each row of a teacher, over all its queries."""
-    gates, calls = recipe.gates, 1.0 if teacher.guidance is None else 2.0
+def frozen_forwards(gates: Gates, teacher: Teacher, data: TeacherData) -> float:
+    """Forwards of frozen fields that gates need for each query of a teacher's rows that have their prompt."""
+    calls = 1.0 if teacher.guidance is None else 2.0
     consensus, skills = gates.consensus, gates.skills
 
     def share(name: str) -> float:
@@ -50,13 +53,12 @@ def frozen_forwards(recipe: Recipe, teacher: Teacher, data: TeacherData) -> floa
         others = sum(share(name) for name in data.variants if name.startswith(PARAPHRASE))
         count += calls * (others + (contrast != "prompt"))
     count += calls * (privileged["caption"] * share(EXPANDED) + privileged["source"])
-    return recipe.query.count * (1 - recipe.guidance.unconditional) * count
+    return count
 
 
-def longer_rollouts(recipe: Recipe, depths: Sequence[float]) -> float:
+def longer_rollouts(skills: Skills | None, steps: int, depths: Sequence[float]) -> float:
     """Steps that a row rolls on beyond its query; `depths` is the share of rows that end at each grid index."""
-    steps, skills = recipe.rollout.steps, recipe.gates.skills
     if skills is None or not (last := candidates(steps, skills.until)):
         return 0.0
     beyond = sum(share * max(0, last + 1 - depth) for depth, share in enumerate(depths))
-    return (1 - recipe.guidance.unconditional) * skills.critical * beyond
+    return skills.critical * beyond

@@ -29,7 +29,6 @@ from danceopd.labelfree.variants import KEEP, PARAPHRASE
 from danceopd.labelfree.weights import METRICS, RunningMeans, combine, summary
 from danceopd.models.fields import unguided
 from danceopd.recipe.labelfree import Gates
-from danceopd.recipe.recipe import Recipe
 
 
 class GateHook:
@@ -40,12 +39,13 @@ class GateHook:
 
     metric_names: Sequence[str] = METRICS
 
-    def __init__(self, recipe: Recipe, teachers: Sequence[RoutedTeacher], device: torch.device) -> None:
-        self.gates, self.teachers, self.device = recipe.gates, list(teachers), device
-        self.seed, self.rollout_steps = recipe.seed, recipe.rollout.steps
+    def __init__(
+        self, gates: Gates, teachers: Sequence[RoutedTeacher], capabilities: Sequence[str], device: torch.device,
+        *, seed: int, rollout_steps: int,
+    ) -> None:  # fmt: skip
+        self.gates, self.teachers, self.device = gates, list(teachers), device
+        self.seed, self.rollout_steps, self.capabilities = seed, rollout_steps, list(capabilities)
         self.running = RunningMeans(len(teachers), device)
-        capability = {teacher.name: teacher.capability for teacher in recipe.teachers}
-        self.capabilities = [capability[teacher.name] for teacher in teachers]
         for teacher, task in zip(teachers, self.capabilities, strict=True):
             if self.gates.needs_null(task) and teacher.null is None and KEEP not in teacher.variants:
                 raise UserError(f"gates query the null prompt, and teacher {teacher.name!r} has none; leave them out")

@@ -46,13 +46,9 @@ class Monitor:
     """
 
     def __init__(
-        self,
-        options: Options,
-        probes: Sequence[ProbeSet],
-        judge: str,
-        folder: Path | None = None,
-        lines: Sequence[dict[str, Any]] = (),
-    ) -> None:
+        self, options: Options, probes: Sequence[ProbeSet], judge: str, folder: Path | None = None, lines:
+        Sequence[dict[str, Any]] = (),
+    ) -> None:  # fmt: skip
         self.options, self.probes, self.judge, self.folder = options, list(probes), judge, folder
         self.limits = Limits(**{field.name: getattr(options, field.name) for field in fields(Limits)})
         self.alarms: list[str] = []

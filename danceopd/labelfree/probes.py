@@ -145,7 +145,7 @@ def _rollout(
     batch: ProbeBatch, field: VelocityField, condition: Condition, noise: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Euler's steps to the clean end: clean latents, and noise level, state and velocity of the middle step."""
-    half = (len(batch.sigmas) - 2) // 2
+    half = (len(batch.sigmas) - 1) // 2
     for state in euler(field, noise, batch.sigmas, condition):
         if state.step == half:
             middle = state
@@ -173,7 +173,9 @@ def probe_sets(
     model = None if options.judge is None else Similarity(options.judge, device)
     for teacher in recipe.teachers:
         data = datasets[teacher.name]
-        rows = held_out_rows(recipe, teacher, data, max(2, options.prompts // len(recipe.teachers)))
+        rows = held_out_rows(
+            teacher, recipe.data_source(teacher), data, max(2, options.prompts // len(recipe.teachers)), recipe.seed
+        )
         maker = _Maker(recipe, teacher, encoder, data, fields, device, model)
         batches = [one for members in maker.layouts(rows) if (one := maker.batch(members)) is not None]
         if not batches:
@@ -201,7 +203,7 @@ class _Maker:
     def layouts(self, rows: Sequence[Row]) -> list[list[int]]:
         """The rows, encoded, by layout and schedule."""
         self.rows = rows
-        self.dataset = encode_rows(self.recipe, self.teacher, self.encoder, rows)
+        self.dataset = encode_rows(self.teacher.capability, self.encoder, rows, self.recipe.rollout.steps)
         return by_layout(self.dataset, range(len(rows)))
 
     def batch(self, members: list[int]) -> ProbeBatch | None:
@@ -250,7 +252,10 @@ class _Maker:
         conditions: list[Condition] = []
         for place in range(max(map(len, wordings))):
             prompts = [some[min(place, len(some) - 1)] for some in wordings]
-            dataset = encode_rows(self.recipe, self.teacher, self.encoder, [self.rows[i] for i in members], prompts)
+            dataset = encode_rows(
+                self.teacher.capability, self.encoder, [self.rows[i] for i in members],
+                self.recipe.rollout.steps, prompts,
+            )  # fmt: skip
             if any(dataset.layout(i) != self.dataset.layout(members[0]) for i in range(len(members))):
                 return None
             conditions.append(dataset.rows(list(range(len(members)))))

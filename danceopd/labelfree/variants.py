@@ -19,8 +19,9 @@ from danceopd.data.routing import sample_batch
 from danceopd.data.sources import Edits, Prompts
 from danceopd.errors import UserError
 from danceopd.labelfree.skills import draw_critical
-from danceopd.recipe.labelfree import Consensus
-from danceopd.recipe.recipe import Recipe
+from danceopd.recipe.labelfree import Consensus, Gates, Skills
+from danceopd.recipe.parts import Teacher
+from danceopd.recipe.sampling import Sampling
 from danceopd.worlds.scenes.paraphrase import expanded, paraphrases
 
 PARAPHRASE, EXPANDED, DEGRADED, KEEP = "paraphrase ", "expanded", "degraded ", "keep"
@@ -64,36 +65,35 @@ class Degraded(Edits):
         return prompt, degrade(picture, self._kind, self._seed + row)
 
 
-def with_variants(recipe: Recipe, datasets: Mapping[str, TeacherData]) -> dict[str, TeacherData]:
-    """The teachers' data with the variants that the recipe's gates need; UserError where a gate would have none."""
-    found = variants(recipe, [d.data for d in datasets.values()], [d.rows for d in datasets.values()])
-    return {name: replace(d, variants=v) for (name, d), v in zip(datasets.items(), found, strict=True)}
+def with_variants(
+    gates: Gates, sampling: Sampling, rollout_steps: int, teachers: Sequence[Teacher],
+    datasets: Mapping[str, TeacherData],
+) -> dict[str, TeacherData]:  # fmt: skip
+    """The teachers' data with the variants that the gates need; UserError where a gate would have none."""
+    if not gates.on:
+        return dict(datasets)
+    found = {t.name: _variants(gates, t, datasets[t.name]) for t in teachers}
+    for (name, variant), made in _degraded(gates.skills, sampling, rollout_steps, datasets).items():
+        found[name][variant] = made
+    return {name: replace(data, variants=found[name]) for name, data in datasets.items()}
 
 
-def variants(recipe: Recipe, data: Sequence[Prompts], rows: Sequence[Iterable[int]]) -> list[dict[str, Variant]]:
-    """For each teacher's `data`, by name, the variants of its sampled `rows`; all empty where no gate is on.
-
-    UserError where a gate would have no variant at all.
-    """
-    found: list[dict[str, Variant]] = [{} for _ in data]
-    if not recipe.gates.on:
-        return found
-    for teacher, mine, sampled, variants in zip(recipe.teachers, data, rows, found, strict=True):
-        consensus, skills = recipe.gates.consensus, recipe.gates.skills
-        if consensus is not None:
-            variants.update(_paraphrased(teacher.name, mine, sorted(sampled), consensus))
-        context = None if skills is None or not skills.eta else skills.privileged(teacher.capability)
-        if context is not None and "caption" in (context.step, context.episode):
-            longer = {row: mine.expanded(row) or expanded(mine.prompt(row)) for row in sorted(sampled)}
-            prompts = {row: prompt for row, prompt in longer.items() if prompt}
-            if not prompts:
-                key = f"gates.skills.{teacher.capability}." + ("step" if context.step == "caption" else "episode")
-                raise UserError(
-                    f"{key} is caption, and no row of {mine.table.path} (teacher {teacher.name!r}) has a longer "
-                    f"caption; add a column `expanded`, or set {key}: none"
-                )
-            variants[EXPANDED] = reworded(mine, prompts)
-    _degraded(recipe, data, found)
+def _variants(gates: Gates, teacher: Teacher, dataset: TeacherData) -> dict[str, Variant]:
+    mine, sampled, found = dataset.data, sorted(dataset.rows), dict[str, Variant]()
+    if gates.consensus is not None:
+        found |= _paraphrased(teacher.name, mine, sampled, gates.consensus)
+    skills = gates.skills
+    context = None if skills is None or not skills.eta else skills.privileged(teacher.capability)
+    if context is not None and "caption" in (context.step, context.episode):
+        longer = {row: mine.expanded(row) or expanded(mine.prompt(row)) for row in sampled}
+        prompts = {row: prompt for row, prompt in longer.items() if prompt}
+        if not prompts:
+            key = f"gates.skills.{teacher.capability}." + ("step" if context.step == "caption" else "episode")
+            raise UserError(
+                f"{key} is caption, and no row of {mine.table.path} (teacher {teacher.name!r}) has a longer "
+                f"caption; add a column `expanded`, or set {key}: none"
+            )
+        found[EXPANDED] = reworded(mine, prompts)
     return found
 
 
@@ -127,20 +127,22 @@ def _paraphrased(name: str, data: Prompts, rows: Sequence[int], options: Consens
     return {f"{PARAPHRASE}{i}": reworded(data, some) for i, some in enumerate(prompts, start=1) if some}
 
 
-def _degraded(recipe: Recipe, data: Sequence[Prompts], found: list[dict[str, Variant]]) -> None:
-    """The rows whose students will see a degraded source, by degradation."""
-    options, per = recipe.gates.skills, recipe.routing
+def _degraded(
+    options: Skills | None, sampling: Sampling, rollout_steps: int, datasets: Mapping[str, TeacherData]
+) -> dict[tuple[str, str], Variant]:
+    """The rows whose students will see a degraded source, by teacher and name of the variant."""
     if options is None or not options.eta or options.editing.step != "source":
-        return
-    shares = [recipe.shares()[t.name] for t in recipe.teachers]
-    groups, lengths = recipe.batch // recipe.group_size, [len(one) for one in data]
+        return {}
+    names, data = list(datasets), [one.data for one in datasets.values()]
+    lengths = [len(one) for one in data]
     wanted: dict[tuple[int, str], set[int]] = {}
-    for step in range(recipe.steps):
-        teachers, samples = sample_batch(recipe.seed, step, groups, shares, lengths, per.per, per.groups)
-        drawn = draw_critical(recipe.seed, step, groups, recipe.rollout.steps, options)
+    for step in range(sampling.steps):
+        teachers, samples = sample_batch(sampling, step, lengths)
+        drawn = draw_critical(sampling.seed, step, sampling.groups, rollout_steps, options)
         for g in drawn.critical.nonzero()[0]:
             wanted.setdefault((teachers[g], options.degrade[drawn.kind[g]]), set()).add(samples[g])
-    for (m, kind), rows in wanted.items():
-        one = data[m]
-        if isinstance(one, Edits):
-            found[m][DEGRADED + kind] = Degraded(one, kind, recipe.seed), sorted(rows)
+    return {
+        (names[m], DEGRADED + kind): (Degraded(one, kind, sampling.seed), sorted(rows))
+        for (m, kind), rows in wanted.items()
+        if isinstance(one := data[m], Edits)
+    }

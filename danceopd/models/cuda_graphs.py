@@ -64,6 +64,7 @@ class CudaGraphs:
         self._peak = 0
 
     def capture(self, run: Run) -> Run:
+        """See `GraphCapture`. Runs it once before, to see that it can be captured."""
         with torch.cuda.device(self.device):
             here, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
             self.stream.wait_stream(here)

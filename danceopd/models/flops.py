@@ -34,6 +34,7 @@ class TokenCounts:
 
     @property
     def all(self) -> int:
+        """Tokens in all."""
         return self.image + self.source + self.text
 
     def through(self, path: str) -> int:

@@ -31,9 +31,9 @@ class ActingField(Protocol):
 
 def check_source_cache(family: Family) -> None:
     """UserError unless a family's source tokens can be cached exactly."""
-    if family.keep_source is not None:
+    if family.cache_source is not None:
         return
-    supported = ", ".join(name for name, other in FAMILIES.items() if other.keep_source is not None)
+    supported = ", ".join(name for name, other in FAMILIES.items() if other.cache_source is not None)
     if family.editing is None:
         raise UserError(f"rollout.cache_source: {family.name} has no source tokens; leave it out")
     raise UserError(
@@ -51,6 +51,6 @@ def with_cached_source(field: ActingField, condition: Condition) -> Condition:
     """
     family = FAMILIES[condition.family]
     check_source_cache(family)
-    assert family.keep_source is not None
+    assert family.cache_source is not None
     with field.acting():
-        return family.keep_source(field.backbone.transformer, condition)
+        return family.cache_source(field.backbone.transformer, condition)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,6 +48,7 @@ from danceopd.recipe.parts import (
     Unit,
     existing,
 )
+from danceopd.recipe.sampling import Sampling
 from danceopd.recipe.validation import Validation
 
 CAPABILITIES = ("generation", "editing")
@@ -88,6 +90,12 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
 
 def _base(value: Any) -> Any:
     return existing(value, "base model", hub=True)
+
+
+@cache
+def _warn_of_old_name(key: str) -> None:
+    """Once a process: a run folder's recipe is read more than once."""
+    _log.warning("recipe key %s is now called %s; the old name works for one version", key, RENAMED[key])
 
 
 def _shipped_teachers() -> tuple[dict[str, str], ...]:
@@ -147,7 +155,7 @@ class Recipe(Part):
             return data
         data, old = modernise(data)
         for key in old:
-            _log.warning("recipe key %s is now called %s; the old name works for one version", key, RENAMED[key])
+            _warn_of_old_name(key)
         if not any(c in data for c in CAPABILITIES):
             return data
         short = {c: data.pop(c) for c in CAPABILITIES if c in data}
@@ -229,6 +237,18 @@ class Recipe(Part):
     def group_size(self) -> int:
         """Rows of an update that are rollouts of one sample and stay in one batch."""
         return self.flowopd.group if self.objective == "flowopd" else self.gates.group
+
+    @property
+    def sampling(self) -> Sampling:
+        """Which teachers and rows the updates sample."""
+        shares = tuple(self.shares()[teacher.name] for teacher in self.teachers)
+        return Sampling(self.seed, self.steps, self.batch // self.group_size, shares, self.routing)
+
+    @property
+    def objective_options(self) -> dict[str, Any]:
+        """The objective's own options, where it has any."""
+        options = {"flowopd": self.flowopd, "offpolicy": self.offpolicy}.get(self.objective)
+        return {} if options is None else options.model_dump()
 
     @property
     def needs_targets(self) -> bool:

@@ -20,16 +20,10 @@ PAPER = "[DanceOPD](https://arxiv.org/abs/2606.27377)"
 
 
 def write_card(
-    folder: str | Path,
-    recipe: Any,
-    scores: Mapping[str, Mapping[str, float | str | None]] | None = None,
-    hashes: Mapping[str, str] | None = None,
-    snippet: str | None = None,
-    grid: str | Path | None = None,
-    fused: bool = False,
-    init: str | None = None,
-    sentences: Sequence[str] = (),
-) -> Path:
+    folder: str | Path, recipe: Any, scores: Mapping[str, Mapping[str, float | str | None]] | None = None, hashes:
+    Mapping[str, str] | None = None, snippet: str | None = None, grid: str | Path | None = None, fused: bool = False,
+    init: str | None = None, sentences: Sequence[str] = (),
+) -> Path:  # fmt: skip
     """Write `folder/README.md`.
 
     `recipe` is a Recipe or its resolved mapping; `scores` is {row: {column: value}}, e.g.

@@ -53,13 +53,9 @@ class CheckpointStore:
         self._damaged: set[Path] = set()
 
     def save(
-        self,
-        step: int,
-        tensors: Mapping[str, Tensor],
-        meta: Mapping[str, Any],
-        random: Sequence[RandomState] | None = None,
-        good: bool = False,
-    ) -> Path:
+        self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], random: Sequence[RandomState] | None
+        = None, good: bool = False,
+    ) -> Path:  # fmt: skip
         """Writes one, whole or not at all, and forgets those that are too old or were found damaged.
 
         `random` is the state of every process's random generators, by rank; None: there is this one.

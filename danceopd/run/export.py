@@ -49,22 +49,15 @@ class Origin:
     init: str
 
 
-def stock_dtype(recipe: Recipe) -> torch.dtype | None:
+def stock_dtype(dtype: str) -> torch.dtype | None:
     """The dtype to load the base in; None is the stock default, fp32."""
-    return None if recipe.dtype == "fp32" else DTYPES[recipe.dtype]
+    return None if dtype == "fp32" else DTYPES[dtype]
 
 
 def write_student(
-    trainer: Trainer,
-    recipe: Recipe,
-    student: Adapter,
-    step: int,
-    origin: Origin,
-    run: RunDirectory | None,
-    processes: Processes,
-    proof: torch.device,
-    sentences: Sequence[str] = (),
-) -> None:
+    trainer: Trainer, recipe: Recipe, student: Adapter, step: int, origin: Origin, run: RunDirectory | None,
+    processes: Processes, proof: torch.device, sentences: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Write `student`, the EMA after `step`, into the run's folder; all processes call it, the first writes.
 
     `proof` is where the whole base fits. `sentences` are what the card says of the run. ExportError when the written
@@ -83,7 +76,7 @@ def write_student(
         if run is None:
             return
         facts = {"steps": str(step), "seed": str(recipe.seed)}
-        load = partial(load_base, origin.base, stock_dtype(recipe))
+        load = partial(load_base, origin.base, stock_dtype(recipe.dtype))
         export(student, run.path, recipe.base, probes, metadata=facts, load=load)
         # The student is trained without guidance; stock pipelines would add it unasked.
         call = {**origin.call, **trainer.backbone.family.guidance_off}
@@ -118,16 +111,10 @@ class Probe:
 
 
 def export(
-    adapter: Adapter,
-    folder: str | os.PathLike,
-    base: str | os.PathLike,
-    probes: Sequence[Probe],
-    *,
-    dtype: torch.dtype = torch.float32,
-    metadata: Mapping[str, str] | None = None,
-    load: Callable[[], Any] | None = None,
+    adapter: Adapter, folder: str | os.PathLike, base: str | os.PathLike, probes: Sequence[Probe], *, dtype:
+    torch.dtype = torch.float32, metadata: Mapping[str, str] | None = None, load: Callable[[], Any] | None = None,
     tolerance: float = 0.02,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write the student's LoRA to `folder`, prove it through a fresh stock pipeline, and only then let it stay.
 
     `base` goes into the file with its fingerprint. `load` returns a FRESH stock pipeline of it and is called once

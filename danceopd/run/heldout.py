@@ -21,7 +21,6 @@ from danceopd.data.sources import Edits, Prompts, is_scenes, scene_tasks
 from danceopd.data.tables import InMemoryTable
 from danceopd.errors import UserError
 from danceopd.recipe.parts import Teacher
-from danceopd.recipe.recipe import Recipe
 from danceopd.worlds.scenes.edits import Edit
 from danceopd.worlds.scenes.prompts import Prompt
 from danceopd.worlds.scenes.render import render
@@ -46,15 +45,17 @@ class Row:
     index: int | None = None
 
 
-def held_out_rows(recipe: Recipe, teacher: Teacher, data: TeacherData, count: int) -> list[Row]:
-    """`count` rows at most for one teacher that no update samples; where there are not two, some that are sampled."""
-    spec = recipe.data_source(teacher)
+def held_out_rows(teacher: Teacher, spec: str, data: TeacherData, count: int, seed: int) -> list[Row]:
+    """`count` rows at most of a teacher's data (opened from `spec`) that no update samples.
+
+    Where there are not two, some that are sampled.
+    """
     if is_scenes(spec):
-        tasks = scene_tasks(spec, teacher.capability, "val", count, recipe.seed)
+        tasks = scene_tasks(spec, teacher.capability, "val", count, seed)
         return [_made(task) for task in tasks]
     table, sampled, found = data.data, set(data.rows), dict[str, Row]()
     # the name is part of the random stream: which rows are held out depends on it
-    tried = random.Random(f"watch/{recipe.seed}").sample(range(len(table)), min(len(table), TRIED * count))
+    tried = random.Random(f"watch/{seed}").sample(range(len(table)), min(len(table), TRIED * count))
     for row in sorted(tried, key=sampled.__contains__):
         if len(found) == count or (row in sampled and len(found) > 1):
             break
@@ -79,11 +80,14 @@ def held_out_rows(recipe: Recipe, teacher: Teacher, data: TeacherData, count: in
 
 
 def encode_rows(
-    recipe: Recipe, teacher: Teacher, encoder: Encoder, rows: Sequence[Row], prompts: Sequence[str] | None = None
+    capability: str, encoder: Encoder, rows: Sequence[Row], steps: int, prompts: Sequence[str] | None = None
 ) -> CachedConditions:
-    """The rows as conditions of a teacher, numbered as they stand; with other `prompts`, where given."""
+    """The rows as conditions of a capability, numbered as they stand, for rollouts of so many `steps`.
+
+    With other `prompts`, where given.
+    """
     prompts = [row.prompt for row in rows] if prompts is None else prompts
-    if teacher.capability != "editing":
+    if capability != "editing":
         data = Prompts(InMemoryTable("held-out rows", [{"prompt": prompt} for prompt in prompts]))
     else:
         cells = [
@@ -91,7 +95,7 @@ def encode_rows(
             for prompt, row in zip(prompts, rows, strict=True)
         ]
         data = Edits(InMemoryTable("held-out rows", cells))
-    return encoder.encode(teacher.capability, data, range(len(prompts)), recipe.rollout.steps)
+    return encoder.encode(capability, data, range(len(prompts)), steps)
 
 
 def by_layout(dataset: CachedConditions, rows: Iterable[int]) -> list[list[int]]:

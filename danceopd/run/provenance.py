@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def _sampled(recipe: Recipe, datasets: Mapping[str, TeacherData], steps: int) ->
     if steps == recipe.steps:
         return {name: one.rows for name, one in datasets.items()}
     lengths = [len(datasets[teacher.name].data) for teacher in recipe.teachers]
-    rows = sampled_rows(recipe.model_copy(update={"steps": steps}), lengths)
+    rows = sampled_rows(replace(recipe.sampling, steps=steps), lengths)
     return {teacher.name: sorted(mine) for teacher, mine in zip(recipe.teachers, rows, strict=True)}
 
 

@@ -6,6 +6,8 @@ each capability's data; drawn by the student's EMA, as it would be exported.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from PIL import Image
 
@@ -16,7 +18,6 @@ from danceopd.engine.callbacks import Callback
 from danceopd.engine.metrics import StepMetrics
 from danceopd.engine.trainer import Trainer
 from danceopd.models.fields import VelocityField
-from danceopd.recipe.recipe import Recipe
 from danceopd.run.logger import Logger
 from danceopd.run.plots import grid
 
@@ -24,13 +25,14 @@ from danceopd.run.plots import grid
 class SampleGrid:
     """Conditions and noise of the grid, encoded once; `draw` costs one rollout for each capability."""
 
-    def __init__(self, recipe: Recipe, encoder: Encoder, device: torch.device) -> None:
-        count = recipe.samples.count
+    def __init__(
+        self, sources: Mapping[str, str], count: int, seed: int, encoder: Encoder, device: torch.device
+    ) -> None:
+        """`count` pictures of each capability, from its data source; `seed` draws the rows of the exact world."""
         self.parts = []
-        for capability in dict.fromkeys(t.capability for t in recipe.teachers):
-            spec = next(recipe.data_source(t) for t in recipe.teachers if t.capability == capability)
+        for capability, spec in sources.items():
             read = edits_from if capability == "editing" else prompts_from
-            data = read(spec, count, recipe.seed + 1, check=False)
+            data = read(spec, count, seed, check=False)
             first = range(min(count, len(data)))
             steps = encoder.pipelines[capability].call["num_inference_steps"]
             dataset = encoder.encode(capability, data, first, steps)
@@ -39,10 +41,10 @@ class SampleGrid:
                 pipeline = encoder.sized(capability, dataset.size(rows[0]))
                 noise = pipeline.noise(rows).to(device)
                 found = [data[row] for row in rows]
-                prompts, sources = found, list[Image.Image]()
+                prompts, originals = found, list[Image.Image]()
                 if isinstance(data, Edits):
-                    prompts, sources = [p for p, _ in found], [open_image(image) for _, image in found]
-                self.parts.append((pipeline, dataset.rows(rows).to(noise.device), noise, prompts, sources))
+                    prompts, originals = [p for p, _ in found], [open_image(image) for _, image in found]
+                self.parts.append((pipeline, dataset.rows(rows).to(noise.device), noise, prompts, originals))
 
     def draw(self, student: VelocityField) -> Image.Image:
         """The grid as `student` draws it: a picture for each prompt, source and result for each edit."""

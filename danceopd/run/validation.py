@@ -35,6 +35,7 @@ from danceopd.engine.solvers import SOLVERS
 from danceopd.models.fields import VelocityField
 from danceopd.pipelines.condition import Condition
 from danceopd.pipelines.registry import FAMILIES, with_prompt_of
+from danceopd.recipe.parts import Rollout
 from danceopd.recipe.recipe import Recipe
 from danceopd.run.heldout import FIRST_SEED, by_layout, encode_rows, held_out_rows
 
@@ -85,9 +86,10 @@ class ValidationError:
     rows: errors on other rows do not compare."""
 
     def __init__(
-        self, recipe: Recipe, held_out: Sequence[HeldOut], base: VelocityField, device: torch.device, rows_key: str = ""
-    ) -> None:
-        self.rollout, self.chunk = recipe.rollout, recipe.micro_batch or recipe.batch
+        self, rollout: Rollout, held_out: Sequence[HeldOut], base: VelocityField, device: torch.device,
+        chunk: int, rows_key: str = "",
+    ) -> None:  # fmt: skip
+        self.rollout, self.chunk = rollout, chunk
         self.held_out, self.base, self.device, self.rows_key = list(held_out), base, device, rows_key
 
     @torch.no_grad()
@@ -136,18 +138,16 @@ class ValidationError:
 
 
 def validation_error(
-    recipe: Recipe,
-    encoder: Encoder,
-    datasets: Mapping[str, TeacherData],
-    teachers: Mapping[str, tuple[VelocityField, Condition | None]],
-    base: VelocityField,
-    device: torch.device,
-) -> ValidationError:
+    recipe: Recipe, encoder: Encoder, datasets: Mapping[str, TeacherData], teachers: Mapping[str, tuple[VelocityField,
+    Condition | None]], base: VelocityField, device: torch.device,
+) -> ValidationError:  # fmt: skip
     """The validation error of a run: `teachers` are its fields, each with the null prompt of a guided rollout."""
     found, prompts = [], []
     for teacher in recipe.teachers:
-        rows = held_out_rows(recipe, teacher, datasets[teacher.name], recipe.validation.held_out_rows)
-        dataset = encode_rows(recipe, teacher, encoder, rows)
+        rows = held_out_rows(
+            teacher, recipe.data_source(teacher), datasets[teacher.name], recipe.validation.held_out_rows, recipe.seed
+        )
+        dataset = encode_rows(teacher.capability, encoder, rows, recipe.rollout.steps)
         batches = []
         for members in by_layout(dataset, range(len(rows))):
             pipeline, sigmas = encoder.sized(teacher.capability, dataset.size(members[0])), dataset.sigmas(members[0])
@@ -159,7 +159,9 @@ def validation_error(
         field, null = teachers[teacher.name]
         found.append(HeldOut(teacher.name, field, batches, null if recipe.rollout.guidance != 1 else None))
         prompts.append([teacher.name, [row.prompt for row in rows]])
-    return ValidationError(recipe, found, base, device, cache_key(prompts))
+    return ValidationError(
+        recipe.rollout, found, base, device, recipe.micro_batch or recipe.batch, cache_key(prompts)
+    )
 
 
 def quarters(recipe: Recipe, sigmas: Tensor) -> list[int]:

@@ -1,4 +1,4 @@
-"""Exports for other tools: every format of every family, read back by us, by stock diffusers, and by PEFT."""
+"""`export_as` and `danceopd inspect`: every format of every family, read back by danceopd, stock diffusers and PEFT."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ SINGLE_FILE = {
 
 
 class Whole(dict):
-    """A checkpoint that answers zeros for every tensor it does not hold: some converters insist on all."""
+    """A checkpoint that gives zeros for every tensor it does not have: some converters need them all."""
 
     zeros = torch.zeros(7 * HIDDEN)
 
@@ -316,7 +316,7 @@ def test_every_format_is_a_teacher(klein, tmp_path, format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_an_export_is_drawn_with_as_the_student_is(klein, tmp_path, format):
+def test_an_export_generates_what_the_student_generates(klein, tmp_path, format):
     """Joined and split again, its halves are others than the stock loader makes; what they do is the same."""
     pipe, adapter, folder = klein
     done = export_as(folder / "student", tmp_path, format)
@@ -350,7 +350,7 @@ def test_inspect_tells_the_family_and_the_format(made, tmp_path, format):
 
 
 def test_inspect_a_lora_that_does_not_say_its_base(made, tmp_path):
-    """By its layers' names alone the family is among those told, and its transformer too."""
+    """By its layers' names alone the family is among those found, and so is its transformer."""
     from danceopd.cli.inspect import describe
 
     pipe, adapter, _ = made

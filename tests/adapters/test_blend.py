@@ -12,12 +12,11 @@ from danceopd.adapters.header import inspect_adapter
 from danceopd.adapters.read import read_adapter
 from danceopd.adapters.svd import truncate_matrix, truncate_product
 from danceopd.adapters.write import write_adapter
-from danceopd.engine.warm_start import warm_start
+from danceopd.engine.warm_start import student_init
 from danceopd.errors import UserError
 from danceopd.models.base import base_fingerprint
 from danceopd.models.lora import Adapter
-from danceopd.recipe.parts import Student
-from danceopd.recipe.recipe import BlendMethod
+from danceopd.recipe.parts import BlendMethod, Student
 
 
 def residual(whole: Adapter, part: Adapter) -> float:
@@ -88,7 +87,7 @@ def test_a_shared_rank_is_found_again():
         close(merged.delta(name), 0.75 * one.delta(name))
 
 
-def test_no_large_matrix_is_formed():
+def test_no_large_matrix_is_made():
     """A (r, 200000) by (300000, r) delta would take 240 GB."""
     draw = torch.Generator().manual_seed(0)
     a, b = torch.randn(4, 200_000, generator=draw), torch.randn(300_000, 4, generator=draw)
@@ -123,10 +122,7 @@ def test_refusals(call, says):
         call()
 
 
-def test_nothing_to_lose_is_an_error():
-    empty = Adapter({"x": (torch.zeros(1, 2), torch.zeros(2, 1))})
-    with pytest.raises(ValueError, match="changes nothing"):
-        residual(empty, empty)
+
 
 
 # The methods, against their papers' formulas on dense matrices
@@ -283,7 +279,7 @@ def test_the_randomised_svd_is_as_good_as_the_exact_one(monkeypatch):
     delta = torch.randn(200, 30, generator=draw) @ torch.randn(30, 150, generator=draw)
     delta += 0.3 * torch.randn(200, 150, generator=draw)
     (a, b), exact, size = truncate_matrix(delta, 20, draw)
-    monkeypatch.setattr(module, "EXACT_SVD_SIDE", 10)
+    monkeypatch.setattr(module, "EXACT_SIDE", 10)
     (ra, rb), lost, _ = truncate_matrix(delta, 20, torch.Generator().manual_seed(1))
     assert lost == pytest.approx(float((delta - rb @ ra).square().sum()), rel=1e-4)
     assert exact <= lost * (1 + 1e-6) and lost < 1.02 * exact and exact < 0.5 * size
@@ -361,25 +357,25 @@ def test_a_start_that_fits_is_exact_and_a_larger_one_says_what_it_lost():
     teachers = {"draws": (one, 1.0), "edits": (two, 0.5), "plain": (None, 1.0)}
     read = {"elsewhere": two}.__getitem__
 
-    start = warm_start(Student(rank=4, init="draws"), teachers, read)
+    start = student_init(Student(rank=4, init="draws"), teachers, read)
     assert start.adapter.sha256 == one.sha256 and start.sentence == "The student started as draws, of rank 4, exactly."
-    close(warm_start(Student(rank=3, init="edits"), teachers, read).adapter.delta("x"), 0.5 * two.delta("x"))
-    assert warm_start(Student(rank=3, init="elsewhere"), teachers, read).adapter.sha256 == two.sha256
-    small = warm_start(Student(rank=2, init="draws"), teachers, read)
+    close(student_init(Student(rank=3, init="edits"), teachers, read).adapter.delta("x"), 0.5 * two.delta("x"))
+    assert student_init(Student(rank=3, init="elsewhere"), teachers, read).adapter.sha256 == two.sha256
+    small = student_init(Student(rank=2, init="draws"), teachers, read)
     assert small.adapter.rank == 2 and small.residual == pytest.approx(residual(one, small.adapter), rel=1e-4)
     assert f"at rank 2, which lost {small.residual:.1%} of it" in small.sentence
     for init in ("base", "plain"):
-        assert warm_start(Student(init=init), teachers, read).adapter is None
+        assert student_init(Student(init=init), teachers, read).adapter is None
 
 
 def test_a_blend_as_a_start():
     one, two = adapter(1, 4), adapter(2, 3)
     teachers = {"draws": (one, 1.0), "edits": (two, 0.5), "plain": (None, 1.0)}
-    even = warm_start(Student(rank=7), teachers, None)
+    even = student_init(Student(rank=7), teachers, None)
     close(even.adapter.delta("x"), one.delta("x") / 3 + 0.5 * two.delta("x") / 3)
     assert even.residual == 0 and "linear blend of 0.333 x draws and 0.333 x edits, exactly" in even.sentence
     how = Student(rank=5, init_method="ties", init_weights={"draws": 2.0, "edits": 1.0})
-    ties = warm_start(how, teachers, None)
+    ties = student_init(how, teachers, None)
     half = Adapter({name: (a, b * 0.5) for name, (a, b) in two.tensors.items()})
     assert ties.adapter.sha256 == blend([one, half], [2.0, 1.0], 5, "ties").sha256
     assert ties.residual > 0.05 and "the ties blend of 2 x draws and 1 x edits, at rank 5" in ties.sentence

@@ -1,4 +1,4 @@
-"""What a fine-tune learnt as a LoRA: exact where it can be, honest where not, strict about what belongs together."""
+"""`extract`: the difference of two models as a LoRA, its residuals, and the models that it refuses."""
 
 from __future__ import annotations
 
@@ -95,7 +95,8 @@ def test_energy_chooses_each_layers_rank(models):
     assert max(difference(base, tuned, rank=2, energy=0.999).adapter.ranks.values()) == 2
 
 
-def test_the_randomised_factors_are_nearly_the_best_and_seeded():
+def test_the_randomised_factors_are_nearly_the_best_and_seeded(monkeypatch):
+    monkeypatch.setattr("danceopd.adapters.svd.EXACT_SIDE", 10)
     generator = torch.Generator().manual_seed(0)
     decaying = torch.randn(300, 200, generator=generator) @ torch.diag(0.9 ** torch.arange(200.0))
     decaying = decaying @ torch.randn(200, 200, generator=generator)

@@ -1,4 +1,4 @@
-"""The student as a stock diffusers model: loading, exporting, fusing, and what each refuses."""
+"""`load_student`, `export` and `fuse`: what they give, and what they refuse."""
 
 import json
 import os
@@ -64,15 +64,15 @@ def condition(dtype: torch.dtype = torch.float32) -> Condition:
 
 
 def probe(adapter: Adapter | None, transformer=None) -> Probe:
-    """What the student answers in training: the backbone acting as it."""
+    """The velocity of the student in training, from a backbone with it as an adapter (None: of the base)."""
     backbone = Backbone(transformer or tiny_klein().transformer, FLUX2_KLEIN)
     x, sigma = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(4)), torch.tensor([0.2, 0.8])
     if adapter is not None:
         backbone.add_adapter("student", adapter)
     with torch.no_grad(), backbone.acting_as("student" if adapter is not None else None):
-        words = condition(backbone.transformer.dtype)
-        answer = backbone.velocity(x, sigma, words)
-    return Probe(x, sigma, words, answer)
+        inputs = condition(backbone.transformer.dtype)
+        velocity = backbone.velocity(x, sigma, inputs)
+    return Probe(x, sigma, inputs, velocity)
 
 
 def picture(pipe) -> torch.Tensor:
@@ -223,10 +223,10 @@ def test_export_writes_what_loads_alone(base, tmp_path, adapter, dtype):
     assert os.listdir(tmp_path / "out") == [WEIGHTS] and file == tmp_path / "out" / WEIGHTS
     record = inspect_adapter(file).record
     assert record["base_sha256"] == base_fingerprint(base) and record["steps"] == "300"
-    asked = probe(adapter)
-    answer = asked.ask(load_student(tmp_path / "out").transformer)
-    torch.testing.assert_close(answer, asked.answer, rtol=0, atol=1e-6 if dtype == torch.float32 else 0.1)
-    assert (answer - probe(None).answer).norm() > 0.1 * asked.answer.norm()
+    trained = probe(adapter)
+    velocity = trained.velocity_of(load_student(tmp_path / "out").transformer)
+    torch.testing.assert_close(velocity, trained.velocity, rtol=0, atol=1e-6 if dtype == torch.float32 else 0.1)
+    assert (velocity - probe(None).velocity).norm() > 0.1 * trained.velocity.norm()
 
 
 def test_export_with_a_bf16_backbone(base, tmp_path, adapter):
@@ -253,7 +253,7 @@ def test_export_refuses_what_is_not_the_student_and_keeps_the_old_file(base, tmp
     refused("equals its base", zero, [probe(zero)])
     refused("changes nothing in the stock pipeline", zero, [probe(adapter)])
     good = probe(adapter)
-    refused("NaN", adapter, [Probe(good.x, good.sigma, good.condition, good.answer * torch.nan)])
+    refused("NaN", adapter, [Probe(good.x, good.sigma, good.condition, good.velocity * torch.nan)])
     with pytest.raises(ValueError, match="at least one probe"):
         export(adapter, tmp_path, base, [])
 
@@ -277,7 +277,7 @@ def test_export_catches_a_stock_loader_that_scales(base, tmp_path, adapter, monk
 # Fusing
 
 
-def test_fuse_loads_alone_and_draws_the_same(tmp_path, base, student):
+def test_a_fused_pipeline_loads_alone_and_generates_the_same(tmp_path, base, student):
     from diffusers import DiffusionPipeline
 
     (base / "danceopd.json").write_text("{}")
@@ -341,12 +341,12 @@ def test_the_fingerprint_is_the_transformers(tmp_path, base):
     assert base_fingerprint(copy) == first
 
     config = copy / "transformer" / "config.json"
-    told = json.loads(config.read_text())
-    config.write_text(json.dumps(told | {"_name_or_path": "x", "_diffusers_version": "9"}))
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"_name_or_path": "x", "_diffusers_version": "9"}))
     assert base_fingerprint(copy) == first
-    config.write_text(json.dumps(told | {"rope_theta": 3000}))
+    config.write_text(json.dumps(settings | {"rope_theta": 3000}))
     assert base_fingerprint(copy) != first
-    config.write_text(json.dumps(told))
+    config.write_text(json.dumps(settings))
 
     shard = next((copy / "transformer").glob("*.safetensors"))
     content = bytearray(shard.read_bytes())

@@ -296,7 +296,9 @@ def test_gap_closed_and_worst_regression() -> None:
     assert found == {"share": 0.75, "low": 0.75, "high": 0.75, "teacher": "teacher"}
     assert statistics.gap_closed(rows, "student", "teacher", "base", "editing")["share"] is None
     other = [r | {"category": "paint", "score": {"student": 9.0}.get(r["model"], r["score"])} for r in rows]
-    worst = statistics.worst_regression(rows + other, "student", ["base", "teacher"], "editing")
+    worst = statistics.worst_regression(
+        statistics.against_best(rows + other, "student", ["base", "teacher"], "editing")
+    )
     assert (worst["category"], worst["teacher"], worst["mean"], worst["high"]) == ("cut", "teacher", -1.5, -1.5)
 
 

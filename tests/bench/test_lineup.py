@@ -55,8 +55,8 @@ def test_a_whole_guided_teacher_is_drawn_as_the_stock_pipeline_draws_it(
     )
     folder = student(tmp_path, teachers=teachers)
     result = bench(folder, "dots", limit=2, output=tmp_path / "out", batch=1)
-    assert loads == ["edits"]
-    assert "edits is a whole model" in caplog.text  # why the table has no blend
+    assert loads == ["tuned"]
+    assert "edits is a full model" in caplog.text  # why the table has no blend
     assert [m["name"] for m in result.scores["models"]] == ["base", "draws", "edits", "student"]
     for row in (r for r in result.rows if r["model"] == "edits"):
         stock = {**CALL, "guidance_scale": 3.0 if row["capability"] == "editing" else 1.0}
@@ -64,7 +64,7 @@ def test_a_whole_guided_teacher_is_drawn_as_the_stock_pipeline_draws_it(
         generator = torch.Generator().manual_seed(row["seed"])
         picture = np.asarray(pipe(prompt=row["prompt"], generator=generator, **stock, **more).images[0]).astype(int)
         assert np.abs(pixels(result.folder / row["image"]) - picture).max() <= 2
-    with pytest.raises(UserError, match="'edits' is a whole model, which has no LoRA to blend; take its low-rank"):
+    with pytest.raises(UserError, match="'edits' is a full model, which has no LoRA to blend; extract one with"):
         bench(folder, "dots", ["blend"], limit=1, output=tmp_path / "other")
 
 

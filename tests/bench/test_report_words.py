@@ -12,7 +12,7 @@ from danceopd.bench.report import verdicts
 from danceopd.bench.report.items import PAGE, image_order, items_of
 from danceopd.bench.report.report import page
 from danceopd.bench.report.thumbnails import Thumbnails
-from danceopd.bench.report.training import validation_error
+from danceopd.bench.report.training import monitor_summary, validation_error
 from danceopd.bench.results import load
 
 
@@ -73,7 +73,7 @@ def test_words_of_a_summary_follow_the_intervals(folder: Path) -> None:
     told = verdicts.verdict(scores)
     assert told["kind"] == "lost"
     assert told["sentence"] == (
-        "The student is significantly worse in 1 of 12 categories: "
+        "The student is significantly worse in 1 of 12 categories (95 % intervals): "
         "style_change (editing) −2.00 [−3.00 to −1.00] against the base."
     )
     slight = {"mean": -0.05, "low": -0.06, "high": -0.04}
@@ -114,3 +114,19 @@ def test_the_field_gap_of_the_run_stands_on_the_first_screen(folder: Path, tmp_p
     (tmp_path / "finished.json").write_text('{"step": 70}')
     assert validation_error(tmp_path) is None  # stopped between two checks: nobody measured that student
     assert validation_error(None) is None and validation_error(tmp_path / "none") is None
+
+
+def test_a_runs_files_are_read_by_their_current_names_first(tmp_path: Path) -> None:
+    """What is not finite is written by name, and is a missing value here."""
+    checks = [{"step": n, "gap": gap, "teachers": {"draws": {"gap": gap}}} for n, gap in ((0, 1.0), (9, "nan"))]
+    (tmp_path / "finished.json").write_text('{"step": 9}')
+    (tmp_path / "gap.json").write_text(json.dumps({"checks": checks[1:], "rows": {"draws": 1}}))
+    (tmp_path / "validation.json").write_text(json.dumps({"checks": checks, "rows": {"draws": 1}}))
+    found = validation_error(tmp_path)
+    assert [check["gap"] for check in found["checks"]] == [1.0, None]
+    assert found["checks"][1]["teachers"] == {"draws": None}
+    monitor = {"judge": "j", "alarms": [], "rolled_back": [], "checks": [{}]}
+    (tmp_path / "watch.json").write_text(json.dumps(monitor))
+    assert monitor_summary(tmp_path)["checks"] == 1
+    (tmp_path / "monitor.json").write_text(json.dumps(monitor | {"checks": [{}, {}]}))
+    assert monitor_summary(tmp_path)["checks"] == 2 and monitor_summary(None) is None

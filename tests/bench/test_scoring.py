@@ -292,6 +292,6 @@ def test_eleven_categories_fit_the_width() -> None:
     print_table(scores, Console(file=printed, width=80))
     lines = printed.getvalue().splitlines()
     assert max(map(len, lines)) <= 80 and "…" not in printed.getvalue()
-    heads = " ".join(line for line in lines if "remove" in line or "swap" in line or "human" in line)
+    heads = " ".join(line for line in lines if "remove" in line or "replace" in line or "human" in line)
     assert len(CATEGORIES) == 11 and all(word in heads for word in ("human", "motion", "tone", "mean"))
     assert sum(line.startswith("student") for line in lines) == 2

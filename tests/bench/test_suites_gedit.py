@@ -254,7 +254,8 @@ def test_missing_data(tmp_path, monkeypatch):
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    refused("could not be downloaded from the hub .*hf download stepfun-ai/GEdit-Bench.*--data GEdit-Bench", suite, None)
+    advice = "hf download stepfun-ai/GEdit-Bench.*--data GEdit-Bench"
+    refused(f"could not be downloaded from the hub .*{advice}", suite, None)
     assert gedit.Suite.here() is None and gedit.Suite.here(tmp_path) == tmp_path
 
 

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from danceopd.adapters.write import write_adapter
 from danceopd.cli.app import app
 from danceopd.data.dataset import ConditionDataset
-from danceopd.engine.trainer import STUDENT, Loop, Source
+from danceopd.engine.teachers import RoutedTeacher
+from danceopd.engine.trainer import STUDENT, Trainer
 from danceopd.errors import UserError
 from danceopd.models.backbone import Backbone
 from danceopd.models.cuda_graphs import MAX_GRAPHS
@@ -97,17 +98,18 @@ def test_student_and_teachers_weigh_what_they_weigh(models: Path, tmp_path: Path
         teacher = "generation" if name == "draws" else "editing"
         assert parts[f"teacher {teacher}"] == sum(t.nbytes for pair in adapter.tensors.values() for t in pair)
     weights = backbone.new_student(STUDENT, 8)
-    questions = ConditionDataset([(condition, torch.tensor([1.0, 0.5, 0.0]))])
+    dataset = ConditionDataset([(condition, torch.tensor([1.0, 0.5, 0.0]))])
     field = lambda x, s, c: torch.ones_like(x)  # noqa: E731
     made = recipe(models, tmp_path, rollout={"steps": 2}, batch=2)
-    loop = Loop(made, backbone, [Source(t.name, field, questions) for t in made.teachers], torch.device("cpu"))
-    loop._update()
-    moments = [v for state in loop.optimizer.state.values() for k, v in state.items() if k != "step"]
+    teachers = [RoutedTeacher(t.name, field, dataset, None, {}) for t in made.teachers]
+    trainer = Trainer(made, backbone, teachers, torch.device("cpu"))
+    trainer.train_step()
+    moments = [v for state in trainer.optimizer.adamw.state.values() for k, v in state.items() if k != "step"]
     merged = backbone._merged[STUDENT].weights.values()
     assert parts["student"] == sum(w.nbytes for w in weights)
-    assert parts["student, average"] == sum(w.nbytes for w in loop.average)
+    assert parts["student, EMA"] == sum(w.nbytes for w in trainer.optimizer.ema)
     assert parts["student, Adam"] == sum(v.nbytes for v in moments) > 0
-    assert parts["merged copy for the walk"] == sum(w.nbytes for w in merged) > 0
+    assert parts["merged copy for rollouts"] == sum(w.nbytes for w in merged) > 0
     text = sum(t.numel() for t in load_file(next((models / "base/text_encoder").glob("*.safetensors"))).values())
     assert parts["text_encoder, which then leaves"] == 4 * text
 
@@ -115,7 +117,7 @@ def test_student_and_teachers_weigh_what_they_weigh(models: Path, tmp_path: Path
 def test_the_memory_of_graphs_is_left_out_in_words(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = recipe(models, tmp_path, rollout={"steps": 4, "captured": True})
+    made = recipe(models, tmp_path, rollout={"steps": 4, "cuda_graphs": True})
     assert plan(made, tflops=1.0)["notes"] == []  # on a CPU there are none
     monkeypatch.setattr("danceopd.plan.resolve_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr("danceopd.plan._machine_memory", lambda device: 10**11)
@@ -135,18 +137,19 @@ def test_pictures_queries_and_shares(models: Path, tmp_path: Path) -> None:
     sizes = {(p["capability"], tuple(p["size"])): p for p in facts["pictures"]}
     assert set(sizes) == {("generation", (128, 128)), ("editing", (64, 64)), ("editing", (64, 128))}
     assert sizes["editing", (64, 128)]["share"] == 0.5 and sizes["editing", (64, 128)]["source"] == 32
-    assert sum(facts["queries"]["levels"]) == pytest.approx(1) and 0 < facts["queries"]["walked"] < 6
+    assert sum(facts["queries"]["levels"]) == pytest.approx(1) and 0 < facts["queries"]["depth"] < 6
     assert [t["share"] for t in facts["teachers"]] == [0.5, 0.5] and facts["teachers"][1]["drawn"] == 2
-    assert facts["passes"]["walk"] == facts["queries"]["walked"] and facts["passes"]["teachers"] == 1
+    assert facts["passes"]["rollout"] == facts["queries"]["depth"] and facts["passes"]["teachers"] == 1
     assert facts["total_seconds"] == pytest.approx(20 * sum(facts["flops"].values()) / 2e12)
-    asks = recipe(models, tmp_path, query={"count": 3})
-    passes = plan(asks, tflops=1.0)["passes"]
+    several = recipe(models, tmp_path, query={"count": 3})
+    passes = plan(several, tflops=1.0)["passes"]
     assert (passes["teachers"], passes["student, forward"], passes["student, backward"]) == (3, 3, 3)
-    assert passes["field gap"] > 0
-    off = plan(recipe(models, tmp_path, gap={"every": 0}), tflops=1.0)
-    assert "field gap" not in off["passes"] and not [m for m in off["memory"] if "field gap" in m["part"]]
-    best = {m["part"]: m["bytes"] for m in plan(recipe(models, tmp_path, gap={"patience": 2}), tflops=1.0)["memory"]}
-    assert best["student, best of the field gap"] == best["student, average"]
+    assert passes["validation"] > 0
+    off = plan(recipe(models, tmp_path, validation={"every": 0}), tflops=1.0)
+    assert "validation" not in off["passes"] and not [m for m in off["memory"] if "validation" in m["part"]]
+    patient = plan(recipe(models, tmp_path, validation={"patience": 2}), tflops=1.0)
+    best = {m["part"]: m["bytes"] for m in patient["memory"]}
+    assert best["student, best of the validation"] == best["student, EMA"]
     json.dumps(facts)
 
 
@@ -212,7 +215,7 @@ def test_a_machine_that_is_too_small_is_warned_of(
 def test_the_shipped_demo(danceopd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = danceopd("plan", "--tflops", 0.1, "--steps", 5)
     assert done.returncode == 0, done.stderr
-    for words in ("Teachers", "Queries by noise level", "student, Adam", "walk", "at least", "disk: run folder"):
+    for words in ("Teachers", "Queries by noise level", "student, Adam", "rollout", "at least", "disk: run folder"):
         assert words in done.stdout
     assert list(tmp_path.iterdir()) == []
     monkeypatch.chdir(tmp_path)

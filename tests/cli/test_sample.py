@@ -1,4 +1,4 @@
-"""`danceopd sample` draws bit for bit what the stock pipeline draws, and never replaces a picture."""
+"""`danceopd sample` gives bit for bit what the stock pipeline gives, and never replaces a picture."""
 
 from __future__ import annotations
 

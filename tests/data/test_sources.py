@@ -1,4 +1,4 @@
-"""Sources of work: what each kind gives, and that every fault names its file and line."""
+"""Data sources: what each kind gives, and that every error names its file and line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from danceopd.common import cache
 from danceopd.data import tables
-from danceopd.data.images import image_size, open_image
+from danceopd.data.images import image_size, open_image, picture
 from danceopd.data.sources import Edits, edits_from, prompts_from
 from danceopd.data.tables import CsvTable, JsonTable
 from danceopd.errors import UserError
@@ -27,7 +27,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_scenes_are_drawn_by_seed() -> None:
+def test_scenes_depend_on_the_seed() -> None:
     prompts = prompts_from("scenes", rows=12, seed=1)
     assert len(prompts) == 12 and all(prompts)
     assert prompts[:] == prompts_from("scenes", rows=12, seed=1)[:] != prompts_from("scenes", rows=12, seed=2)[:]
@@ -37,8 +37,8 @@ def test_scenes_are_drawn_by_seed() -> None:
 
 def test_scenes_of_some_tasks_only() -> None:
     assert all("photo of" in p for p in prompts_from("scenes:counting", rows=4))
-    words = [instruction for instruction, _ in edits_from("scenes:background_change", rows=6)]
-    assert all("background" in w or w.startswith("put") for w in words)
+    instructions = [instruction for instruction, _ in edits_from("scenes:background_change", rows=6)]
+    assert all("background" in text or text.startswith("put") for text in instructions)
     assert len(edits_from("scenes:local", rows=5)) == 5
     with pytest.raises(UserError, match="the task 'locl', which does not exist; did you mean 'local'"):
         edits_from("scenes:locl")
@@ -74,7 +74,7 @@ def test_csv(here: Path) -> None:
 def test_jsonl(here: Path) -> None:
     rows = [{"instruction": "make it blue", "source": "red.png"}, {"prompt": "remove it", "image": "red.png"}]
     Path("d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [words for words, _ in edits_from("d.jsonl")] == ["make it blue", "remove it"]
+    assert [instruction for instruction, _ in edits_from("d.jsonl")] == ["make it blue", "remove it"]
     Path("d.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     with pytest.raises(UserError, match="d.jsonl, line 2 is not valid JSON"):
         prompts_from("d.jsonl")
@@ -133,7 +133,7 @@ def _cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "words", "at_once"),
+    ("make", "message", "at_once"),
     [
         (lambda path: path.write_text("hello"), "is not an image", True),
         (lambda path: path.write_bytes(b""), "is not an image", True),
@@ -145,13 +145,13 @@ def _cut(path: Path) -> None:
         (_cut, "is a damaged image", False),
     ],
 )
-def test_bad_images(here: Path, make, words: str, at_once: bool) -> None:
+def test_bad_images(here: Path, make, message: str, at_once: bool) -> None:
     make(here / "bad.png")
     Path("d.csv").write_text("instruction,image\nmake it blue,bad.png\n")
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         open_image(Path("bad.png"))
     if at_once:
-        with pytest.raises(UserError, match=f"d.csv, line 2: .*{words}"):
+        with pytest.raises(UserError, match=f"d.csv, line 2: .*{message}"):
             edits_from("d.csv")
 
 
@@ -161,9 +161,19 @@ def test_open_image_is_upright_rgb(here: Path) -> None:
     Image.new("L", (80, 64)).save("turned.jpg", exif=exif)
     image = open_image(Path("turned.jpg"))
     assert (image.mode, image.size) == ("RGB", (64, 80))
+    assert picture(Path("turned.jpg")).tobytes() == image.tobytes()
+    assert image_size(Path("turned.jpg")) == (64, 80)
     with pytest.raises(UserError, match="alpha"):
         open_image(Image.new("RGBA", (64, 64)))
-    assert image_size(Path("turned.jpg")) == (64, 80)
+
+
+def test_pictures_of_a_benchmark_may_be_small_and_have_alpha(here: Path) -> None:
+    Image.new("RGBA", (8, 8), (10, 20, 30, 0)).save("small.png")
+    for source in (Path("small.png"), Image.open("small.png")):
+        assert picture(source).getpixel((0, 0)) == (10, 20, 30)
+    Path("bad.png").write_text("hello")
+    with pytest.raises(UserError, match="bad.png is not an image"):
+        picture(Path("bad.png"))
 
 
 # -- lazy tables ------------------------------------------------------------------------------------------
@@ -235,8 +245,8 @@ def test_first_missing_image_and_how_many_more(here: Path, kind: str) -> None:
     assert isinstance(edits, Edits) and len(edits) == 3000
 
 
-def test_rows_that_will_be_drawn_are_looked_into(here: Path) -> None:
-    """Every image's header is not opened in a big table, but those that will be drawn are."""
+def test_headers_of_the_rows_that_will_be_used_are_checked(here: Path) -> None:
+    """In a large table not every image's header is opened, but those of the rows that will be used are."""
     Path("d.jsonl").write_text("".join(json.dumps({"prompt": "p", "source": f"{i % 2}.png"}) + "\n" for i in range(4)))
     Image.new("RGB", (64, 64)).save("0.png")
     Path("1.png").write_text("no picture")
@@ -280,10 +290,10 @@ def test_large_indices_are_kept_until_the_file_changes(here: Path, monkeypatch) 
 def test_parquet_rows_across_groups(here: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    words = [f"row {i}" for i in range(1000)]
-    parquet.write_table(arrow.table({"n": list(range(1000)), "text": words}), "d.parquet", row_group_size=90)
+    texts = [f"row {i}" for i in range(1000)]
+    parquet.write_table(arrow.table({"n": list(range(1000)), "text": texts}), "d.parquet", row_group_size=90)
     prompts = prompts_from("d.parquet")
-    assert prompts[:] == words and prompts[-1] == "row 999" and prompts.table[5] == {"text": "row 5"}
+    assert prompts[:] == texts and prompts[-1] == "row 999" and prompts.table[5] == {"text": "row 5"}
     with pytest.raises(IndexError):
         prompts[1000]
 

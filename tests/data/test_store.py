@@ -1,4 +1,4 @@
-"""Encoded rows on disk: found again by content, shared, mapped, and never trusted when they are damaged."""
+"""The store of encoded rows, and the encoder that fills it: rows are found by content, shared, and checked."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from tiny import CALL, random_image, tiny_klein
 from danceopd.common.cache import cache_key
 from danceopd.data.dataset import open_datasets, sampled_rows
 from danceopd.data.encode import Encoder, encoders_fingerprint, free_encoders
-from danceopd.data.routing import pick
+from danceopd.data.routing import sample_batch
 from danceopd.data.sources import Edits, edits_from, prompts_from
 from danceopd.data.store import Store, missing
 from danceopd.errors import UserError
 from danceopd.pipelines import EditingPipeline, GenerationPipeline, family_of
 from danceopd.recipe.recipe import Recipe
+from danceopd.recipe.sampling import Sampling
 
 STEPS = 4
 
@@ -87,7 +88,8 @@ def test_damage_is_found_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 def test_processes_share_a_folder(tmp_path: Path) -> None:
     """Three write overlapping rows at the same time; all rows are there and whole."""
     code = (
-        "import sys, torch; from pathlib import Path; from danceopd.data.store import Store, cache_key\n"
+        "import sys, torch; from pathlib import Path; from danceopd.data.store import Store\n"
+        "from danceopd.common.cache import cache_key\n"
         "store, mine = Store(Path(sys.argv[1])), int(sys.argv[2])\n"
         "for seed in range(mine, mine + 20):\n"
         "    with store.add() as add: add(cache_key(seed), {'x': torch.full((4,), float(seed))})\n"
@@ -108,17 +110,17 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
         add.flush()
 
 
-def test_questions_are_the_pipelines_own_conditions(base: Path, tmp_path: Path) -> None:
+def test_the_dataset_holds_the_pipelines_own_conditions(base: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a red circle\na blue star\nthe green ring on the left\n")
     data, coder = prompts_from(tmp_path / "p.txt"), encoder(base, tmp_path / "cache")
-    questions = coder.questions("generation", data, [0, 2], STEPS)
-    direct = coder.draw["generation"].conditions(data[:])
-    assert len(questions) == 3 and equal(questions.rows([2, 0, 2]), direct.rows([2, 0, 2]))
-    assert questions.layout(0) == direct.layout and questions.layout(1) is None  # never drawn, never encoded
+    dataset = coder.encode("generation", data, [0, 2], STEPS)
+    direct = coder.pipelines["generation"].conditions(data[:])
+    assert len(dataset) == 3 and equal(dataset.rows([2, 0, 2]), direct.rows([2, 0, 2]))
+    assert dataset.layout(0) == direct.layout and dataset.layout(1) is None  # never used, never encoded
     stock = GenerationPipeline(tiny_klein(), coder.family, {**CALL, "steps": STEPS})
-    assert torch.equal(questions.sigmas(0), stock.sigmas())
+    assert torch.equal(dataset.sigmas(0), stock.sigmas())
     with pytest.raises(KeyError):
-        questions.rows([1])
+        dataset.rows([1])
 
 
 def test_edits_keep_their_shape_and_share_a_batch_by_size(base: Path, tmp_path: Path) -> None:
@@ -129,32 +131,33 @@ def test_edits_keep_their_shape_and_share_a_batch_by_size(base: Path, tmp_path: 
     for i, (width, height) in enumerate(sizes):
         random_image(i, width, height).save(tmp_path / f"{i}.png")
     data, coder = edits_from(tmp_path / "e.csv"), encoder(base, tmp_path / "cache")
-    coder.draw = {k: type(d)(d.pipe, d.family, {**CALL, "height": 128, "width": 128}) for k, d in coder.draw.items()}
-    questions = coder.questions("editing", data, range(4), STEPS)
-    assert [questions.size(i) for i in range(4)] == [(64, 64), (64, 96), (64, 64), (144, 80)]
-    assert questions.layout(0) == questions.layout(2) and len({questions.layout(i) for i in range(4)}) == 3
+    larger = {**CALL, "height": 128, "width": 128}
+    coder.pipelines = {k: type(p)(p.pipe, p.family, larger) for k, p in coder.pipelines.items()}
+    dataset = coder.encode("editing", data, range(4), STEPS)
+    assert [dataset.size(i) for i in range(4)] == [(64, 64), (64, 96), (64, 64), (144, 80)]
+    assert dataset.layout(0) == dataset.layout(2) and len({dataset.layout(i) for i in range(4)}) == 3
     assert isinstance(data, Edits)
     for i, (height, width) in ((1, (64, 96)), (3, (144, 80))):
         stock = EditingPipeline(tiny_klein(), coder.family, {**CALL, "height": height, "width": width, "steps": STEPS})
-        assert equal(questions.rows([i]), stock.conditions(["make it red"], [random_image(i, *sizes[i])]))
-        assert torch.equal(questions.sigmas(i), stock.sigmas())
-    assert questions.sigmas(0).tolist() != questions.sigmas(3).tolist()  # the shift depends on the size
-    assert len(questions.rows([0, 2])) == 2
+        assert equal(dataset.rows([i]), stock.conditions(["make it red"], [random_image(i, *sizes[i])]))
+        assert torch.equal(dataset.sigmas(i), stock.sigmas())
+    assert dataset.sigmas(0).tolist() != dataset.sigmas(3).tolist()  # the shift depends on the size
+    assert len(dataset.rows([0, 2])) == 2
 
 
-def test_encoded_once_whoever_asks(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_rows_are_encoded_once(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another run, table, order and encoder object: equal content is found; another prompt or setting is not."""
     (tmp_path / "p.txt").write_text("a red circle\na blue star\n")
     (tmp_path / "q.jsonl").write_text('{"prompt": "a green ring"}\n{"caption": "a blue star"}\n')
-    first = encoder(base, tmp_path).questions("generation", prompts_from(tmp_path / "p.txt"), [0, 1], STEPS)
+    first = encoder(base, tmp_path).encode("generation", prompts_from(tmp_path / "p.txt"), [0, 1], STEPS)
     coder, asked = encoder(base, tmp_path), []
     real = GenerationPipeline.conditions
     monkeypatch.setattr(GenerationPipeline, "conditions", lambda self, p: asked.append(list(p)) or real(self, p))
-    second = coder.questions("generation", prompts_from(tmp_path / "q.jsonl"), [0, 1], 9)
+    second = coder.encode("generation", prompts_from(tmp_path / "q.jsonl"), [0, 1], 9)
     assert asked == [["a green ring"]] and equal(second.rows([1]), first.rows([1]))
     longer = {**CALL, "max_sequence_length": 30}
-    coder.draw["generation"] = GenerationPipeline(coder.draw["generation"].pipe, coder.family, longer)
-    coder.questions("generation", prompts_from(tmp_path / "q.jsonl"), [1], 9)
+    coder.pipelines["generation"] = GenerationPipeline(coder.pipelines["generation"].pipe, coder.family, longer)
+    coder.encode("generation", prompts_from(tmp_path / "q.jsonl"), [1], 9)
     assert asked[1:] == [["a blue star"]]
 
 
@@ -173,32 +176,33 @@ def test_fingerprint_is_of_what_encodes(base: Path, tmp_path: Path) -> None:
         shutil.copy(next((base / name).glob("*.safetensors")), weights)
 
 
-def test_encoders_leave_and_the_rest_still_draws(base: Path, tmp_path: Path) -> None:
+def test_without_text_encoders_the_rest_still_generates(base: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a red circle\n")
     coder = encoder(base, tmp_path)
-    pipe = coder.draw["generation"].pipe
-    questions = coder.questions("generation", prompts_from(tmp_path / "p.txt"), [0], STEPS)
-    before = coder.draw["generation"].noise([3])
+    pipe = coder.pipelines["generation"].pipe
+    dataset = coder.encode("generation", prompts_from(tmp_path / "p.txt"), [0], STEPS)
+    before = coder.pipelines["generation"].noise([3])
     free_encoders(coder, pipe)
-    assert all(d.pipe.text_encoder is None for d in coder.draw.values()) and pipe.text_encoder is None
-    drawer = coder.sized("generation", (64, 64))
-    assert torch.equal(drawer.noise([3]), before) and torch.equal(drawer.sigmas(), coder.draw["editing"].sigmas())
+    assert all(d.pipe.text_encoder is None for d in coder.pipelines.values()) and pipe.text_encoder is None
+    pipeline = coder.sized("generation", (64, 64))
+    assert torch.equal(pipeline.noise([3]), before)
+    assert torch.equal(pipeline.sigmas(), coder.pipelines["editing"].sigmas())
     velocity = lambda x, s, c: coder.family.velocity(pipe.transformer, x, s, c)  # noqa: E731
     with torch.no_grad():
-        *_, last = drawer.denoise(questions.rows([0]), before, velocity)
-    assert drawer.images(last.x)[0].size == (64, 64)
+        *_, last = pipeline.denoise(dataset.rows([0]), before, velocity)
+    assert pipeline.images(last.x)[0].size == (64, 64)
 
 
-def test_rows_drawn_are_those_the_updates_pick(files: dict[str, str], tmp_path: Path) -> None:
+def test_the_sampled_rows_are_those_of_the_steps(files: dict[str, str], tmp_path: Path) -> None:
     Path("p.txt").write_text("".join(f"a red circle {i}\n" for i in range(200)))
     recipe = Recipe(**files, steps=7, batch=6, seed=3, data={"generation": "p.txt"})
     asked = open_datasets(recipe)
     lengths = [len(asked[t.name].data) for t in recipe.teachers]
     seen: list[set[int]] = [set(range(4)), set(range(4))]
     for step in range(7):
-        for teacher, picked in zip(*pick(3, step, 6, [0.5, 0.5], lengths)):
-            seen[teacher].add(picked)
-    assert [set(asked[t.name].rows) for t in recipe.teachers] == seen == sampled_rows(recipe, lengths)
+        for teacher, sampled in zip(*sample_batch(Sampling(3, 7, 6, (0.5, 0.5)), step, lengths)):
+            seen[teacher].add(sampled)
+    assert [set(asked[t.name].rows) for t in recipe.teachers] == seen == sampled_rows(recipe.sampling, lengths)
     assert lengths == [200, 1024] and 4 < len(seen[0]) < 30
     Path("p.txt").write_text("a red circle\n\na blue star\n")
     with pytest.raises(UserError, match="p.txt, line 2: prompt is empty"):

@@ -15,7 +15,7 @@ from flows import Gaussian, Rows, shifted
 
 from danceopd.common.tensors import append_dims
 from danceopd.engine.batches import Batch
-from danceopd.engine.objectives import OBJECTIVES, RowLoss, clipped, objective_of, probability_ratio
+from danceopd.engine.objectives import OBJECTIVES, RowLoss, clipped, probability_ratio
 from danceopd.engine.query import draw_queries
 from danceopd.engine.rollout import StudentRollout
 from danceopd.engine.solvers import AdamsBashforth, Euler, FlowSDE
@@ -84,7 +84,7 @@ def update(files):
 def backward(recipe: Recipe, batch: Batch, velocities: Velocities) -> list[RowLoss]:
     """Add the objective's gradient, as the trainer does; its row losses."""
     found = []
-    for query in objective_of(recipe)(batch, velocities):
+    for query in OBJECTIVES[recipe.objective](batch, velocities, **recipe.objective_options):
         (query.loss.sum() / ROWS).backward()
         found.append(query.detach())
     return found

@@ -18,7 +18,7 @@ from tiny_trainer import (
 )
 
 from danceopd.common.distributed import Processes
-from danceopd.data.dataset import ConditionDataset, TargetDataset, of_one_layout
+from danceopd.data.dataset import ConditionDataset, of_one_layout
 from danceopd.engine.callbacks import Callback
 from danceopd.engine.rollout import rollout
 from danceopd.engine.trainer import STUDENT, Trainer
@@ -176,11 +176,22 @@ def test_the_learning_rate_warms_up_and_falls(data, files):
     assert [lr(step) for step in (0, 50, 99)] == pytest.approx([0.1, 0.5, 0.01], abs=1e-6)
 
 
+class TargetDataset(ConditionDataset):
+    """A dataset in memory with the clean latents of its finished pictures."""
+
+    def __init__(self, bucket, clean):
+        super().__init__([bucket])
+        self.clean = clean
+
+    def targets(self, index):
+        return self.clean[index]
+
+
 def with_targets(data):
     """The same datasets, with a clean picture for each row."""
     clean = torch.Generator().manual_seed(7)
     return {
-        name: TargetDataset([(c, data.sigmas)], [torch.randn(len(c), *c.shape, generator=clean)])
+        name: TargetDataset((c, data.sigmas), torch.randn(len(c), *c.shape, generator=clean))
         for name, c in data.conditions.items()
     }
 

@@ -22,7 +22,8 @@ pytestmark = [
 def test_no_family_is_wrong(case, dtype):
     """Tiny models may be slower; head dim 16 runs in torch, `add_norm` as a kernel."""
     one = rollout_case(*case, device="cuda", dtype=dtype)
-    verdict = autotune.evaluate(autotune.build_model(autotune.model_spec(one.backbone.transformer)), one.conditions(), dtype)
+    model = autotune.build_model(autotune.model_spec(one.backbone.transformer))
+    verdict = autotune.evaluate(model, one.conditions(), dtype)
     assert verdict.speedup is not None, verdict.reason
 
 

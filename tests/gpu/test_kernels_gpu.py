@@ -105,7 +105,8 @@ def test_whole_transformers(name, dtype, backend):
         with installed(model), using(backend):
             fused = forward(model, call)
     error, eager = ((out.float().cpu() - exact).norm() / exact.norm() for out in (fused, stock))
-    assert error <= 1.1 * eager + (1e-5 if dtype == torch.float32 else 1e-3)  # half types: the attention backend may differ
+    # in half types the attention backend may differ
+    assert error <= 1.1 * eager + (1e-5 if dtype == torch.float32 else 1e-3)
 
 
 def moved(value, dtype, key):

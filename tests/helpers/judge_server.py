@@ -1,8 +1,8 @@
-"""A real HTTP server that speaks the OpenAI protocol, and misbehaves as it is told.
+"""A local HTTP server with the OpenAI protocol, whose failures are scripted, for the tests of judges.
 
-It looks at the pictures it is sent: the first number of an answer is the red of the last picture's corner over 25,
-the second its green, so a right score proves that the right picture arrived. A question names itself by a word
-`item-N` in its text; `plan[name]` is what happens to its requests, in order, then "ok".
+An answer depends on the images that were sent: its first number is the red of the last image's corner over 25, the
+second its green, so a correct score proves that the correct image arrived. A question has the word `item-N` in its
+text; `plan[name]` lists what happens to its requests, in order, then "ok".
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MODEL = "judge-2025-04-14"
 
 
 class JudgeServer(ThreadingHTTPServer):
-    """`with JudgeServer() as server:` serves in threads; `asked` counts requests, `answered` whole answers."""
+    """`with JudgeServer() as server:` serves in threads; `asked` counts requests, `answered` complete answers."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -56,7 +56,7 @@ class JudgeServer(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that hang up are part of the plan."""
+        """Clients that hang up are part of the tests."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -118,8 +118,8 @@ class Handler(BaseHTTPRequestHandler):
             return None
         if step == "nothing":
             return self.send(200, {"id": "x", "object": "chat.completion", "model": MODEL, "choices": []})
-        said, finish, refusal = self.said(step, content)
-        message = {"role": "assistant", "content": said, "refusal": refusal}
+        text, finish, refusal = self.reply_text(step, content)
+        message = {"role": "assistant", "content": text, "refusal": refusal}
         reply: dict[str, Any] = {
             "id": "x",
             "object": "chat.completion",
@@ -140,10 +140,10 @@ class Handler(BaseHTTPRequestHandler):
             self.server.answered[name] += 1
         return self.send(200, reply)
 
-    def said(self, step: str, content: list[dict[str, Any]]) -> tuple[str | None, str, str | None]:
-        """(content, finish reason, refusal) of a whole answer."""
-        pictures = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
-        image = Image.open(BytesIO(base64.b64decode(pictures[-1].partition(",")[2]))).convert("RGB")
+    def reply_text(self, step: str, content: list[dict[str, Any]]) -> tuple[str | None, str, str | None]:
+        """(content, finish reason, refusal) of a complete answer."""
+        images = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
+        image = Image.open(BytesIO(base64.b64decode(images[-1].partition(",")[2]))).convert("RGB")
         red, green, _ = image.getpixel((0, 0))  # type: ignore[misc]
         numbers = [red // 25, green // 25]
         right = json.dumps({"score": numbers, "reasoning": "as seen"})

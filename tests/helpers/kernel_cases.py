@@ -132,7 +132,7 @@ def adaptive(columns: int) -> tuple:
 def gated(columns: int, passed: int) -> tuple:
     if not passed:
         return lambda x, up: swiglu_concat(x, up), [draw(0, 2, 3, columns), draw(1, 2, 3, columns)]
-    return lambda x, passed_columns: swiglu_concat(x, passed=passed_columns), [draw(0, 2, 3, 2 * columns), draw(1, 2, 3, passed)]
+    return lambda x, y: swiglu_concat(x, passed=y), [draw(0, 2, 3, 2 * columns), draw(1, 2, 3, passed)]
 
 
 CASES: dict[str, tuple[torch.dtype, tuple]] = {

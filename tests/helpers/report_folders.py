@@ -1,4 +1,4 @@
-"""Finished benches of invented models for the tests of the report: exact scenes, judged edits of large pictures."""
+"""Finished benches of made-up models for the tests of the report: exact scenes, and judged edits of large images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from danceopd.worlds.scenes.edits import TASKS, edits
 from danceopd.worlds.scenes.prompts import TAGS, prompts
 from danceopd.worlds.scenes.render import render
 
-SKILL = {  # chance of a right generation, of a right edit
+SKILL = {  # probability of a correct generation, of a correct edit
     "base": (0.6, 0.02),
     "generation": (0.95, 0.02),
     "editing": (0.45, 0.9),
@@ -26,11 +26,11 @@ SKILL = {  # chance of a right generation, of a right edit
 }
 ROLES = {"base": "base", "generation": "teacher", "editing": "teacher", "blend": "blend", "student": "student"}
 HOSTILE = """</script><script>window.evil=1</script>"'><img src=x onerror="window.evil=2">{{7*7}}&amp;"""
-"""What a model's name, an instruction or an answer may hold."""
+"""HTML and template code that a model's name, an instruction or an answer may contain."""
 
 
 def scenes(folder: Path, each: int = 3, noise: float = 6.0, seed: int = 0) -> Path:
-    """A bench of exact scenes, as an older version wrote it: right with chance `SKILL`, another scene otherwise."""
+    """A bench of exact scenes in an older format: correct with probability `SKILL`, else another scene."""
     rng, generator = random.Random(seed), np.random.default_rng(seed)
     drawn, edited = prompts("test", each * len(TAGS), 0), edits("test", each * len(TASKS), 0)
     wrong = [p.scene for p in prompts("val", 50, 1)]
@@ -49,7 +49,8 @@ def scenes(folder: Path, each: int = 3, noise: float = 6.0, seed: int = 0) -> Pa
             scene = prompt.scene if right else rng.choice(wrong)
             row = {"category": prompt.tag, "key": key, "prompt": prompt.prompt, "capability": "generation"}
             row |= {"score": float(right), "reason": "" if right else "1 star expected, no star found"}
-            rows.append(row | {"image": save(f"images/{model}/{prompt.tag}/{key}.png", scene)} | _told(model, n, right))
+            row["image"] = save(f"images/{model}/{prompt.tag}/{key}.png", scene)
+            rows.append(row | _model_fields(model, n, right))
         for n, edit in enumerate(edited):
             right, key = rng.random() < skill[1], f"{edit.task_type}-{n:03d}"
             other = rng.choice([edit.source, replace(edit.target, things=edit.target.things[:1])])
@@ -60,7 +61,7 @@ def scenes(folder: Path, each: int = 3, noise: float = 6.0, seed: int = 0) -> Pa
             row["image"] = save(f"images/{model}/{place}.png", edit.target if right else other)
             row["source"] = save(f"images/source/{place}_SRCIMG.png", edit.source)
             row["target"] = save(f"images/target/{place}.png", edit.target)
-            rows.append(row | _told(model, n, right))
+            rows.append(row | _model_fields(model, n, right))
     scores = _scores(
         rows, list(SKILL), ("generation", "editing"), {"name": "scenes", "version": "1", "protocol": "ab" * 32}
     )
@@ -71,14 +72,14 @@ def scenes(folder: Path, each: int = 3, noise: float = 6.0, seed: int = 0) -> Pa
     return write(folder, scores, rows)
 
 
-def _told(model: str, seed: int, correct: bool) -> dict:
+def _model_fields(model: str, seed: int, correct: bool) -> dict:
     return {"model": model, "seed": seed, "probe": None, "correct": correct}
 
 
 def judged(folder: Path, items: int = 48, size: tuple[int, int] = (1024, 1024), files: int = 6, seed: int = 0) -> Path:
-    """A bench of judged edits with everything new: statuses, reasons, subsets, held-out items, metrics, hostile words.
+    """A bench of judged edits in the current format: statuses, reasons, subsets, held-out items, metrics, hostile text.
 
-    `files` large pictures stand for all: every row has a path of its own, a hard link to one of them.
+    Every row has an image path of its own, a hard link to one of `files` large images.
     """
     rng = random.Random(seed)
     places = _photos(folder / "photos", files, size)
@@ -143,14 +144,15 @@ def judged(folder: Path, items: int = 48, size: tuple[int, int] = (1024, 1024), 
     scores["subsets"] = {
         "intersection": {"editing": statistics.subsets(rows, list(SKILL), "editing", suite["subsets"])["intersection"]}
     }
-    metrics = {m: {"psnr": statistics.mean([r["metrics"]["psnr"] for r in rows if r["model"] == m], False)} for m in SKILL}
+    psnr = {m: [row["metrics"]["psnr"] for row in rows if row["model"] == m] for m in SKILL}
+    metrics = {m: {"psnr": statistics.mean(values, False)} for m, values in psnr.items()}
     scores |= {"metrics": {"editing": metrics}, "pictures": {m: {"n": items, "near_duplicates": 0.25} for m in SKILL}}
     scores["interference"] = interference(rows, "student", "base", ["generation", "editing"], ["blend"])
     return write(folder, scores, rows)
 
 
 def _photos(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
-    """Pictures with detail at every size, as photographs have it."""
+    """Images with detail at every scale, like photographs."""
     generator = np.random.default_rng(0)
     folder.mkdir(parents=True)
     made = []
@@ -195,7 +197,7 @@ def _scores(rows: list[dict], models: list[str], capabilities: tuple[str, ...], 
 
 
 def write(folder: Path, scores: dict, rows: list[dict]) -> Path:
-    """A bench's two files."""
+    """Write the two files of a bench."""
     (folder / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder

@@ -72,18 +72,9 @@ def rollout_case(tiny: Any, task: str, device: str = "cpu", dtype: torch.dtype =
     return RolloutCase(backbone, EditingPipeline(tiny.editing(pipe), family, tiny.call), task, device)
 
 
-def afresh(field: Any) -> Any:
-    """The field, computing everything at every step, as a captured graph does."""
-
-    def velocity(x: torch.Tensor, sigma: torch.Tensor, condition: Any) -> torch.Tensor:
-        return field(x, sigma, condition)
-
-    return velocity
-
-
 def sync_free(field: MergedField) -> Any:
     """The field as it is captured: for prompts of different lengths it may be padded."""
-    return afresh(lambda x, sigma, condition: field(x, sigma, FAMILIES[condition.family].sync_free(condition)))
+    return lambda x, sigma, condition: field(x, sigma, FAMILIES[condition.family].sync_free(condition))
 
 
 def rollouts(case: RolloutCase, graphs: Any) -> tuple[list[Any], CapturedField]:
@@ -95,7 +86,7 @@ def rollouts(case: RolloutCase, graphs: Any) -> tuple[list[Any], CapturedField]:
     plan = [(first, [1, 2, 3], [3, 1, 3]), (others, [4, 5, 6], [1, 3, 3]), (first, [7, 8, 9], [3, 1, 2])]
     for turn, (condition, seeds, stops) in enumerate(plan):
         stop = torch.tensor(stops)
-        eager = [afresh(field)]
+        eager = [field]
         if case.backbone.family.sync_free is not unchanged_condition:
             eager.append(sync_free(field))
         states = [rollout(f, case.noise(*seeds), sigmas, stop, condition) for f in (captured, *eager)]

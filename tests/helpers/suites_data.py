@@ -1,4 +1,4 @@
-"""Small benchmarks on disk in the shapes that people have them: real files, a few pictures a category."""
+"""Small copies of the benchmarks on disk, in the formats that users have: real files, a few images a category."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ COCO = ("bench", "dog", "cat", "car", "bus", "kite")
 
 
 def noise(seed: int, size: tuple[int, int] = (96, 64)) -> Image.Image:
-    """A picture of noise, one a seed; ``size`` is (width, height)."""
+    """An image of noise for each seed; ``size`` is (width, height)."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
 def picture(path: Path, seed: int, size: tuple[int, int] = (96, 64)) -> Path:
-    """The same as a file."""
+    """The same, as a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise(seed, size).save(path)
     return path
 
 
 def gedit_rows(each: int = 2, languages: Sequence[str] = gedit.LANGUAGES) -> list[dict[str, Any]]:
-    """Records of GEdit-Bench: ``each`` a category and language, the first of each marked as in the intersection."""
+    """Records of GEdit-Bench: ``each`` for a category and language, the first of them marked as in the intersection."""
     return [
         {
             "task_type": category,
@@ -60,7 +60,7 @@ def gedit_tree(folder: Path, rows: Sequence[dict[str, Any]] | None = None) -> Pa
 
 
 def gedit_results(folder: Path, rows: Sequence[dict[str, Any]], size: tuple[int, int] = (128, 128)) -> Path:
-    """A model's pictures as the official code lays them out, of another size than the sources."""
+    """A model's images in the official layout, of another size than the sources."""
     for seed, row in enumerate(rows):
         home = folder / "fullset" / row["task_type"] / row["instruction_language"]
         picture(home / f"{row['key']}.png", 1000 + seed, size)
@@ -99,7 +99,7 @@ def geneval_records(each: int = 1) -> list[dict[str, Any]]:
 
 
 def answer(*numbers: float, status: Any = "ok", choice: str | None = None, reasoning: str = "because") -> Answer:
-    """What a judge said."""
+    """A judge's answer."""
     return Answer("", status, numbers=numbers or None, choice=choice, reasoning=reasoning)
 
 

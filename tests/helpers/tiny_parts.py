@@ -55,7 +55,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @torch.no_grad()
 def scale_matrices(module: torch.nn.Module, factor: float) -> None:
-    """Scale every matrix: with default initialisations some inputs hardly change the output, and tests would miss it."""
+    """Scale every matrix: with default initialisations some inputs hardly change the output, and a test misses it."""
     for weight in module.parameters():
         if weight.ndim >= 2:
             weight.mul_(factor)

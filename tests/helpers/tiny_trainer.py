@@ -95,7 +95,10 @@ def make_trainer(
         routed.append(RoutedTeacher(name, velocity, dataset, data.null, other))
     recipe = Recipe(**files, **{"steps": 6, "batch": 6, "student": {"rank": 8}, **fields})
     backbone.new_student(STUDENT, recipe.student.rank, recipe.seed, init)
-    hook = GateHook(recipe, routed, cpu) if recipe.gates.on else None
+    hook = None
+    if recipe.gates.on:
+        kinds = [teacher.capability for teacher in recipe.teachers]
+        hook = GateHook(recipe.gates, routed, kinds, cpu, seed=recipe.seed, rollout_steps=recipe.rollout.steps)
     return Trainer(recipe, backbone, routed, cpu, rank, world, hook=hook, callbacks=callbacks)
 
 

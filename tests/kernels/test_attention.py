@@ -88,7 +88,7 @@ def test_a_mask_that_hides_nothing_is_dropped(monkeypatch):
 
 
 @pytest.mark.parametrize("mask", [None, HOLED])
-def test_a_source_stands_in_its_place(mask):
+def test_cached_keys_are_inserted_where_they_belong(mask):
     q, k, v = qkv()
     more = [draw(9 + i, 2, 4, 2, 8).float() for i in range(2)]
     full_k, full_v = (torch.cat([x[:, :3], s, x[:, 3:]], 1) for x, s in zip((k, v), more))

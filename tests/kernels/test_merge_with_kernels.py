@@ -6,8 +6,8 @@ from importlib import import_module
 
 import pytest
 import torch
-from test_family_merges import recipe_of
 from tinies import KLEIN
+from tiny_merge import family_recipe
 
 import danceopd
 from danceopd.adapters.read import read_adapter
@@ -15,7 +15,7 @@ from danceopd.adapters.read import read_adapter
 
 def student(folder, **fields):
     folder.mkdir()
-    recipe = recipe_of(KLEIN, KLEIN.build(), folder).resolved()
+    recipe = family_recipe(KLEIN, KLEIN.build(), folder).resolved()
     danceopd.merge(danceopd.Recipe(**{**recipe, **fields}), report=lambda done, steps: None)
     return read_adapter(folder / "student")
 

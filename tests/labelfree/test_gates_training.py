@@ -1,71 +1,41 @@
-"""Gates in the loop, on a real tiny FLUX.2: what is asked of whom, splits that change nothing, exact continuation,
-and merges whose gates have no strength, which end at the same file as without."""
+"""Gates in the trainer, on a real tiny FLUX.2: which conditions are queried, splits that change nothing, exact
+continuation, and merges whose gates have no strength, which end at the same file as without."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import KLEIN, PROMPTS, make
-from tiny import CALL, random_adapter, random_image, tiny_klein
+from tiny_merge import WEIGHTS, tiny_models, tiny_recipe
+from tiny_trainer import NAMES, TinyData, backward, batches_of, make_trainer, tiny_data, train
 
-from danceopd.adapters.write import write_adapter
-from danceopd.data.dataset import ConditionDataset
+from danceopd.engine.batches import Draw
 from danceopd.engine.rollout import rollout
-from danceopd.engine.trainer import STUDENT, Loop, Source
+from danceopd.engine.trainer import Trainer
 from danceopd.errors import UserError
-from danceopd.labelfree.hook import ELSEWHERE, NULL, TOLD, WRONG
+from danceopd.labelfree.context import ELSEWHERE, NULL, PRIVILEGED, WRONG, StepContext
 from danceopd.merge import merge
-from danceopd.models.backbone import Backbone
-from danceopd.models.fields import AdapterField
-from danceopd.pipelines.editing import EditingPipeline
-from danceopd.pipelines.generation import GenerationPipeline
-from danceopd.pipelines.record import record
 from danceopd.pipelines.registry import with_prompt_of
 from danceopd.plan import plan
 from danceopd.recipe.recipe import Recipe
 
-OTHER = ["a circle red", "a square blue", "green stars two", "a ring white"]
-LONGER = [f"{words} on a white background" for words in PROMPTS]
-WEIGHTS = "pytorch_lora_weights.safetensors"
+PROMPT = "encoder_hidden_states"
 
 
 @pytest.fixture(scope="module")
-def world():
-    """Conditions of four questions of each teacher, and the same asked otherwise."""
-    pipe = tiny_klein()
-    draw, edit = GenerationPipeline(pipe, KLEIN, CALL), EditingPipeline(pipe, KLEIN, CALL)
-    images = [random_image(i) for i in range(4)]
-    worse = [random_image(10 + i) for i in range(4)]
-    null = record(pipe, KLEIN, prompt="", **{"height": 64, "width": 64, "num_inference_steps": 6},
-                  max_sequence_length=24)[0]  # fmt: skip
-    conditions = {
-        "generation": {"": draw.conditions(PROMPTS), "framing 1": draw.conditions(OTHER),
-                       "expanded": draw.conditions(LONGER)},
-        "editing": {"": edit.conditions(PROMPTS, images), "framing 1": edit.conditions(OTHER, images),
-                    "expanded": edit.conditions(LONGER, images), "degraded blur": edit.conditions(PROMPTS, worse)},
-    }  # fmt: skip
-    return conditions, draw.sigmas(), null
+def data() -> TinyData:
+    """Four conditions of each teacher, and the same rows under other conditions."""
+    return tiny_data(variants=True)
 
 
-def gated(world, files, rank=0, ranks=1, **fields) -> Loop:
-    """A loop whose two teachers are random adapters, with all that a gate may ask."""
-    conditions, sigmas, null = world
-    backbone = Backbone(tiny_klein().transformer, KLEIN)
-    sources = []
-    for i, name in enumerate(("generation", "editing")):
-        backbone.add_adapter(name, random_adapter(backbone.transformer, seed=i, size=0.1))
-        work = {what: ConditionDataset([(c, sigmas)]) for what, c in conditions[name].items()}
-        sources.append(Source(name, AdapterField(backbone, name), work.pop(""), null, work))
-    given = {"steps": 6, "batch": 8, "student": {"rank": 8}}
+def gated(data, files, **fields) -> Trainer:
     if (fields.get("gates") or {}).get("skills"):
         fields["gates"] = {**fields["gates"], "skills": {"degrade": ["blur"], **fields["gates"]["skills"]}}
-    recipe = Recipe(**files, **{**given, **fields})
-    backbone.new_student(STUDENT, recipe.student.rank, recipe.seed)
-    return Loop(recipe, backbone, sources, torch.device("cpu"), rank, ranks)
+    return make_trainer(data, files, **{"batch": 8, **fields})
 
 
 ALL = {"evidence": {"alpha": 1.0}, "consensus": True, "skills": {"eta": 1.0}}
@@ -76,176 +46,175 @@ KINDS = {
 }
 
 
-def test_rows_are_asked_as_the_gates_say(world, files):
-    """The null prompt, another question's prompt, other words, the clean source of what the student sees degraded."""
-    conditions, _, null = world
-    loop = gated(world, files, batch=16, seed=3, gates={**ALL, "evidence": {"contrast": "null"}},
-                 guidance={"unconditional": 0.2})  # fmt: skip
-    seen, kinds = 0, set()
-    for lesson in loop._lessons():
-        gates, name = lesson.gates, ("generation", "editing")[lesson.routes[0]]
-        assert not set(gates.asked) & {ELSEWHERE}
-        mine = conditions[name]
-        for row, blank in enumerate(lesson.blank):
-            at = {what: one.rows.index(row) for what, one in gates.asked.items() if row in one.rows}
-            assert bool(gates.gated[row]) != blank and bool(at) != blank
-            if blank:
+def test_rows_are_queried_as_the_gates_say(data, files):
+    """The null prompt, another row's prompt, a paraphrase, the clean source of what the student sees degraded."""
+    gates = {**ALL, "evidence": {"contrast": "null"}}
+    trainer = gated(data, files, batch=16, seed=3, gates=gates, guidance={"unconditional": 0.2})
+    count, kinds = 0, set()
+    for batch in batches_of(trainer):
+        context, name = batch.hook.context, NAMES[batch.teacher_index[0]]
+        assert not set(context.others) & {ELSEWHERE}
+        own, variants = data.conditions[name], data.variants[name]
+        for row, unconditional in enumerate(batch.unconditional):
+            at = {what: one.rows.index(row) for what, one in context.others.items() if row in one.rows}
+            assert bool(context.conditional[row]) != unconditional and bool(at) != unconditional
+            if unconditional:
                 continue
-            question = lesson.condition.rows([row])
-            first = question.kwargs["encoder_hidden_states"]
-            which = [i for i in range(4) if torch.equal(mine[""].kwargs["encoder_hidden_states"][i], first[0])][0]
-            words = {what: one.condition.kwargs["encoder_hidden_states"][at[what]] for what, one in
-                     gates.asked.items() if what in at}  # fmt: skip
-            assert torch.equal(words[NULL], null.kwargs["encoder_hidden_states"][0])
-            assert torch.equal(words["framing 1"], mine["framing 1"].kwargs["encoder_hidden_states"][which])
-            wrong = [i for i in range(4) if torch.equal(mine[""].kwargs["encoder_hidden_states"][i], words[WRONG])]
+            mine = batch.condition.rows([row])
+            (which,) = [i for i in range(4) if torch.equal(own.kwargs[PROMPT][i], mine.kwargs[PROMPT][0])]
+            prompts = {w: o.condition.kwargs[PROMPT][at[w]] for w, o in context.others.items() if w in at}
+            assert torch.equal(prompts[NULL], data.null.kwargs[PROMPT][0])
+            assert torch.equal(prompts["paraphrase 1"], variants["paraphrase 1"].kwargs[PROMPT][which])
+            wrong = [i for i in range(4) if torch.equal(own.kwargs[PROMPT][i], prompts[WRONG])]
             assert wrong and wrong != [which]
-            critical = bool(gates.critical[row])
-            told = "guided" if critical and name == "generation" else "source" if critical else "caption"
-            kinds.add((name, told))
-            assert (row in gates.guided) == (told == "guided")
-            if told == "caption":
-                assert torch.equal(words[TOLD], mine["expanded"].kwargs["encoder_hidden_states"][which])
+            critical = bool(context.critical[row])
+            kind = "guided" if critical and name == "generation" else "source" if critical else "caption"
+            kinds.add((name, kind))
+            assert (row in context.guided) == (kind == "guided")
+            if kind == "caption":
+                assert torch.equal(prompts[PRIVILEGED], variants["expanded"].kwargs[PROMPT][which])
             if name == "editing":
-                source = mine["degraded blur" if told == "source" else ""].context[which]
-                assert torch.equal(question.context[0], source)  # what the student sees
-                assert torch.equal(gates.asked[NULL].condition.context[at[NULL]], source)
-                assert torch.equal(gates.asked[TOLD].condition.context[at[TOLD]], mine[""].context[which]) or (
-                    told == "caption"
-                )
-                assert gates.grid == (4, 4)
-            seen += 1
-    assert seen > 8 and len(kinds) == 4, kinds
+                source = (variants["degraded blur"] if kind == "source" else own).context[which]
+                assert torch.equal(mine.context[0], source)  # what the student sees
+                assert torch.equal(context.others[NULL].condition.context[at[NULL]], source)
+                clean = context.others[PRIVILEGED].condition.context[at[PRIVILEGED]]
+                assert torch.equal(clean, own.context[which]) or kind == "caption"
+                assert context.grid == (4, 4)
+            count += 1
+    assert count > 8 and len(kinds) == 4, kinds
 
 
-def test_a_wrong_prompt_is_the_next_of_the_update_else_one_of_the_datas_first(world, files):
-    """Of the same teacher, with a prompt, and another question: whatever slice asks."""
-    loop = gated(world, files, gates={"consensus": True})
-    blank = [False, False, False, True, False, False]
-    update = loop.contexts.update(0, [0, 1, 0, 0, 0, 1], [3, 1, 3, 2, 0, 1], blank)
+def test_a_wrong_prompt_is_the_next_of_the_update_else_one_of_the_datas_first(data, files):
+    """Of the same teacher, with a prompt, and another sample: whatever slice is queried."""
+    hook = gated(data, files, gates={"consensus": True}).hook
+    dropped = [False, False, False, True, False, False]
+    draw = Draw([0, 1, 0, 0, 0, 1], [3, 1, 3, 2, 0, 1], dropped, torch.zeros(6, 1))
+    step = StepContext(hook.gates, hook.teachers, hook.capabilities, hook.device, 0, 0, 6, draw)
     generation, editing = [0, 2, 3, 4], [1, 5]
-    assert [update._partner(u, generation) for u in generation] == [0, 0, 0, 3]
-    assert [update._partner(u, editing) for u in editing] == [0, 0]  # both ask question 1: the data's first other
-    assert update._partner(4, [4, 0, 2]) == 3 == update._partner(4, [0, 2, 4])
+    assert [step._partner(g, generation) for g in generation] == [0, 0, 0, 3]
+    assert [step._partner(g, editing) for g in editing] == [0, 0]  # both have sample 1: the data's first other
+    assert step._partner(4, [4, 0, 2]) == 3 == step._partner(4, [0, 2, 4])
 
 
-def test_siblings_ask_one_question_at_one_noise_level_from_noises_of_their_own(world, files):
-    loop = gated(world, files, batch=16, query={"law": "uniform", "jitter": True}, gates={**ALL, "group": 4})
-    seen = set()
-    for lesson in loop._lessons():
-        states = lesson.gates.walk(lesson)
-        levels, starts = lesson.levels.unflatten(0, (-1, 4)), lesson.noise().unflatten(0, (-1, 4))
-        words = lesson.condition.kwargs["encoder_hidden_states"].unflatten(0, (-1, 4))
-        assert bool((levels == levels[:, :1]).all()) and bool((words == words[:, :1]).all())
-        assert not bool((starts[:, 0] == starts[:, 1]).all()) and states.shape[:2] == (len(lesson.mine), 1)
-        seen |= set(levels[:, 0, 0].tolist())
-    assert len(seen) == 4
+def test_siblings_share_a_sample_and_a_noise_level_from_noises_of_their_own(data, files):
+    trainer = gated(data, files, batch=16, query={"law": "uniform", "jitter": True}, gates={**ALL, "group": 4})
+    levels = set()
+    for batch in batches_of(trainer):
+        states = batch.hook.rollout(batch, trainer.velocities)
+        sigma, noise = batch.query_sigma.unflatten(0, (-1, 4)), batch.noise().unflatten(0, (-1, 4))
+        prompts = batch.condition.kwargs[PROMPT].unflatten(0, (-1, 4))
+        assert bool((sigma == sigma[:, :1]).all()) and bool((prompts == prompts[:, :1]).all())
+        assert not bool((noise[:, 0] == noise[:, 1]).all()) and states.shape[:2] == (len(batch), 1)
+        levels |= set(sigma[:, 0, 0].tolist())
+    assert len(levels) == 4
 
 
-def test_another_rows_source_is_a_contrast(world, files):
-    conditions, _, _ = world
-    loop = gated(world, files, gates={"evidence": {"contrast": "source"}})
-    for lesson in loop._lessons():
-        editing = lesson.routes[0] == 1
-        assert set(lesson.gates.asked) == {ELSEWHERE if editing else WRONG}
+def test_another_rows_source_is_a_contrast(data, files):
+    trainer = gated(data, files, gates={"evidence": {"contrast": "source"}})
+    for batch in batches_of(trainer):
+        editing, others = batch.teacher_index[0] == 1, batch.hook.context.others
+        assert set(others) == {ELSEWHERE if editing else WRONG}
         if editing:
-            one = lesson.gates.asked[ELSEWHERE]
-            mine = lesson.condition.rows(one.rows)
-            assert torch.equal(one.condition.kwargs["encoder_hidden_states"], mine.kwargs["encoder_hidden_states"])
-            for a, b in zip(one.condition.context, mine.context):
-                assert not torch.equal(a, b) and any(torch.equal(a, c) for c in conditions["editing"][""].context)
+            other = others[ELSEWHERE]
+            mine = batch.condition.rows(other.rows)
+            assert torch.equal(other.condition.kwargs[PROMPT], mine.kwargs[PROMPT])
+            for a, b in zip(other.condition.context, mine.context):
+                assert not torch.equal(a, b)
+                assert any(torch.equal(a, c) for c in data.conditions["editing"].context)
 
 
-def test_only_critical_rows_walk_on_and_their_state_is_their_walks(world, files):
-    """Each row's state is that of its own plain walk to where it is asked; who is not critical stops at the law's."""
-    loop = gated(world, files, batch=12, gates={"skills": {"critical": 0.5, "top": 0.4}})
-    plain = make(({k: v[""] for k, v in world[0].items()}, world[1]), files, batch=12)
+def test_only_critical_rows_roll_on_and_their_state_is_their_trajectorys(data, files):
+    """Each row's state is that of its own plain rollout to its query; who is not critical stops at the law's."""
+    trainer = gated(data, files, batch=12, gates={"skills": {"critical": 0.5, "top": 0.4}})
+    plain = make_trainer(data, files, batch=12)
     moved = 0
-    for lesson, same in zip(loop._lessons(), plain._lessons()):
-        depths = []
-        field = lesson.fields.walk
-        lesson.fields = lesson.fields.__class__(
-            lambda x, s, c, d=depths, f=field: d.append(len(x)) or f(x, s, c), *list(vars(lesson.fields).values())[1:]
-        )
-        own = lesson.stops.clone()
-        states = lesson.gates.walk(lesson)
-        critical = lesson.gates.critical
-        asked = torch.where(critical[:, None], torch.full_like(own, 6), own)
-        assert sum(depths) == int(asked.sum())
-        assert torch.equal(lesson.stops[~critical], own[~critical]) and torch.equal(own, same.stops)
-        alone = rollout(field, lesson.noise(), lesson.sigmas, lesson.stops, lesson.condition)
+    for batch, same in zip(batches_of(trainer), batches_of(plain)):
+        depths, field = [], trainer.velocities.rollout.field
+
+        def counted(x, s, c, d=depths, f=field):
+            d.append(len(x))
+            return f(x, s, c)
+
+        student = dataclasses.replace(trainer.velocities.rollout, field=counted)
+        own = batch.query_step.clone()
+        states = batch.hook.rollout(batch, dataclasses.replace(trainer.velocities, rollout=student))
+        critical = batch.hook.context.critical
+        depth = torch.where(critical[:, None], torch.full_like(own, 6), own)
+        assert sum(depths) == int(depth.sum())
+        assert torch.equal(batch.query_step[~critical], own[~critical]) and torch.equal(own, same.query_step)
+        alone = rollout(field, batch.noise(), batch.sigmas, batch.query_step, batch.condition)
         torch.testing.assert_close(states, alone, atol=1e-5, rtol=1e-4)
-        assert torch.equal(lesson.levels, lesson.sigmas[lesson.stops])
-        assert int(lesson.stops.max()) < 6
-        moved += int((lesson.stops != own).sum())
+        assert torch.equal(batch.query_sigma, batch.sigmas[batch.query_step])
+        assert int(batch.query_step.max()) < 6
+        moved += int((batch.query_step != own).sum())
     assert moved > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_update_does_not_depend_on_how_it_is_split(world, files, kind):
-    """Two processes, or slices of one batch: the same gradient, figures and running means."""
-    whole = gated(world, files, gates=KINDS[kind])
-    parts = [gated(world, files, rank=rank, ranks=2, gates=KINDS[kind]) for rank in range(2)]
-    slices = gated(world, files, micro_batch=2, gates=KINDS[kind])
+def test_an_update_does_not_depend_on_how_it_is_split(data, files, kind):
+    """Two processes, or slices of one batch: the same gradient, metrics and running means."""
+    whole = gated(data, files, gates=KINDS[kind])
+    parts = [gated(data, files, rank=rank, world=2, gates=KINDS[kind]) for rank in range(2)]
+    slices = gated(data, files, micro_batch=2, gates=KINDS[kind])
     for _ in range(2):  # the second update has running means to go by
         grads = {}
-        for name, loops in {"whole": [whole], "parts": parts, "slices": [slices]}.items():
+        for name, trainers in {"whole": [whole], "parts": parts, "slices": [slices]}.items():
             noted = []
-            for loop in loops:
-                for lesson in loop._lessons():
-                    loop.objective(lesson)
-                noted.append(torch.cat([n.flatten() for n in loop.contexts.running._noted]))
-            for loop in loops:
-                loop.contexts.running.fold(lambda total, noted=noted: total.copy_(sum(noted)))
-                loop.step += 1
-            zero = [torch.zeros_like(p) for p in whole.parameters]
-            mine = [[p.grad if p.grad is not None else z for p, z in zip(loop.parameters, zero)] for loop in loops]
+            for trainer in trainers:
+                for batch in batches_of(trainer):
+                    backward(trainer, batch)
+                noted.append(torch.cat([n.flatten() for n in trainer.hook.running._noted]))
+            for trainer in trainers:
+                trainer.hook.end_step(lambda total, noted=noted: total.copy_(sum(noted)))
+                trainer.step += 1
+            zero = [torch.zeros_like(p) for p in whole.optimizer.parameters]
+            mine = [
+                [z if p.grad is None else p.grad for p, z in zip(trainer.optimizer.parameters, zero)]
+                for trainer in trainers
+            ]
             grads[name] = [sum(g) for g in zip(*mine)]
-            for loop in loops:
-                loop.optimizer.zero_grad()
+            for trainer in trainers:
+                trainer.optimizer.adamw.zero_grad()
         for name in ("parts", "slices"):
             for a, b in zip(grads["whole"], grads[name]):
                 torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-6)
     for other in (parts[0], slices):
-        torch.testing.assert_close(other.contexts.running.weights, whole.contexts.running.weights, rtol=1e-4, atol=1e-6)
-    assert float(whole.contexts.running.weights[:, 0].sum()) == 16
+        torch.testing.assert_close(other.hook.running.weights, whole.hook.running.weights, rtol=1e-4, atol=1e-6)
+    assert float(whole.hook.running.weights[:, 0].sum()) == 16
 
 
-def test_a_run_goes_on_exactly(world, files):
-    loops = [gated(world, files, steps=4, batch=16, ema=0.9, gates=ALL) for _ in range(4)]
-    whole, first, second, without = loops
-    whole.run(lambda done: None)
-    for _ in range(3):
-        first._update()
-        first.step += 1
-    state = {k: v.clone() for k, v in first.state().items()}
+def test_a_run_continues_exactly(data, files):
+    whole, first, second, without = (gated(data, files, steps=4, batch=16, ema=0.9, gates=ALL) for _ in range(4))
+    train(whole)
+    train(first, 3)
+    state = {k: v.clone() for k, v in first.state_dict().items()}
     assert {"gates.scores", "gates.weights"} <= set(state) and float(state["gates.weights"][:, 0].sum()) == 48
-    second.restore(3, state)
-    second.run(lambda done: None)
-    for a, b in zip(whole.average, second.average):
+    second.load_state_dict(3, state)
+    train(second)
+    for a, b in zip(whole.optimizer.ema, second.optimizer.ema):
         assert torch.equal(a, b)
-    without.restore(3, {**state, "gates.weights": 0 * state["gates.weights"] + 3})
-    without.run(lambda done: None)
-    assert not all(torch.equal(a, b) for a, b in zip(whole.average, without.average))
+    without.load_state_dict(3, {**state, "gates.weights": 0 * state["gates.weights"] + 3})
+    train(without)
+    assert not all(torch.equal(a, b) for a, b in zip(whole.optimizer.ema, without.optimizer.ema))
 
 
-def test_figures_are_there_when_a_gate_is(world, files):
-    done = gated(world, files, gates={**ALL, "group": 2})._update().scalars()
-    names = {name for name in done if name.startswith("gate/")}
-    assert names == {
+def test_metrics_are_there_when_a_gate_is(data, files):
+    metrics = gated(data, files, gates={**ALL, "group": 2}).train_step().scalars()
+    assert {name for name in metrics if name.startswith("gate/")} == {
         "gate/weight", "gate/weight std", "gate/weight zero", "gate/ess", "gate/rho", "gate/delta positive",
         "gate/leak", "gate/consensus", "gate/critical", "gate/guarded", "gate/shift share",
     }  # fmt: skip
-    assert 0 < done["gate/ess"] <= 1 and 0 <= done["gate/consensus"] <= 1 and done["gate/leak"] > 0
-    plain = gated(world, files)
-    assert plain.contexts is None and "gates.scores" not in plain.state()
-    assert not [name for name in plain._update().scalars() if name.startswith("gate")]
+    assert 0 < metrics["gate/ess"] <= 1 and 0 <= metrics["gate/consensus"] <= 1 and metrics["gate/leak"] > 0
+    plain = gated(data, files)
+    assert plain.hook is None and "gates.scores" not in plain.state_dict()
+    assert not [name for name in plain.train_step().scalars() if name.startswith("gate")]
 
 
-def test_a_missing_null_prompt_is_asked_for(world, files):
-    with pytest.raises(UserError, match="gates ask the null prompt, and teacher 'generation' has none"):
-        gated((world[0], world[1], None), files, gates={"evidence": True})
-    gated((world[0], world[1], None), files, gates={"evidence": {"contrast": "prompt"}})._update()
+def test_a_missing_null_prompt_is_named(data, files):
+    without = dataclasses.replace(data, null=None)
+    with pytest.raises(UserError, match="gates query the null prompt, and teacher 'generation' has none"):
+        gated(without, files, gates={"evidence": True})
+    gated(without, files, gates={"evidence": {"contrast": "prompt"}}).train_step()
 
 
 # From end to end
@@ -253,25 +222,16 @@ def test_a_missing_null_prompt_is_asked_for(world, files):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    pipe = tiny_klein(folder / "base")
-    for i, name in enumerate(("draws", "edits")):
-        write_adapter(random_adapter(pipe.transformer, seed=i, size=0.1), folder / name)
-    return folder
+    return tiny_models(tmp_path_factory.mktemp("models"))
 
 
 def recipe(models: Path, output: Path, **fields) -> Recipe:
-    given = {
-        "base": str(models / "base"), "generation": str(models / "draws"), "editing": str(models / "edits"),
-        "output": output, "steps": 3, "batch": 4, "student": {"rank": 8}, "data": {"rows": 6}, "save_every": 2,
-        "rollout": {"steps": 3}, "samples": {"every": 0, "count": 1}, "watch": {"every": 0}, "device": "cpu",
-        "call": {"height": 64, "width": 64, "steps": 2, "max_sequence_length": 40},
-    }  # fmt: skip
-    return Recipe(**{**given, **fields})
+    call = {"height": 64, "width": 64, "num_inference_steps": 2, "max_sequence_length": 40}
+    return tiny_recipe(models, output, **{"steps": 3, "monitor": {"every": 0}, "device": "cpu", "call": call, **fields})
 
 
 def sha(models: Path, output: Path, **fields) -> str:
-    merge(recipe(models, output, **fields), lambda done, steps: None)
+    merge(recipe(models, output, **fields), lambda metrics, steps: None)
     return hashlib.sha256((output / WEIGHTS).read_bytes()).hexdigest()
 
 
@@ -293,16 +253,16 @@ def test_gates_of_no_strength_end_at_the_same_file(models, tmp_path):
     assert len(found | {plain}) == 4
 
 
-def test_a_stopped_gated_run_goes_on_to_the_same_file(models, tmp_path):
+def test_a_stopped_gated_run_continues_to_the_same_file(models, tmp_path):
     gates = {"consensus": True, "evidence": {"alpha": -0.5}, "group": 2}
     whole = sha(models, tmp_path / "whole", gates=gates)
     sha(models, tmp_path / "part", gates=gates, steps=2)
     assert sha(models, tmp_path / "part", gates=gates) == whole
     with pytest.raises(UserError, match="holds another run .gates.evidence"):
-        merge(recipe(models, tmp_path / "part", steps=4), lambda done, steps: None)
+        merge(recipe(models, tmp_path / "part", steps=4), lambda metrics, steps: None)
 
 
-def test_plan_counts_what_gates_ask(models, tmp_path):
+def test_plan_counts_what_gates_query(models, tmp_path):
     def passes(**gates) -> dict[str, float]:
         return plan(recipe(models, tmp_path / "none", gates=gates, rollout={"steps": 3}), tflops=1.0)["passes"]
 
@@ -314,12 +274,11 @@ def test_plan_counts_what_gates_ask(models, tmp_path):
     assert passes(consensus=True, evidence=True)["gates, frozen"] == several + 1
     both = passes(skills={"generation": {"episode": "none"}, "editing": {"episode": "none"}})
     assert both["gates, frozen"] == pytest.approx(0.5)  # critical rows alone
-    assert both["gates, walk"] == pytest.approx(0.5 * (3 - both["walk"]))
-    assert passes(evidence=True, group=2)["gates, walk"] == 0
+    assert both["gates, rollout"] == pytest.approx(0.5 * (3 - both["rollout"]))
+    assert passes(evidence=True, group=2)["gates, rollout"] == 0
 
 
-def test_other_prompts_stay_in_their_layout(world):
+def test_other_prompts_stay_in_their_layout(data):
     """What a contrast is made by: the prompts of one condition on everything else of another."""
-    conditions, _, null = world
-    mine = conditions["editing"][""]
-    assert with_prompt_of(mine, null).layout == mine.layout == with_prompt_of(mine, conditions["editing"]["expanded"]).layout
+    mine, longer = data.conditions["editing"], data.variants["editing"]["expanded"]
+    assert with_prompt_of(mine, data.null).layout == mine.layout == with_prompt_of(mine, longer).layout

@@ -1,29 +1,26 @@
-"""The watch: its figures, a planted confident mistake that it rings for, and runs that it must not change."""
+"""The monitor: its figures, a planted confident mistake that raises its alarm, and runs that it must not change."""
 
 import json
 import math
-from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
 from flows import Gaussian, shifted
 from safetensors.torch import load_file
-from test_distributed import check, launch
-from tiny import random_adapter, tiny_klein
+from tiny_merge import WEIGHTS, check_student, json_lines, tiny_models, tiny_recipe, torchrun
+from tiny_merge import run as merge_run
 from torch import nn
 from torchmetrics.functional import spearman_corrcoef
 
 from danceopd.adapters.read import read_adapter
-from danceopd.adapters.write import write_adapter
 from danceopd.engine.rollout import rollout
 from danceopd.errors import UserError
-from danceopd.labelfree import monitor as watch_module
-from danceopd.labelfree.monitor import Watch
-from danceopd.labelfree.probes import AGREEMENT, CONSENSUS, Held, Panel
-from danceopd.labelfree.statistics import Interval, Limits, Seen, alarms, mistakes, quarter, spearman, spread
-from danceopd.merge import merge
-from danceopd.recipe.labelfree import Watch as Knobs
+from danceopd.labelfree import monitor as monitor_module
+from danceopd.labelfree.monitor import Monitor
+from danceopd.labelfree.probes import AGREEMENT, CONSENSUS, ProbeBatch, ProbeSet
+from danceopd.labelfree.statistics import Check, Interval, Limits, alarms, mistakes, quarter, spearman, spread
+from danceopd.recipe.labelfree import Monitor as Options
 from danceopd.recipe.recipe import Recipe
 
 # -- figures ----------------------------------------------------------------------------------------------
@@ -73,43 +70,44 @@ def test_spread():
 
 
 FINE = (Interval(0.2, 0.1, 0.3), Interval(0.3, 0.1, 0.5))
-CHECK = Seen(0.5, {"trust": 0.5}, 1.0, 1.0, [0.5, 0.5])
+CHECK = Check(0.5, {"trust": 0.5}, 1.0, 1.0, [0.5, 0.5])
 
 
-def rung(checks=(CHECK,), beliefs=None, share=None):
-    return alarms(Limits(), beliefs or {"trust": FINE}, {"editing": checks}, share)
+def alarms_of(checks=(CHECK,), confidences=None, share=None):
+    return alarms(Limits(), confidences or {"trust": FINE}, {"editing": checks}, share)
 
 
-def seen(**fields):
-    return Seen(**{**vars(CHECK), **fields})
+def check_with(**fields):
+    return Check(**{**vars(CHECK), **fields})
 
 
 def test_limits():
-    assert not rung() and not rung(share=0.5)
-    assert "surest of, 40% is among the worst (30% to 50%" in rung(beliefs={"t": (Interval(0.4, 0.3, 0.5), FINE[1])})[0]
-    assert "rank correlation -0.30" in rung(beliefs={"t": (FINE[0], Interval(-0.3, -0.5, -0.1))})[0]
-    assert not rung(beliefs={"t": (Interval(0.4, 0.2, 0.6), Interval(-0.3, -0.7, 0.1))})
-    assert "the weights count as 40% of their rows" in rung(share=0.4)[0]
-    assert "editing: it heeds its prompt 0.4 times" in rung([CHECK, seen(strength=0.4)])[0]
-    assert "heeds its prompt 2.1 times" in rung([CHECK, seen(strength=2.1)])[0]
-    assert not rung([seen(strength=0.1), seen(strength=0.4)])  # it began further out
-    assert "differ 60% as much as is usual" in rung([seen(diversity=0.6)])[0]
+    assert not alarms_of() and not alarms_of(share=0.5)
+    wrong = {"t": (Interval(0.4, 0.3, 0.5), FINE[1])}
+    assert "surest of, 40% is among the worst (30% to 50%" in alarms_of(confidences=wrong)[0]
+    assert "rank correlation -0.30" in alarms_of(confidences={"t": (FINE[0], Interval(-0.3, -0.5, -0.1))})[0]
+    assert not alarms_of(confidences={"t": (Interval(0.4, 0.2, 0.6), Interval(-0.3, -0.7, 0.1))})
+    assert "the weights count as 40% of their rows" in alarms_of(share=0.4)[0]
+    assert "editing: it follows its prompt 0.4 times" in alarms_of([CHECK, check_with(strength=0.4)])[0]
+    assert "follows its prompt 2.1 times" in alarms_of([CHECK, check_with(strength=2.1)])[0]
+    assert not alarms_of([check_with(strength=0.1), check_with(strength=0.4)])  # it began further out
+    assert "differ 60% as much as is usual" in alarms_of([check_with(diversity=0.6)])[0]
     for name in ("score", "strength", "diversity"):
-        assert "not finite" in rung([CHECK, seen(**{name: math.nan})])[0]
+        assert "not finite" in alarms_of([CHECK, check_with(**{name: math.nan})])[0]
 
 
 def test_divergence_is_three_falls_that_are_no_noise():
-    def course(scores, confidence):
+    def checks_of(scores, confidence):
         return [
-            seen(score=float(np.mean(s)), confidence={"trust": c}, scores=s) for s, c in zip(scores, confidence)
+            check_with(score=float(np.mean(s)), confidence={"trust": c}, scores=s) for s, c in zip(scores, confidence)
         ]
 
     falling = [[0.9] * 8, [0.8] * 8, [0.7] * 8, [0.6] * 8]
-    assert "trust rose and the score fell 3 checks in a row, by 0.3" in rung(course(falling, [1, 2, 3, 4]))[0]
-    assert not rung(course(falling[:3], [1, 2, 3]))
-    assert not rung(course(falling, [1, 2, 3, 2.9]))
+    assert "trust rose and the score fell 3 checks in a row, by 0.3" in alarms_of(checks_of(falling, [1, 2, 3, 4]))[0]
+    assert not alarms_of(checks_of(falling[:3], [1, 2, 3]))
+    assert not alarms_of(checks_of(falling, [1, 2, 3, 2.9]))
     noisy = [[0.5, 0.5, 0.5, 0.5], [0.9, 0.1, 0.5, 0.4], [0.1, 0.9, 0.8, 0.0], [0.8, 0.9, 0.0, 0.0]]
-    assert not rung(course(noisy, [1, 2, 3, 4]))
+    assert not alarms_of(checks_of(noisy, [1, 2, 3, 4]))
 
 
 # -- a planted confident mistake: two dimensions, eight prompts, one of them drawn on the wrong side ----------
@@ -135,7 +133,7 @@ class Prompts:
     def to(self, device=None):
         return self
 
-    def said_otherwise(self, generator):
+    def reworded(self, generator):
         return Prompts(self.mode, self.words + 0.3 * torch.randn(self.words.shape, generator=generator))
 
 
@@ -162,24 +160,24 @@ class Near:
         prompt = torch.arange(MODES).repeat(4).repeat_interleave(len(clean) // (4 * MODES))
         return -(clean - CENTRES[prompt]).norm(dim=1)
 
-    def remember(self, clean):
+    def calibrate(self, clean):
         pass
 
 
-def panel(live=None):
-    """The panel of a consensus gate; `live` is the student itself, asked in place of its frozen teacher."""
+def probes(live=None):
+    """The probes of a consensus gate; `live` is the student itself, in place of its frozen teacher."""
     numbers = torch.Generator().manual_seed(3)
-    asked = Prompts(torch.arange(MODES).repeat(4))
-    framings = [asked, *(asked.said_otherwise(numbers) for _ in range(FRAMINGS - 1))]
+    prompts = Prompts(torch.arange(MODES).repeat(4))
+    wordings = [prompts, *(prompts.reworded(numbers) for _ in range(FRAMINGS - 1))]
 
-    def framed(field, x, sigma, rows):
-        answers = torch.stack([(live or field)(x, sigma, one.rows(rows)) for one in framings])
+    def paraphrased(field, x, sigma, rows):
+        answers = torch.stack([(live or field)(x, sigma, one.rows(rows)) for one in wordings])
         return answers, torch.ones(answers.shape[:2], dtype=torch.bool)
 
-    noise = torch.randn(len(asked) * 6, 2, generator=numbers)
-    other = asked.rows(torch.arange(len(asked)).roll(1))
-    held = Held(asked, other, noise, shifted(6, 1.0), Near(), framed)
-    return Panel("flow", exact, [held], torch.device("cpu"), 1024)
+    noise = torch.randn(len(prompts) * 6, 2, generator=numbers)
+    other = prompts.rows(torch.arange(len(prompts)).roll(1))
+    batch = ProbeBatch(prompts, other, noise, shifted(6, 1.0), Near(), paraphrased)
+    return ProbeSet("flow", exact, [batch], torch.device("cpu"), 1024)
 
 
 @pytest.fixture(scope="module")
@@ -202,8 +200,8 @@ def mistaken():
     return student.state_dict()
 
 
-def course(mistaken, live):
-    """What the watch sees of 160 updates, and when it rings."""
+def training(mistaken, live):
+    """The checks of 160 updates, and the steps with an alarm."""
     student, numbers, sigmas = Student(), torch.Generator().manual_seed(9), shifted(6, 1.0)
     student.load_state_dict(mistaken)
     optimizer = torch.optim.Adam(student.parameters(), 3e-3)
@@ -212,93 +210,80 @@ def course(mistaken, live):
     def field(x, sigma, condition):
         return student(x, sigma, condition)
 
-    watch, rang = Watch(Knobs(), [panel(field if live else None)], "the distance"), []
-    watch.check(0, field)
+    monitor, alarmed = Monitor(Options(), [probes(field if live else None)], "the distance"), []
+    monitor.check(0, field)
     for step in range(1, 161):
-        asked = Prompts(torch.randint(MODES, (64,), generator=numbers))
+        prompts = Prompts(torch.randint(MODES, (64,), generator=numbers))
         stop = torch.randint(0, 6, (64,), generator=numbers)
-        x, sigma = rollout(field, torch.randn(64, 2, generator=numbers), sigmas, stop, asked), sigmas[stop]
+        x, sigma = rollout(field, torch.randn(64, 2, generator=numbers), sigmas, stop, prompts), sigmas[stop]
         if live:
-            said = [field(x, sigma, asked.said_otherwise(numbers)) for _ in range(FRAMINGS)]
-            target = torch.stack(said).mean(0)
+            velocities = [field(x, sigma, prompts.reworded(numbers)) for _ in range(FRAMINGS)]
+            target = torch.stack(velocities).mean(0)
         else:
-            target = exact(x, sigma, asked)
-        loss = (student(x, sigma, asked) - target).square().mean()
+            target = exact(x, sigma, prompts)
+        loss = (student(x, sigma, prompts) - target).square().mean()
         optimizer.zero_grad(), loss.backward(), optimizer.step()
         if step % 20 == 0:
-            watch.check(step, field)
-            rang += [step] * bool(watch.ringing)
-    return [line["panels"]["flow"] for line in watch._lines], rang
+            monitor.check(step, field)
+            alarmed += [step] * bool(monitor.alarms)
+    return [line["panels"]["flow"] for line in monitor._lines], alarmed
+
+
+def test_confidences_are_taken_at_the_middle_of_the_rollout():
+    """Of six steps before the fourth: the student's state and noise level there."""
+    seen, sigmas, probe_set = [], shifted(6, 1.0), probes()
+
+    def teacher(x, sigma, condition):
+        seen.append((x.clone(), sigma))
+        return exact(x, sigma, condition)
+
+    probe_set.teacher = teacher
+    probe_set.measure(exact)
+    (batch,) = probe_set.batches
+    rows = [row for row in range(len(batch.condition)) for _ in range(batch.seeds)]
+    stop = torch.full((len(rows),), 3)
+    wanted = rollout(exact, batch.noise, sigmas, stop, batch.condition.rows(torch.tensor(rows)))
+    assert len(seen) == 2 + FRAMINGS  # its prompt, another's, and the wordings
+    for x, sigma in seen:
+        torch.testing.assert_close(x, wanted)
+        assert set(sigma.tolist()) == {float(sigmas[3])}
 
 
 def test_plain_danceopd_mends_the_mistake_in_silence(mistaken):
-    lines, rang = course(mistaken, live=False)
-    assert not rang
+    lines, alarmed = training(mistaken, live=False)
+    assert not alarmed
     assert min(lines[0]["scores"][::MODES]) < -2 and min(lines[-1]["scores"]) > -1.2
 
 
-def test_the_live_self_as_target_rings(mistaken):
-    """It loves what it says itself: its own consensus stays high while the pictures go astray, and the watch rings."""
-    lines, rang = course(mistaken, live=True)
-    assert rang and rang[0] <= 80
+def test_the_student_as_its_own_teacher_raises_an_alarm(mistaken):
+    """Its own consensus stays high while the pictures go astray, and there is an alarm."""
+    lines, alarmed = training(mistaken, live=True)
+    assert alarmed and alarmed[0] <= 80
     assert lines[-1]["score"] < lines[0]["score"] - 0.5
-    assert 0.5 < lines[-1]["confidence"][CONSENSUS] < 0.999  # the exact flow, which reads no words, would say 1
+    assert 0.5 < lines[-1]["confidence"][CONSENSUS] < 0.9999  # the exact flow, which reads no words, would say 1
     assert lines[-1]["confidence"][AGREEMENT] < lines[0]["confidence"][AGREEMENT]
 
 
 # -- runs -----------------------------------------------------------------------------------------------------
 
-WATCHED = {"every": 2, "prompts": 8, "seeds": 2}
-WEIGHTS = "pytorch_lora_weights.safetensors"
+MONITORED = {"every": 2, "prompts": 8, "seeds": 2}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    pipe = tiny_klein(folder / "base")
-    for i, name in enumerate(("draws", "edits")):
-        write_adapter(random_adapter(pipe.transformer, seed=i, size=0.1), folder / name)
-    return folder
+    return tiny_models(tmp_path_factory.mktemp("models"))
 
 
 def recipe(models, output, **fields):
-    given = {
-        "base": str(models / "base"),
-        "generation": str(models / "draws"),
-        "editing": str(models / "edits"),
-        "output": output,
-        "steps": 4,
-        "batch": 4,
-        "student": {"rank": 4},
-        "data": {"rows": 6},
-        "samples": {"every": 0, "count": 1},
-        "save_every": 2,
-        "rollout": {"steps": 3},
-        "call": {"height": 64, "width": 64, "steps": 3, "max_sequence_length": 24},
-    }
-    return Recipe(**{**given, **fields})
+    return tiny_recipe(models, output, **{"student": {"rank": 4}, **fields})
 
 
-def run(models, output, stop=None, **fields):
-    """Merge; `stop` ends it after that update, as a kill would."""
-
-    class Stop(Exception):
-        pass
-
-    steps = []
-
-    def report(done, total):
-        steps.append(done.step)
-        if done.step == stop and len(steps) == steps.index(stop) + 1:
-            raise Stop
-
-    with suppress(Stop):
-        merge(recipe(models, output, **fields), report)
-    return steps
+def run(models, output, kill=None, **fields):
+    return merge_run(recipe(models, output, **fields), kill)
 
 
-def lines_of(folder, name="watch.jsonl"):
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+def lines_of(folder, name="monitor.jsonl"):
+    return json_lines(folder / name)
 
 
 def manifest(folder):
@@ -313,104 +298,104 @@ def plain(models, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def watched(models, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("watched") / "run"
-    run(models, folder, watch=WATCHED)
+def monitored(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("monitored") / "run"
+    run(models, folder, monitor=MONITORED)
     return folder
 
 
-def test_a_watched_run_is_the_run(plain, watched):
+def test_a_monitored_run_is_the_run(plain, monitored):
     """The same student, and the same last checkpoint with all random states."""
-    assert (watched / WEIGHTS).read_bytes() == (plain / WEIGHTS).read_bytes()
-    assert manifest(watched) == manifest(plain)
-    assert not (plain / "watch.jsonl").exists()
+    assert (monitored / WEIGHTS).read_bytes() == (plain / WEIGHTS).read_bytes()
+    assert manifest(monitored) == manifest(plain)
+    assert not (plain / "monitor.jsonl").exists()
 
 
-def test_what_it_saw_is_written_everywhere(watched):
-    checks = lines_of(watched)
+def test_what_it_saw_is_written_everywhere(monitored):
+    checks = lines_of(monitored)
     assert [line["step"] for line in checks] == [0, 2, 4]
     assert set(checks[0]["panels"]) == {"generation", "editing"} and set(checks[0]["beliefs"]) == {AGREEMENT}
-    whole = json.loads((watched / "watch.json").read_text())
+    whole = json.loads((monitored / "monitor.json").read_text())
     assert whole["prompts"] == {"generation": 4, "editing": 4} and "exact scorer" in whole["judge"]
     assert len(whole["checks"]) == 3 and "scores" not in whole["checks"][0]["panels"]["editing"]
-    logged = {line["step"]: line for line in lines_of(watched, "metrics.jsonl")}
-    assert {step for step, line in logged.items() if "watch/alarms" in line} == {0, 2, 4}
-    assert "loss" in logged[2] and "watch/score editing" in logged[2]
-    assert "judged by the exact scorer" in (watched / "README.md").read_text()
+    logged = {line["step"]: line for line in lines_of(monitored, "metrics.jsonl")}
+    assert {step for step, line in logged.items() if "monitor/alarms" in line} == {0, 2, 4}
+    assert "loss" in logged[2] and "monitor/score editing" in logged[2]
+    assert "judged by the exact scorer" in (monitored / "README.md").read_text()
 
 
-def test_a_gate_is_watched_and_plain_danceopd_is_not():
-    assert Recipe().watch.steps(Recipe().gates.on) == 0
+def test_a_gate_is_monitored_and_plain_danceopd_is_not():
+    assert Recipe().monitor.interval(Recipe().gates.on) == 0
     gated = Recipe(gates={"evidence": True})
-    assert gated.watch.steps(gated.gates.on) == 100
-    assert Recipe(gates={"evidence": True}, watch={"every": 0}).watch.steps(True) == 0
+    assert gated.monitor.interval(gated.gates.on) == 100
+    assert Recipe(gates={"evidence": True}, monitor={"every": 0}).monitor.interval(True) == 0
 
 
-def test_a_continued_run_sees_what_the_whole_run_saw(models, tmp_path, watched):
-    run(models, tmp_path / "run", stop=3, watch=WATCHED)
+def test_a_continued_run_sees_what_the_whole_run_saw(models, tmp_path, monitored):
+    run(models, tmp_path / "run", kill=3, monitor=MONITORED)
     assert [line["step"] for line in lines_of(tmp_path / "run")] == [0, 2]
-    run(models, tmp_path / "run", watch=WATCHED)
-    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (watched / WEIGHTS).read_bytes()
-    for here, there in zip(lines_of(tmp_path / "run"), lines_of(watched), strict=True):
+    run(models, tmp_path / "run", monitor=MONITORED)
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (monitored / WEIGHTS).read_bytes()
+    for here, there in zip(lines_of(tmp_path / "run"), lines_of(monitored), strict=True):
         assert {**here, "seconds": 0} == {**there, "seconds": 0}
 
 
 def test_an_alarm_brings_the_first_state_back_and_goes_on_plainly(models, tmp_path, plain, caplog):
     """Gated until the first check, which no state before it passed: what follows is the plain run, to the byte."""
     gates = {"evidence": {"alpha": 1.0}}
-    knobs = {**WATCHED, "diversity": 9.0, "rollback": "plain"}
-    steps = run(models, tmp_path / "run", stop=3, gates=gates, watch=knobs)
+    options = {**MONITORED, "diversity": 9.0, "rollback": "plain"}
+    steps = run(models, tmp_path / "run", kill=3, gates=gates, monitor=options)
     assert steps == [1, 1, 2, 3]
-    assert run(models, tmp_path / "run", gates=gates, watch=knobs) == [3, 4]
+    assert run(models, tmp_path / "run", gates=gates, monitor=options) == [3, 4]
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (plain / WEIGHTS).read_bytes()
-    assert "watch, step 2: the state after step 0 is brought back, and the run goes on without gates" in caplog.text
+    assert "monitor, step 2: the state after step 0 is restored, and the run goes on without gates" in caplog.text
     assert [line["step"] for line in lines_of(tmp_path / "run", "metrics.jsonl")] == [0, 0, 0, 1, 2, 3, 4]
     checks = lines_of(tmp_path / "run")
     assert [line["step"] for line in checks] == [0, 2, 2, 2, 4] and checks[2]["rolled_back_to"] == 0
     card = (tmp_path / "run" / "README.md").read_text()
-    assert "After step 2 the state of step 0 was brought back" in card and "Step 4: generation: pictures of" in card
+    assert "After step 2 the state of step 0 was restored" in card and "Step 4: generation: pictures of" in card
 
 
 def test_an_alarm_ends_the_run_at_the_last_good_state(models, tmp_path, monkeypatch):
-    """The third check rings: the student is that of two updates, and running again leaves it alone."""
+    """The third check has an alarm: the student is that of two updates, and running again leaves it alone."""
 
-    def third(limits, beliefs, checks, share):
+    def third(limits, confidences, checks, share):
         return ["enough"] * (len(checks["editing"]) > 2)
 
-    monkeypatch.setattr(watch_module, "alarms", third)
-    knobs = {**WATCHED, "rollback": "stop"}
-    assert run(models, tmp_path / "run", watch=knobs) == [1, 2, 3]
+    monkeypatch.setattr(monitor_module, "alarms", third)
+    options = {**MONITORED, "rollback": "stop"}
+    assert run(models, tmp_path / "run", monitor=options) == [1, 2, 3]
     run(models, tmp_path / "two", steps=2)
     found, wanted = (read_adapter(tmp_path / name).sha256 for name in ("run", "two"))
     assert found == wanted
-    assert run(models, tmp_path / "run", watch=knobs) == []
+    assert run(models, tmp_path / "run", monitor=options) == []
     assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["good-000002", "step-000002"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_are_watched_and_brought_back(models, tmp_path, parallel):
-    """One of them looks, or both where the base is sharded; the alarms are said once, and both go back."""
+def test_two_processes_are_monitored_and_brought_back(models, tmp_path, parallel):
+    """One of them checks, or both where the base is sharded; the alarms are logged once, and both go back."""
     fields = {"batch": 3, "optimizer": {"warmup": 1}}
     run(models, tmp_path / "one", **fields)
-    knobs = {**WATCHED, "diversity": 9.0, "rollback": "plain"}
-    gated = recipe(models, tmp_path / "two", parallel=parallel, gates={"evidence": True}, watch=knobs, **fields)
-    said = launch(gated, tmp_path)
-    assert said.count("the state after step 0 is brought back") == 1 == said.count("watch, step 4: editing:")
-    check(tmp_path / "two", load_file(tmp_path / "one" / WEIGHTS))
+    options = {**MONITORED, "diversity": 9.0, "rollback": "plain"}
+    gated = recipe(models, tmp_path / "two", parallel=parallel, gates={"evidence": True}, monitor=options, **fields)
+    said = torchrun(gated, tmp_path)
+    assert said.count("the state after step 0 is restored") == 1 == said.count("monitor, step 4: editing:")
+    check_student(tmp_path / "two", load_file(tmp_path / "one" / WEIGHTS))
     assert [line["step"] for line in lines_of(tmp_path / "two")] == [0, 2, 2, 2, 4]
 
 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"watch": {"rollback": "plain"}}, "nothing is watched"),
-        ({"watch": {"every": 5, "rollback": "plain"}}, "no gate is on; give stop"),
-        ({"watch": {"strength": [2, 1]}}, "lower bound first"),
-        ({"watch": {"judge": "nowhere/at/all"}}, "watch.judge: similarity model"),
-        ({"watch": {"evry": 5}}, "did you mean 'every'"),
+        ({"monitor": {"rollback": "plain"}}, "nothing is monitored"),
+        ({"monitor": {"every": 5, "rollback": "plain"}}, "no gate is on; give stop"),
+        ({"monitor": {"strength": [2, 1]}}, "lower bound first"),
+        ({"monitor": {"judge": "nowhere/at/all"}}, "monitor.judge: similarity model"),
+        ({"monitor": {"evry": 5}}, "did you mean 'every'"),
     ],
 )
-def test_recipes_that_would_not_be_watched(fields, said):
+def test_recipes_that_would_not_be_monitored(fields, said):
     with pytest.raises(UserError, match=said):
         Recipe(**fields)

@@ -24,13 +24,14 @@ from danceopd.data.dataset import TeacherData
 from danceopd.data.encode import Encoder, open_pipelines
 from danceopd.data.sources import edits_from, prompts_from
 from danceopd.errors import UserError
-from danceopd.labelfree.probes import Fields, panels
-from danceopd.labelfree.scorers import Alike, Denoiser, Exact, Similarity
+from danceopd.labelfree.probes import FrozenFields, probe_sets
+from danceopd.labelfree.scorers import Denoiser, Exact, Similarity, SimilarityScorer
 from danceopd.models.backbone import Backbone
 from danceopd.models.fields import AdapterField, BaseField
 from danceopd.pipelines.registry import FAMILIES
+from danceopd.recipe.parts import Teacher
 from danceopd.recipe.recipe import Recipe
-from danceopd.run.heldout import held_rows
+from danceopd.run.heldout import Row, held_out_rows
 from danceopd.worlds.scenes.edits import edits
 from danceopd.worlds.scenes.prompts import prompts
 from danceopd.worlds.scenes.render import render
@@ -92,7 +93,7 @@ def test_similarity_of_picture_and_prompt_is_the_model_s_own(clip):
     model = Similarity(str(clip), DEVICE)
     assert model.sentence.startswith("CLIPModel")
     words, clean = ["a red one", "b" * 40], torch.rand(4, 3, generator=torch.Generator().manual_seed(1))
-    scores = Alike(model, pictures, words)(clean)
+    scores = SimilarityScorer(model, pictures, words)(clean)
     theirs = CLIPModel.from_pretrained(clip).eval()
     how = {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": 24}
     call = CLIPProcessor.from_pretrained(clip)(text=words, images=pictures(clean), **how)
@@ -100,22 +101,23 @@ def test_similarity_of_picture_and_prompt_is_the_model_s_own(clip):
         logits = theirs(**call).logits_per_image / theirs.logit_scale.exp()
     torch.testing.assert_close(scores, torch.stack([logits[0, 0], logits[1, 0], logits[2, 1], logits[3, 1]]))
     before = [Image.new("RGB", (48, 40), "red"), Image.new("RGB", (48, 40), "blue")]
-    gains = Alike(model, pictures, words, before)(clean)
-    start = cosine_similarity(model.words(words), model.pictures(before))
+    gains = SimilarityScorer(model, pictures, words, before)(clean)
+    start = cosine_similarity(model.texts(words), model.pictures(before))
     torch.testing.assert_close(gains, scores - start.repeat_interleave(2))
-    assert Alike(model, lambda clean: before, words, before)(clean[:2]).abs().max() < 1e-6  # a source left alone
+    left_alone = SimilarityScorer(model, lambda clean: before, words, before)
+    assert left_alone(clean[:2]).abs().max() < 1e-6
 
 
 def test_a_model_without_words_compares_with_the_teacher_s_pictures(dino):
     model = Similarity(str(dino), DEVICE)
-    judge = Alike(model, pictures, ["one", "two"])
+    judge = SimilarityScorer(model, pictures, ["one", "two"])
     theirs = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]])
-    judge.remember(theirs)
+    judge.calibrate(theirs)
     assert judge(theirs).min() > 0.9999 and judge(theirs.flip(0)).max() < 0.9999
 
 
 def test_what_is_no_judge_is_refused(tmp_path):
-    with pytest.raises(UserError, match="watch.judge .* does not load"):
+    with pytest.raises(UserError, match="monitor.judge .* does not load"):
         Similarity(str(tmp_path), DEVICE)
 
 
@@ -157,42 +159,48 @@ def world(tmp_path, files):
         rows.append({"instruction": f"make it {name}", "source": f"{i}.png"})
     (tmp_path / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pipe, family = tiny_klein(tmp_path / "models" / "base"), FAMILIES["flux2-klein"]
-    encoder = Encoder(tmp_path / "models" / "base", family, open_pipelines(pipe, family, CALL, ("generation", "editing")))
+    pipelines = open_pipelines(pipe, family, CALL, ("generation", "editing"))
+    encoder = Encoder(tmp_path / "models" / "base", family, pipelines)
     backbone = Backbone(pipe.transformer, family)
-    asked = {
+    datasets = {
         "generation": TeacherData(prompts_from(tmp_path / "words.txt"), [0, 1, 2, 3, 4, 6]),
         "editing": TeacherData(edits_from(tmp_path / "edits.jsonl"), list(range(8))),
     }
     base = BaseField(backbone)
-    fields = Fields({"generation": base, "editing": base}, {}, AdapterField(backbone, None))
+    fields = FrozenFields({"generation": base, "editing": base}, AdapterField(backbone, None))
     recipe = Recipe(**files, output="out", data={"generation": "words.txt", "editing": "edits.jsonl"}, batch=4)
-    return recipe, encoder, asked, fields
+    return recipe, encoder, datasets, fields
+
+
+def held_out(recipe: Recipe, teacher: Teacher, data: TeacherData, count: int) -> list[Row]:
+    return held_out_rows(teacher, recipe.data_source(teacher), data, count, recipe.seed)
 
 
 def test_held_out_rows_are_not_drawn(world, caplog):
-    recipe, _, asked, _ = world
+    recipe, _, datasets, _ = world
     draws, edit = recipe.teachers
     with caplog.at_level(logging.WARNING):
-        held = held_rows(recipe, draws, asked["generation"], 2)
-        assert sorted(row.words for row in held) == ["a blue square", "a white square"] and not caplog.text
-        assert len(held_rows(recipe, draws, asked["generation"], 5)) == 2
-    assert "teacher generation: of " in caplog.text and "only 2 rows are not learnt from, where 5 were" in caplog.text
-    assert len(held_rows(recipe, edit, asked["editing"], 4)) == 2  # all are drawn: better these than none
-    assert "teacher editing: the updates learn from every row" in caplog.text
+        held = held_out(recipe, draws, datasets["generation"], 2)
+        assert sorted(row.prompt for row in held) == ["a blue square", "a white square"] and not caplog.text
+        assert len(held_out(recipe, draws, datasets["generation"], 5)) == 2
+    assert "teacher generation: " in caplog.text
+    assert "has only 2 rows that training does not sample, and 5 were" in caplog.text
+    assert len(held_out(recipe, edit, datasets["editing"], 4)) == 2  # all are drawn: better these than none
+    assert "teacher editing: training samples every row" in caplog.text
     made = recipe.model_copy(update={"data": recipe.data.model_copy(update={"editing": "scenes:style_change"})})
-    assert {row.task.task_type for row in held_rows(made, edit, asked["editing"], 4)} == {"style_change"}
+    assert {row.task.task_type for row in held_out(made, edit, datasets["editing"], 4)} == {"style_change"}
 
 
-def test_panels_of_other_data_are_judged_by_a_field_or_a_model(world, clip):
-    recipe, encoder, asked, fields = world
-    found, said = panels(recipe, encoder, asked, fields, DEVICE)
-    assert said == "how the base denoises the pictures (a weak judge; give watch.judge a similarity model)"
-    assert [panel.name for panel in found] == ["generation", "editing"] and found[0].prompts == 2
-    for panel in found:
-        panel.begin()
-        look = panel.look(fields.base)
-        assert look.score.shape == (2, 4) and look.strength == pytest.approx(1)
-        assert look.spread == pytest.approx(panel.usual)
-    watch = recipe.watch.model_copy(update={"judge": str(clip)})
-    found, said = panels(recipe.model_copy(update={"watch": watch}), encoder, asked, fields, DEVICE)
-    assert said.startswith("CLIPModel") and found[1].held[0].judge.before.shape == (2,)
+def test_probes_of_other_data_are_judged_by_a_field_or_a_model(world, clip):
+    recipe, encoder, datasets, fields = world
+    found, said = probe_sets(recipe, encoder, datasets, fields, DEVICE)
+    assert said == "how the base denoises the pictures (a weak judge; give monitor.judge a similarity model)"
+    assert [probes.name for probes in found] == ["generation", "editing"] and found[0].prompts == 2
+    for probes in found:
+        probes.calibrate()
+        measured = probes.measure(fields.base)
+        assert measured.score.shape == (2, 4) and measured.strength == pytest.approx(1)
+        assert measured.spread == pytest.approx(probes.usual_spread)
+    monitor = recipe.monitor.model_copy(update={"judge": str(clip)})
+    found, said = probe_sets(recipe.model_copy(update={"monitor": monitor}), encoder, datasets, fields, DEVICE)
+    assert said.startswith("CLIPModel") and found[1].batches[0].scorer.before.shape == (2,)

@@ -10,7 +10,7 @@ import torch
 
 from danceopd.errors import UserError
 from danceopd.labelfree import consensus, evidence
-from danceopd.labelfree.weights import HIGHEST, METRICS, SEEN, WINDOW, RunningMeans, combine, summary
+from danceopd.labelfree.weights import HIGHEST, METRICS, MIN_ROWS, WINDOW, RunningMeans, combine, summary
 from danceopd.recipe.recipe import Recipe
 
 
@@ -207,12 +207,12 @@ def test_running_means_are_those_of_the_rows_by_teacher_and_noise():
         kept.fold(lambda total: None)
     for (r, quarter), values in seen.items():
         mean, deviation = kept.spread(torch.tensor([r]), torch.tensor([quarter / 4 + 0.1]))
-        if len(values) < SEEN:
+        if len(values) < MIN_ROWS:
             assert float(deviation) == 0
             continue
         assert float(mean) == pytest.approx(np.mean(values), rel=1e-5)
         assert float(deviation) == pytest.approx(np.std(values), rel=1e-4)
-    assert max(map(len, seen.values())) >= SEEN
+    assert max(map(len, seen.values())) >= MIN_ROWS
 
 
 def test_running_means_forget_after_the_window_and_pass_over_what_is_not_finite():
@@ -249,16 +249,16 @@ def test_running_means_do_not_depend_on_the_split_and_are_resumed_exactly():
     for half in halves:
         assert torch.allclose(half.weights, whole.weights) and torch.allclose(half.scores, whole.scores)
     again = running()
-    again.restore(whole.state())
+    again.load_state_dict(whole.state_dict())
     assert torch.equal(again.scores, whole.scores) and torch.equal(again.weights, whole.weights)
 
 
 def test_summary_names_what_is_logged():
     weights = torch.tensor([0.0, 1.0, 2.0, 3.0]).double()
-    sums, counts = torch.zeros(len(METRICS)).double(), torch.zeros(len(METRICS)).double()
-    sums[0], counts[0] = weights.sum(), 4
-    sums[METRICS.index("rho")], counts[METRICS.index("rho")] = 1.5, 3
-    found = summary(sums, counts, float(weights.square().sum()), 1.0)
+    square = float(weights.square().mean())
+    means = {"weight": 1.5, "weight square": square, "weight zero": 0.25, "rho": 0.5}
+    assert set(means) <= set(METRICS)
+    found = summary(means)
     assert found == pytest.approx(
         {"gate/weight": 1.5, "gate/rho": 0.5, "gate/weight std": weights.std(correction=0).item(),
          "gate/weight zero": 0.25, "gate/ess": 36 / (4 * 14)}
@@ -275,7 +275,7 @@ def test_a_gate_is_one_key(files):
     again = Recipe.load(None, **recipe.resolved())
     assert again.gates == recipe.gates
     assert Recipe(**files, gates={"evidence": {"contrast": None}}).gates.evidence.contrast == "null"
-    assert Recipe(**files, batch=8, gates={"evidence": True, "group": 4}).unit == 4
+    assert Recipe(**files, batch=8, gates={"evidence": True, "group": 4}).group_size == 4
 
 
 @pytest.mark.parametrize(
@@ -286,11 +286,11 @@ def test_a_gate_is_one_key(files):
         ({"gates": {"evidence": {"contrast": "prompts"}}}, "gates.evidence.contrast is 'prompts'.*'prompt'"),
         ({"gates": {"evidence": True}, "objective": "diffusionopd"}, "gates weigh what objective danceopd learns"),
         ({"gates": {"evidence": True, "group": 3}}, "batch 8 is no multiple of gates.group, 3"),
-        ({"gates": {"evidence": True, "group": 4}, "micro_batch": 2}, "splits the walks.*, gates.group 4"),
-        ({"gates": {"skills": True, "group": 4}}, "group compares walks of one question"),
+        ({"gates": {"evidence": True, "group": 4}, "micro_batch": 2}, "splits the rollouts.*, gates.group 4"),
+        ({"gates": {"skills": True, "group": 4}}, "group compares rollouts of one sample"),
         ({"gates": {"consensus": {"bound": 0.9}}}, "gates.consensus.bound is 0.9"),
         ({"gates": {"skills": {"generation": {"step": "source"}}}}, "gates.skills.generation.step is 'source'"),
-        ({"gates": {"skills": True}, "rollout": {"steps": 1}}, "needs walks of two steps or more"),
+        ({"gates": {"skills": True}, "rollout": {"steps": 1}}, "needs rollouts of two steps or more"),
     ],
 )
 def test_misuse_is_refused_in_a_sentence(files, fields, sentence):

@@ -1,4 +1,4 @@
-"""Adapters on one backbone: exact against PEFT's own loading, silent hazards, merged weights, strictness."""
+"""`Backbone`: adapters compared with PEFT's own loading, gradients, merged weights, and what it refuses."""
 
 from __future__ import annotations
 
@@ -311,7 +311,7 @@ def test_half_precision_backbone_keeps_fp32_adapters(scene):
         assert velocity.dtype == torch.float32 and (velocity - answer).norm() < 0.05 * answer.norm()
 
 
-def test_stock_pipeline_draws_as_the_acting_adapter(scene):
+def test_the_stock_pipeline_generates_with_the_active_adapter(scene):
     """Samples during training come from the stock pipeline on the backbone's own transformer."""
     pipe = tiny_klein()
     backbone = Backbone(pipe.transformer, family_of(pipe))

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rollout_cases import CASES, NAMES, afresh, rollout_case, rollouts
+from rollout_cases import CASES, NAMES, rollout_case, rollouts
 from tape import Tape
 from tiny import CALL, random_adapter, tiny_klein
 
@@ -254,7 +254,7 @@ def test_training_gives_the_same_student(files):
     condition, sigmas = draw.conditions(prompts), draw.sigmas()
     recipe = Recipe(**files, steps=3, batch=4, student={"rank": 8}, query={"law": "uniform"})
     students, graphs = [], Tape()
-    for wrap in (afresh, lambda field: CapturedField(field, graphs, min_calls=1)):
+    for wrap in (lambda field: field, lambda field: CapturedField(field, graphs, min_calls=1)):
         backbone, teachers = Backbone(tiny_klein().transformer, family), []
         for seed, name in enumerate(("generation", "editing")):
             backbone.add_adapter(name, random_adapter(backbone.transformer, seed=seed, size=0.1))

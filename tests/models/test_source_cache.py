@@ -7,10 +7,10 @@ from importlib import import_module
 
 import pytest
 import torch
-from test_family_merges import recipe_of
 from tinies import TINIES
 from tiny import random_adapter, random_image, tiny_klein
 from tiny_klein_kv import TINY, tiny_klein_kv
+from tiny_merge import family_recipe
 from tiny_parts import recorded_steps
 
 import danceopd
@@ -114,7 +114,7 @@ def test_a_prompt_alone_has_no_source_to_cache(kv):
 @pytest.mark.parametrize("tiny", TINIES, ids=lambda tiny: tiny.family)
 def test_refused_in_one_sentence_where_sources_see_the_image(tiny):
     family = FAMILIES[tiny.family]
-    if family.keep_source is not None:
+    if family.cache_source is not None:
         return check_source_cache(family)
     with pytest.raises(UserError, match=r"rollout\.cache_source.*leave it out") as refused:
         check_source_cache(family)
@@ -122,7 +122,7 @@ def test_refused_in_one_sentence_where_sources_see_the_image(tiny):
 
 
 def test_a_merge_refuses_before_weights_load(tmp_path, monkeypatch):
-    recipe = recipe_of(TINIES[0], tiny_klein(), tmp_path)
+    recipe = family_recipe(TINIES[0], tiny_klein(), tmp_path)
     recipe = danceopd.Recipe(**{**recipe.resolved(), "rollout": {"steps": 2, "cache_source": True}})
     monkeypatch.setattr(import_module("danceopd.merge"), "load_base", lambda *a: pytest.fail("loaded"))
     with pytest.raises(UserError, match="cache_source.*flux2-klein see the noisy ones"):
@@ -143,7 +143,7 @@ def test_a_merge_with_cached_sources_gives_the_same_student(tmp_path):
     for cached in (False, True):
         folder = tmp_path / str(cached)
         folder.mkdir()
-        recipe = recipe_of(TINY, tiny_klein_kv(), folder).resolved()
+        recipe = family_recipe(TINY, tiny_klein_kv(), folder).resolved()
         recipe["rollout"] |= {"steps": 3, "cache_source": cached}
         danceopd.merge(danceopd.Recipe(**recipe), report=lambda done, steps: None)
         students.append(read_adapter(folder / "student"))

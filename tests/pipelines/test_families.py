@@ -123,8 +123,8 @@ def test_guided_velocities_equal_the_stock_guidance(case):
         pytest.skip(f"{case.tiny.family} has no classifier-free guidance")
     guided = case.family.guidance_on(SCALE)
     steps = case.stock(0, seed=3, output_type="latent", **guided)[1]
-    blank = {**case.stock_call(0), "prompt": guided.get("negative_prompt", "")}
-    null = record(case.pipe, case.family, **blank)[0]
+    call = {**case.stock_call(0), "prompt": guided.get("negative_prompt", "")}
+    null = record(case.pipe, case.family, **call)[0]
     field, condition = GuidedField(case.field, null, SCALE), case.condition([0])
     plain = case.stock(0, seed=3, output_type="latent")[1]
     assert (steps[0][0] - plain[0][0]).abs().max() > 100 * case.tiny.tolerance, "guidance changed nothing"

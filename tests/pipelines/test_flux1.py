@@ -28,7 +28,7 @@ def pipe():
 
 @pytest.mark.parametrize("size", [(64, 128), (128, 64)])
 def test_a_bucket_of_another_shape_equals_the_stock_kontext(pipe, size):
-    """Target and source have their own shapes; the picture has the size that was asked for, not a megapixel."""
+    """Target and source have their own shapes; the picture has the size of the call, not a megapixel."""
     height, width = size
     stock, call = tiny_kontext(pipe), {**CALL, "height": height, "width": width, "steps": 2}
     ours = EditingPipeline(stock, FLUX1, call)
@@ -80,7 +80,7 @@ def test_size_of_a_source_for_kontext(pipe, size, call, expected):
 
 @pytest.mark.parametrize("build", [tiny_klein, tiny_flux2_dev])
 @pytest.mark.parametrize("size", [(64, 64), (90, 70), (200, 64)])
-def test_size_of_a_source_is_what_the_stock_pipeline_draws(build, size):
+def test_size_of_a_source_is_that_of_the_stock_pipeline(build, size):
     pipe, image = build(), random_image(0, *size)
     family = family_of(pipe)
     height, width = family.size_of(pipe, image, {})
@@ -122,7 +122,7 @@ def test_a_base_may_be_saved_as_its_editing_pipeline(pipe, tmp_path):
     tiny_kontext(pipe).save_pretrained(tmp_path)
     base = DiffusionPipeline.from_pretrained(tmp_path)
     assert family_of(tmp_path) is family_of(base) is FLUX1
-    call = pipeline_call(tmp_path, CALL)
+    call = pipeline_call(tmp_path, {("num_inference_steps" if key == "steps" else key): CALL[key] for key in CALL})
     assert call == {**CALL, "guidance_scale": 3.5}
     made = open_pipelines(base, FLUX1, call, ["editing", "generation", "editing"])
     assert [type(d.pipe).__name__ for d in made.values()] == ["FluxKontextPipeline", "FluxPipeline"]

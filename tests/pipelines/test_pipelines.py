@@ -13,6 +13,7 @@ from danceopd.errors import UserError
 from danceopd.models.backbone import Backbone
 from danceopd.models.fields import BaseField, GuidedField
 from danceopd.pipelines import Condition, EditingPipeline, GenerationPipeline, family_of, record, stack
+from danceopd.pipelines.generation import euler
 
 PROMPTS = ["a red circle", "two blue square on the left", "a white ring above a yellow star"]
 EDITS = ["make the circle red", "remove the star", "change the background to blue"]
@@ -86,6 +87,22 @@ def test_rollout_and_picture_equal_the_stock_pipeline(pipe, field, draw, edit, m
         close(state.velocity, velocity)
     assert np.array_equal(np.asarray(ours.images(states[-1].x)[0]), np.asarray(picture))
     assert np.asarray(picture).std() > 1  # a flat picture would equal anything
+
+
+def test_euler_that_is_stopped_early_calls_the_field_no_further(field, draw):
+    levels = []
+
+    def counted(x, sigma, condition):
+        levels.append(float(sigma[0]))
+        return field(x, sigma, condition)
+
+    condition, sigmas = draw.conditions(PROMPTS[:2]), draw.sigmas()
+    whole = list(draw.denoise(condition, draw.noise([1, 2]), field))
+    for state in euler(counted, draw.noise([1, 2]), sigmas, condition):
+        if state.step == 2:
+            break
+    assert torch.equal(state.x, whole[2].x) and torch.equal(state.velocity, whole[2].velocity)
+    assert levels == sigmas[:3].tolist() and not state.x.requires_grad
 
 
 def test_prompts_seeds_and_sources_matter(field, draw, edit):

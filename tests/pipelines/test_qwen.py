@@ -1,4 +1,4 @@
-"""What `test_families.py` does not ask of the Qwen-Image families: masks, source shapes, sizes, the processor."""
+"""Qwen-Image beyond `test_families.py`: masks, source shapes, sizes, the processor."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def test_a_mask_goes_in_only_where_rows_differ_in_length(pipe, draw):
         assert call["encoder_hidden_states_mask"] is None and call["encoder_hidden_states"].shape[1] == length
 
 
-def test_words_and_source_tokens_each_matter(edit):
-    """The source is heard twice: by the text encoder, and as tokens beside the latents."""
+def test_text_and_source_tokens_each_matter(edit):
+    """The source has an effect twice: through the text encoder, and as tokens after the latents."""
     field = BaseField(Backbone(edit.pipe.transformer, QWEN_IMAGE))
     one, other = (edit.conditions(["make it red"], [random_image(i)]) for i in (0, 1))
     x, sigma = edit.noise([1]), torch.tensor([0.6])
@@ -91,7 +91,7 @@ def test_words_and_source_tokens_each_matter(edit):
 
 
 def test_zero_cond_t_is_at_work_in_edits_alone():
-    """2511 modulates source tokens as at time 0; the same weights without it answer otherwise."""
+    """2511 modulates source tokens as at time 0; the same weights without that give another velocity."""
     plain, zero = (tiny_qwen(zero_cond_t=z) for z in (False, True))
     assert all(
         torch.equal(a, b) for a, b in zip(plain.transformer.parameters(), zero.transformer.parameters(), strict=True)
@@ -152,7 +152,7 @@ def test_prompts_are_refused_exactly_where_the_stock_pipeline_cuts(pipe, edit):
     close(long, edit.conditions(["x" * 11], [random_image(0)]).kwargs["encoder_hidden_states"])
 
 
-def test_a_base_saved_as_an_editing_pipeline_also_draws(tmp_path, pipe, draw):
+def test_a_base_saved_as_an_editing_pipeline_also_generates(tmp_path, pipe, draw):
     save_editing(tmp_path, QwenImageEditPlusPipeline)
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
     assert family_of(tmp_path) is family_of(loaded) is QWEN_IMAGE

@@ -66,7 +66,7 @@ def close(a, b, tolerance=1e-5):
     assert a.shape == b.shape and (a - b).abs().max() <= tolerance, (a - b).abs().max()
 
 
-def test_one_transformer_answers_in_both_layouts_and_the_condition_says_which(omni):
+def test_one_transformer_takes_both_layouts_and_the_condition_says_which(omni):
     """The same weights, prompt and state: the basic and the omni layout disagree, each equals its own stock class."""
     basic = ZImagePipeline(**{k: v for k, v in omni.components.items() if not k.startswith("siglip")})
     answers = []
@@ -77,7 +77,7 @@ def test_one_transformer_answers_in_both_layouts_and_the_condition_says_which(om
     assert (answers[0] - answers[1]).abs().max() > 0.05
 
 
-def test_a_model_with_siglip_draws_through_its_own_pipeline_and_a_plain_one_does_not(pipe, omni):
+def test_a_model_with_siglip_generates_through_the_omni_pipeline_and_a_plain_one_does_not(pipe, omni):
     assert generation_pipe(omni) is omni
     editing = editing_pipe(pipe)
     assert editing.siglip is None and family_of(editing) is Z_IMAGE
@@ -105,7 +105,7 @@ def test_several_sources(omni):
     close(velocity(omni, x, omni.scheduler.sigmas[1], condition), v)
 
 
-def test_source_features_are_heard(omni):
+def test_source_features_have_an_effect(omni):
     """Without this, SigLIP2 features could be recorded and never used."""
     condition = EditingPipeline(omni, Z_IMAGE, CALL).conditions([PROMPT], [random_image(1)])
     x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -115,7 +115,7 @@ def test_source_features_are_heard(omni):
 
 
 def test_padding_of_ragged_captions_is_never_read(pipe):
-    """Rows keep their own lengths: what stands behind them in the stacked tensor may be anything."""
+    """Rows keep their own lengths: the padding after them in the stacked tensor may hold anything."""
     ours = GenerationPipeline(pipe, Z_IMAGE, CALL)
     batch = ours.conditions([PROMPT, PROMPT + " with two yellow star below the black square"])
     lengths, words = batch.kwargs["cap_lengths"], batch.kwargs["cap_feats"]
@@ -181,7 +181,7 @@ def test_an_editing_pipe_reads_sources_in_bfloat16_and_leaves_its_pipe_alone(pip
     assert plain.vae.dtype == torch.float32 and not hasattr(plain, "prepare_siglip_embeds")
 
 
-def test_siglip_is_read_from_another_folder_or_asked_for(omni, tmp_path):
+def test_siglip_is_read_from_another_folder_or_the_error_says_so(omni, tmp_path):
     basic = ZImagePipeline(**{k: v for k, v in omni.components.items() if not k.startswith("siglip")})
     with pytest.raises(UserError, match="has no siglip; set editing_base"):
         editing_pipe(basic)

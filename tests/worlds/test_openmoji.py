@@ -1,4 +1,4 @@
-"""The openmoji suite on drawings of our own: fetching, rendering, tasks, and the suite itself."""
+"""The openmoji world and suite, on drawings made for these tests: fetching, rendering, tasks, scores."""
 
 import hashlib
 import json

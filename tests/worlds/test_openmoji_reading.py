@@ -1,4 +1,4 @@
-"""Reading and scoring pictures of drawings of our own: what is right, how tolerant it is, and what a fault costs."""
+"""Reading and scoring pictures of drawings made for these tests: exactness, tolerances, and the cost of errors."""
 
 import io
 from dataclasses import replace

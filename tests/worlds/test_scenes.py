@@ -1,4 +1,4 @@
-"""The exact world: scenes, splits, prompts, edits, pictures."""
+"""Synthetic scenes: splits, prompts, edits and rendering."""
 
 import random
 from dataclasses import replace

@@ -12,9 +12,9 @@ from danceopd.errors import UserError
 from danceopd.worlds.scenes.edits import PROBE_TASKS, TASKS, Edit, edits
 from danceopd.worlds.scenes.grammar import COLOURS, SHAPES, Scene, Thing, free_places
 from danceopd.worlds.scenes.prompts import PROBE_TAGS, TAGS, Prompt, prompts
-from danceopd.worlds.scenes.read import read
+from danceopd.worlds.scenes.read import read, read_many, tier_of
 from danceopd.worlds.scenes.render import render
-from danceopd.worlds.scenes.score import judge, score_edit, score_edits, score_prompt, score_prompts
+from danceopd.worlds.scenes.score import judge, score_edit, score_prompt
 
 RED_CIRCLE = Thing("circle", "red", 8, 24, 6)
 BLUE_STAR = Thing("star", "blue", 40, 24, 6)
@@ -28,6 +28,18 @@ def mixed(edit, share):
 
 def static(seed):
     return np.random.default_rng(seed).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+
+
+def score_prompts(tasks, images):
+    """Read in one batch."""
+    readings = read_many(images, tier_of(tasks[0].scene))
+    return [score_prompt(task, one) for task, one in zip(tasks, readings, strict=True)]
+
+
+def score_edits(tasks, images):
+    """Read in one batch."""
+    readings = read_many(images, tier_of(tasks[0].source))
+    return [score_edit(task, one) for task, one in zip(tasks, readings, strict=True)]
 
 
 def mean_o(tasks, images):

@@ -1,4 +1,4 @@
-"""How the shipped model is made: the cell-local code, the batches, both trainings, and their continuation."""
+"""Training of the shipped model: the autoencoder's code, the batches, both trainings, and resuming."""
 
 import numpy as np
 import pytest

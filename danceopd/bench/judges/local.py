@@ -145,23 +145,9 @@ class LocalJudge:
         for question, ids, mask in zip(questions, made[:, start:], inputs["attention_mask"]):
             ids = ids[: question.max_tokens]
             text = self._processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-            got = read(text, question.reads)
-            answers.append(
-                Answer(
-                    question.key,
-                    got.status,
-                    got.numbers,
-                    got.choice,
-                    got.reasoning,
-                    text,
-                    attempts=1,
-                    tokens_in=int(mask.sum()),
-                    tokens_out=int((ids != pad).sum()),
-                    seconds=round(seconds, 3),
-                    judge=self.name,
-                    repeat=question.repeat,
-                )
-            )
+            used = {"attempts": 1, "tokens_in": int(mask.sum()), "tokens_out": int((ids != pad).sum())}
+            fields = {**used, "seconds": round(seconds, 3), "judge": self.name}
+            answers.append(read(text, question.reads).answer(question, text, **fields))
         return answers
 
     def _conversation(self, question: Question) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from danceopd.bench.judges.protocol import Reads, Status
+from danceopd.bench.judges.protocol import Answer, Question, Reads, Status
 
 SCORES = ("score", "scores", "rating", "ratings", "numbers")
 CHOICES = ("choice", "answer", "winner", "verdict", "preference", "better", "correct")
@@ -45,23 +45,28 @@ class ParsedAnswer:
     choice: str | None = None
     reasoning: str = ""
 
+    def answer(self, question: Question, text: str, **fields: Any) -> Answer:
+        """The answer to a question with this content and its raw text; `fields` are further ones of `Answer`."""
+        parsed = (self.status, self.numbers, self.choice, self.reasoning)
+        return Answer(question.key, *parsed, text, repeat=question.repeat, **fields)
+
 
 def read(text: str, reads: Reads) -> ParsedAnswer:
     """Parse a judge's ``text`` as ``reads`` asks; status unparsable or refused where it does not hold that."""
-    said = text.rpartition("</think>")[2].replace("||V^=^V||", " ").strip()
-    objects = [found for found in _objects(said) if isinstance(found, dict)]
-    reasoning = next((r for r in map(_reason, objects) if r), said if not objects else "")
+    answer = text.rpartition("</think>")[2].replace("||V^=^V||", " ").strip()
+    objects = [found for found in _objects(answer) if isinstance(found, dict)]
+    reasoning = next((r for r in map(_reason, objects) if r), answer if not objects else "")
     # None stands for a score or choice that is there but not as asked; it must not be skipped
-    found = (_choices if reads.choices else _scores)(said, objects, reads)
+    found = (_choices if reads.choices else _scores)(answer, objects, reads)
     if not found or any(one != found[0] for one in found) or found[0] is None:
-        status: Status = "refused" if not objects and _REFUSAL.search(said) else "unparsable"
+        status: Status = "refused" if not objects and _REFUSAL.search(answer) else "unparsable"
         return ParsedAnswer(status, reasoning=reasoning)
     if reads.choices:
         return ParsedAnswer("ok", choice=found[0], reasoning=reasoning)
     return ParsedAnswer("ok", numbers=found[0], reasoning=reasoning)
 
 
-def _scores(said: str, objects: list[dict], reads: Reads) -> list[Any]:
+def _scores(answer: str, objects: list[dict], reads: Reads) -> list[Any]:
     """The numbers of every place that holds scores; None for one that is not as asked."""
     held = [_field(each, SCORES) for each in objects]
     held = [value for value in held if value is not None] or [v for v in map(_numbered, objects) if v]
@@ -69,12 +74,12 @@ def _scores(said: str, objects: list[dict], reads: Reads) -> list[Any]:
         return [_numbers(value, reads) for value in held]
     if objects:
         return []
-    if cut := _CUT.findall(said):  # the object is cut off or broken by prose, but its list is complete
+    if cut := _CUT.findall(answer):  # the object is cut off or broken by prose, but its list is complete
         return [_numbers(_literal(value), reads) for value in cut]
-    bare = re.sub(r"^```\w*\s*|\s*```$", "", said).strip()
+    bare = re.sub(r"^```\w*\s*|\s*```$", "", answer).strip()
     if bare.startswith("[") and bare.endswith("]"):
         return [_numbers(_literal(bare), reads)]
-    lines = _LINE.findall(said)
+    lines = _LINE.findall(answer)
     if reads.count > 1:
         return [_numbers([_over(n, of) for _, n, of in lines], reads)] if lines else []
     if not lines:
@@ -82,19 +87,19 @@ def _scores(said: str, objects: list[dict], reads: Reads) -> list[Any]:
     return [_numbers(_over(n, of), reads) for name, n, of in lines if _named(name, SCORES)]
 
 
-def _choices(said: str, objects: list[dict], reads: Reads) -> list[Any]:
+def _choices(answer: str, objects: list[dict], reads: Reads) -> list[Any]:
     held = [value for each in objects if (value := _field(each, CHOICES)) is not None]
     if held or objects:
         return [_choice(value, reads) for value in held]
-    if marked := re.findall(r"\[\[([^\[\]]+)\]\]", said):
+    if marked := re.findall(r"\[\[([^\[\]]+)\]\]", answer):
         return [_choice(value, reads) for value in marked]
-    lines = re.findall(r"^[\s*#>-]*([A-Za-z][\w ]{0,40}?)[\s*]*:[\s*]*(.+?)[\s*]*$", said, re.M)
+    lines = re.findall(r"^[\s*#>-]*([A-Za-z][\w ]{0,40}?)[\s*]*:[\s*]*(.+?)[\s*]*$", answer, re.M)
     if named := [_choice(value, reads) for name, value in lines if _named(name, CHOICES)]:
         return named
-    if (whole := _choice(said, reads)) is not None:
+    if (whole := _choice(answer, reads)) is not None:
         return [whole]
-    first = re.match(r"[\s*\"']*([\w ]+?)[*\"']*(?:[.,:;!\n]|\s[-–—])", said)
-    others = [c for c in reads.choices or () if re.search(rf"\b{re.escape(c)}\b", said, re.I)]
+    first = re.match(r"[\s*\"']*([\w ]+?)[*\"']*(?:[.,:;!\n]|\s[-–—])", answer)
+    others = [c for c in reads.choices or () if re.search(rf"\b{re.escape(c)}\b", answer, re.I)]
     return [_choice(first[1], reads)] if first and len(others) == 1 else []
 
 

@@ -106,18 +106,8 @@ class ProgramJudge:
             got, text = ParsedAnswer("failed"), row
         else:
             got, text = _parsed(row, question), _text(row)
-        return Answer(
-            question.key,
-            got.status,
-            got.numbers,
-            got.choice,
-            got.reasoning,
-            text,
-            attempts=1,
-            seconds=round(time.monotonic() - began, 3),
-            judge=self.name,
-            repeat=question.repeat,
-        )
+        seconds = round(time.monotonic() - began, 3)
+        return got.answer(question, text, attempts=1, seconds=seconds, judge=self.name)
 
 
 def _request(question: Question, folder: Path) -> dict[str, Any]:

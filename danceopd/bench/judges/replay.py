@@ -40,7 +40,7 @@ class ReplayJudge:
         self.names: set[str] = set()
         files = self._files()
         for file in files:
-            self._take(file)
+            self._read(file)
         if not (self.by_key or self.by_path):
             raise UserError(
                 f"{self.path} holds no recorded answers; give a judge.jsonl, VIEScore's CSV or GenEval's results.jsonl"
@@ -108,18 +108,18 @@ class ReplayJudge:
             raise UserError(f"folder {self.path} has no .csv, .jsonl or result.json; give a folder of recorded answers")
         return found
 
-    def _take(self, file: Path) -> None:
+    def _read(self, file: Path) -> None:
         try:
             if file.suffix == ".csv":
-                self._take_viescore(file)
+                self._read_viescore(file)
             elif file.suffix == ".json":
-                self._take_imgedit(file)
+                self._read_imgedit(file)
             else:
-                self._take_lines(file)
+                self._read_lines(file)
         except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
             raise UserError(f"recorded answers {file} cannot be read ({error}); give the scorer's own file") from None
 
-    def _take_viescore(self, file: Path) -> None:
+    def _read_viescore(self, file: Path) -> None:
         with open(file, newline="", encoding="utf-8-sig") as opened:
             reader = csv.DictReader(opened)
             if missing := {"edited_image", *VIESCORE.values()} - set(reader.fieldnames or ()):
@@ -128,14 +128,14 @@ class ReplayJudge:
             for row in reader:
                 self._add(row["edited_image"], row)
 
-    def _take_imgedit(self, file: Path) -> None:
+    def _read_imgedit(self, file: Path) -> None:
         rows = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(rows, dict):
             raise UserError(f"{file} is not ImgEdit's result.json (answers by key); give the scorer's own file")
         for key, text in rows.items():
             self._add(f"{key}.png", {"text": text} if isinstance(text, str) else {"text": ""})
 
-    def _take_lines(self, file: Path) -> None:
+    def _read_lines(self, file: Path) -> None:
         if any("filename" in row and "correct" in row for row in _first_rows(file)):
             for row in _first_rows(file, None):
                 if "filename" in row and isinstance(row.get("correct"), bool):
@@ -196,8 +196,8 @@ def _checked(answer: Answer, question: Question) -> Answer:
     else:
         numbers = answer.numbers or ()
         right = len(numbers) == reads.count and all(reads.low <= n <= reads.high for n in numbers)
-    said = f"{answer.numbers} {answer.choice}"
-    return answer if right else replace(answer, status="unparsable", numbers=None, choice=None, text=said)
+    text = f"{answer.numbers} {answer.choice}"
+    return answer if right else replace(answer, status="unparsable", numbers=None, choice=None, text=text)
 
 
 def _first_rows(file: Path, count: int | None = 5) -> Iterable[dict[str, Any]]:

@@ -45,18 +45,18 @@ def bars(scores: Mapping[str, Any], capability: str) -> list[dict]:
 
     panels = []
     for category in (None, *categories(models, capability)):
-        drawn = []
+        shown = []
         for model in models:
             found = model[capability]
             value = found["overall"] if category is None else found["categories"].get(category)
             if value and value.get("mean") is not None:
-                drawn.append(
+                shown.append(
                     {"label": model["who"], "hue": model["hue"], "mine": model["role"] == "student", "value": value}
                     | {"end": at(value["mean"]), "from": at(value["low"]), "to": at(value["high"])}
                 )
         top = ceiling and (ceiling["overall"] if category is None else ceiling["categories"].get(category))
         panels.append(
-            {"title": category or verdicts.OVERALL, "bars": drawn}
+            {"title": category or verdicts.OVERALL, "bars": shown}
             | {"ceiling": None if top is None else {"value": top, "x": at(top)}}
         )
     return panels
@@ -78,7 +78,7 @@ def differences(scores: Mapping[str, Any], capability: str) -> dict | None:
     def at(value: float) -> float:
         return round(MIDDLE + HALF * value / limit, 1)
 
-    drawn = []
+    charted = []
     for row in rows:
         marks = []
         for key, shift in (("base", -4), ("teacher", 4)):
@@ -89,8 +89,8 @@ def differences(scores: Mapping[str, Any], capability: str) -> dict | None:
                     | {"x": at(found["mean"]), "from": at(found["low"]), "to": at(found["high"])}
                     | {"shift": shift if row["teacher"] and row["base"] else 0}
                 )
-        drawn.append({"category": row["category"], "marks": marks, "loss": row["loss"]})
-    return {"rows": drawn, "limit": limit}
+        charted.append({"category": row["category"], "marks": marks, "loss": row["loss"]})
+    return {"rows": charted, "limit": limit}
 
 
 def _round_up(value: float) -> float:

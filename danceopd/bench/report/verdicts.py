@@ -158,13 +158,15 @@ def verdict(scores: Mapping[str, Any]) -> dict:
         if len(large) > 3:
             parts.append(f"{len(large) - 3} more")
         rest = f"; by less than {margin} also in {_and(few)}" if small else ""
-        sentence = f"The student is significantly worse in {_of(len(large), len(rows))}: {_and(parts)}{rest}."
+        where = f"{_of(len(large), len(rows))} (95 % intervals)"
+        sentence = f"The student is significantly worse in {where}: {_and(parts)}{rest}."
         return {"kind": "lost", "sentence": sentence}
     capability, lowest = min(rows, key=lambda row: _lowest(row[1])["low"] / span(scores, row[0]))
     where = _where(capability, lowest["category"], _lowest(lowest), scores)
-    worse = f"not significantly worse in any category ({len(rows)} compared)"
+    worse = f"not significantly worse in any category ({len(rows)} compared, 95 % intervals)"
     if small:
-        worse = f"significantly worse in {_of(len(small), len(rows))}, by less than {margin}: {_and(few)}"
+        some = f"{_of(len(small), len(rows))} (95 % intervals)"
+        worse = f"significantly worse in {some}, by less than {margin}: {_and(few)}"
     sentence = f"The student is {worse}; the interval that reaches lowest is {where}."
     return {"kind": "kept", "sentence": sentence}
 

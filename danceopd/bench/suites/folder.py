@@ -142,7 +142,6 @@ def _item(
         group="edits",
         category=category,
         prompt=instruction,
-        probe=None,
         source=source,
         target=beside["target"],
         task={"path": path},

@@ -157,10 +157,7 @@ class Suite(JudgedSuite):
             group=CATEGORIES[category],
             category=category,
             prompt=row.text("instruction"),
-            probe=None,
             source=source,
-            target=None,
-            task=None,
             tags=tuple(tags),
         )
 

@@ -80,9 +80,6 @@ class Suite(JudgedSuite):
                 group="generation",
                 category=record["tag"],
                 prompt=record["prompt"],
-                probe=None,
-                source=None,
-                target=None,
                 task={"record": record, "number": number, "sample": sample},
                 tags=(f"sample {sample}",) if self.samples > 1 else (),
             )
@@ -187,7 +184,7 @@ def checked(row: Row) -> dict[str, Any]:
         raise UserError(f"{row.where} has the tag {tag!r}{did_you_mean(tag, CATEGORIES)}")
     include = row.cells.get("include")
     if not isinstance(include, list) or not include:
-        raise UserError(f"{row.where} has no list 'include' of what the picture must show; use the official file")
+        raise UserError(f"{row.where} has no list 'include' of what the image must show; use the official file")
     for at, clause in enumerate([*include, *(row.cells.get("exclude") or [])]):
         known = isinstance(clause, dict) and isinstance(clause.get("class"), str)
         count = clause.get("count") if known else None

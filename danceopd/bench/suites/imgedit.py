@@ -160,10 +160,7 @@ class Suite(JudgedSuite):
             group=CATEGORIES[kind],
             category=kind,
             prompt=row.text("prompt"),
-            probe=None,
             source=header_checked(root / row.text("id"), row.where),
-            target=None,
-            task=None,
         )
 
 

@@ -67,12 +67,12 @@ class Suite(WorldSuite):
         """How the result was scored, and whose drawings these are."""
         return {
             "scorer": "read by matching the known drawings, then compared fact by fact; no judge",
-            "resize": "any picture is squeezed to 256 x 256 (box) and read there",
-            "generation": "share of correct pictures, by GenEval's checker",
+            "resize": "any image is resized to 256 x 256 (box) and read there",
+            "generation": "share of correct images, by GenEval's checker",
             "editing": "O = sqrt(min(success, over-editing) * min(naturalness, artifacts)) of each item, 0 to 10",
             "overall": "unweighted mean of the category means",
             "tolerance": {
-                "shift": f"{SHIFT / 64:.0%} of the picture",
+                "shift": f"{SHIFT / 64:.0%} of the image",
                 "scale": [min(SCALES), max(SCALES)],
                 "outline cosine": ALIKE_ENOUGH,
             },
@@ -113,9 +113,6 @@ class Suite(WorldSuite):
                 group="generation",
                 category=prompt.tag,
                 prompt=prompt.prompt,
-                probe=None,
-                source=None,
-                target=None,
                 task=prompt,
             )
             for prompt in self._prompts[:limit]
@@ -137,7 +134,6 @@ class Suite(WorldSuite):
             group=edit.group,
             category=edit.task_type,
             prompt=edit.instruction,
-            probe=None,
             source=self._cached(f"{key}-source.png", lambda: render(edit.source, self.drawings)),
             target=self._cached(f"{key}-target.png", lambda: render(edit.target, self.drawings)),
             mask=self._cached(f"{key}-mask.png", lambda: Image.fromarray(score.editable(edit, self.drawings, SIDE))),

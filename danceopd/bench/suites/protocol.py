@@ -44,10 +44,10 @@ class Item:
     group: str
     category: str
     prompt: str
-    probe: str | None
-    source: Image.Image | Path | None = field(repr=False, compare=False)
-    target: Image.Image | Path | None = field(repr=False, compare=False)
-    task: Any = field(repr=False, compare=False)
+    probe: str | None = None
+    source: Image.Image | Path | None = field(default=None, repr=False, compare=False)
+    target: Image.Image | Path | None = field(default=None, repr=False, compare=False)
+    task: Any = field(default=None, repr=False, compare=False)
     mask: Image.Image | Path | None = field(default=None, repr=False, compare=False)
     tags: tuple[str, ...] = ()
     heldout: bool = False
@@ -106,14 +106,14 @@ class Suite(ABC):
 
     @abstractmethod
     def image_path(self, item: Item) -> str:
-        """Where an item's image lies below a model's folder, as the benchmark's official code lays it out."""
+        """The path of an item's image below a model's folder, in the layout of the benchmark's official code."""
 
     def image_paths(self, item: Item) -> tuple[str, ...]:
         """Every path at which a folder made elsewhere may have the item's image, `image_path` first."""
         return (self.image_path(item),)
 
     def source_path(self, item: Item) -> str | None:
-        """Where the official layout keeps a copy of the source image below a model's folder; None: nowhere."""
+        """The path of a copy of the source image below a model's folder in the official layout; None: it has none."""
         return None
 
     def extra_files(self, item: Item) -> dict[str, str]:

@@ -138,11 +138,11 @@ class Suite(WorldSuite):
     name = "scenes"
     version = "1"
     rules = {
-        "scorer": "exact: the scene is read from the picture and compared fact by fact",
-        "generation": "share of correct pictures",
+        "scorer": "exact: the scene is read from the image and compared fact by fact",
+        "generation": "share of correct images",
         "editing": "O = sqrt(SC * PQ) of each item, from 0 to 10",
         "overall": "unweighted mean of the category means",
-        "data": "drawn from the test split's seed",
+        "data": "sampled from the test split by the seed",
     }
 
     def __init__(self, tier: str = "cells", split: str = "test", seed: int = 0):

@@ -6,14 +6,17 @@ from ctypes import Structure, c_float, c_int, c_longlong, c_void_p
 
 
 class Strides(Structure):
+    """Batch and token strides of a tensor, in elements."""
     _fields_ = [("batch", c_longlong), ("token", c_longlong)]
 
 
 class Strides4(Structure):
+    """Batch, token and head strides, in elements."""
     _fields_ = [("batch", c_longlong), ("token", c_longlong), ("head", c_longlong)]
 
 
 class CStream(Structure):
+    """A `SplitStream` with pointers and strides, and those of its gradients: `Stream` of qkv_prep.cu."""
     _fields_ = [
         *((name, c_void_p) for name in "q k v weight_q weight_k cos sin dq dk dv partial".split()),
         *((name, Strides) for name in "q_at k_at v_at rope_at dq_at dk_at dv_at".split()),
@@ -22,6 +25,7 @@ class CStream(Structure):
 
 
 class Prep(Structure):
+    """The argument of qkv_prep.cu."""
     _fields_ = [
         ("image", CStream),
         ("text", CStream),
@@ -35,6 +39,7 @@ class Prep(Structure):
 
 
 class AddNorm(Structure):
+    """The argument of add_norm.cu."""
     _fields_ = [
         *((name, c_void_p) for name in "x y gate y_weight weight scale shift grad_sum grad_normed".split()),
         *((name, c_void_p) for name in "sum normed dx dy".split()),
@@ -48,6 +53,7 @@ class AddNorm(Structure):
 
 
 class Swiglu(Structure):
+    """The argument of swiglu.cu."""
     _fields_ = [
         *((name, c_void_p) for name in "gate up passed grad out dgate dup".split()),
         *((f"{name}_at", Strides) for name in "gate up passed grad out dgate dup".split()),
@@ -57,6 +63,7 @@ class Swiglu(Structure):
 
 
 class AttendStream(Structure):
+    """A `SplitStream` with pointers and strides: `Stream` of attend.cuh."""
     _fields_ = [
         *((name, c_void_p) for name in "q k v weight_q weight_k cos sin".split()),
         *((f"{name}_at", Strides) for name in "q k v rope".split()),
@@ -65,6 +72,7 @@ class AttendStream(Structure):
 
 
 class Attend(Structure):
+    """The argument of ragged_attention.cu and prepared_attention.cu."""
     _fields_ = [
         ("image", AttendStream),
         ("text", AttendStream),

@@ -40,6 +40,7 @@ def qkv_prep(
     round_first: bool,
     text_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.joint`. The first fourteen arguments are the fields of two `Stream`s, image and text."""
     args = (q, k, v, weight_q, weight_k, cos, sin, text_q, text_k, text_v, text_weight_q, text_weight_k)
     image, text = two_streams((*args, text_cos, text_sin))
     out = _joint_outputs(image, text, head_dim)
@@ -85,6 +86,7 @@ def qkv_prep_backward(
     text_first: bool,
     weights: bool,
 ) -> list[Tensor]:
+    """Gradients of q, k, v of image and text (a packed one in its first), then of the four norm weights."""
     args = (q, k, v, weight_q, weight_k, cos, sin, text_q, text_k, text_v, text_weight_q, text_weight_k)
     image, text = two_streams((*args, text_cos, text_sin))
     out = _gradients(image, text, head_dim, weights)
@@ -157,6 +159,7 @@ def parallel_prep(
     eps: float,
     round_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v `(B, S, H, D)` and `silu(gate)·up` from the packed projection of a parallel block."""
     out = _parallel_outputs(packed, head_dim, width)
     qkv, gate, up = _unpack(packed, width)
     part = split_heads(Stream(qkv, None, None, weight_q, weight_k, cos, sin), head_dim)
@@ -197,6 +200,7 @@ def parallel_prep_backward(
     eps: float,
     weights: bool,
 ) -> list[Tensor]:
+    """The gradient of `packed`, then of the two norm weights."""
     d_packed = torch.empty_like(packed, memory_format=torch.contiguous_format)
     (qkv, gate, up), (d_qkv, d_gate, d_up) = _unpack(packed, width), _unpack(d_packed, width)
     part = split_heads(Stream(qkv, None, None, weight_q, weight_k, cos, sin), head_dim)

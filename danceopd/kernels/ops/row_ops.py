@@ -29,6 +29,7 @@ def add_norm(
     eps: float,
     y_eps: float,
 ) -> tuple[Tensor, Tensor]:
+    """See `functional.add_norm`: the sum (empty without `y`) and its norm (empty for `kind` "none")."""
     total, out = _add_norm_outputs(x, y, kind)
     fixed = kind, rms_y, eps, y_eps
     run("add_norm", x, none_if_empty(total), none_if_empty(out), x, y, gate, y_weight, weight, scale, shift, *fixed)
@@ -60,6 +61,7 @@ def add_norm_backward(
     y_eps: float,
     with_y: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Gradients of `x` and `y`; `total` is the saved sum, `y` the branch where it is normalised."""
     dx, dy = total.new_empty(total.shape), total.new_empty(total.shape if with_y else 0)
     saved = grad_total, grad_out, total, y, gate, y_weight, weight, scale
     run("add_norm_backward", total, dx, none_if_empty(dy), *saved, kind, rms_y, eps, y_eps)
@@ -133,6 +135,7 @@ add_norm.register_autograd(_add_norm_backward, setup_context=_setup_add_norm)
 
 @torch.library.custom_op("danceopd::swiglu", mutates_args=())
 def swiglu(x: Tensor, up: Tensor | None, passed: Tensor | None) -> Tensor:
+    """See `functional.swiglu_concat`."""
     gate, other = _halves(x, up)
     out = _swiglu_output(x, up, passed)
     run("swiglu", x, out, gate, other, passed)
@@ -157,6 +160,7 @@ def _halves(x: Tensor, up: Maybe) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("danceopd::swiglu_backward", mutates_args=())
 def swiglu_backward(grad: Tensor, x: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of `x` and `up`."""
     dx, d_up = x.new_empty(x.shape), x.new_empty(0 if up is None else up.shape)
     run("swiglu_backward", x, *_halves(dx, none_if_empty(d_up)), grad, *_halves(x, up))
     return dx, d_up

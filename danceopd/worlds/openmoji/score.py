@@ -14,7 +14,6 @@ of drawing scores too low: compare models with each other, not with 10.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -113,27 +112,15 @@ def score_edit(edit: Edit, reading: Reading, drawings: Drawings, source_image: A
     asked, kept = checks(edit, reading.scene)
     if edit.task_type == "subject-remove":
         asked.append(_cleared(edit, reading, drawings))
-    met = all(check.holds for check in asked if check.primary)
-    success = 10 * _share(asked) if met else 0.0
     preserved, change = _preserved(edit, reading, drawings, shrunk(source, SIDE // READ))
-    over_editing = 10 * (_share(kept) + preserved) / 2
-    naturalness = 10 * _ramp(reading.psnr, NATURAL)
-    artifacts = 10 * (1 - min(reading.unexplained / STRAY_SHARE, 1.0))
-    sc, pq = min(success, over_editing), min(naturalness, artifacts)
     failed = [check.reason for check in (*asked, *kept) if not check.holds]
     target = shrunk(compose(edit.target, drawings, SIDE), SIDE // READ)
-    return EditScore(
-        sc=sc,
-        pq=pq,
-        o=float(np.sqrt(sc * pq)),
-        success=success,
-        over_editing=over_editing,
-        naturalness=naturalness,
-        artifacts=artifacts,
+    return EditScore.of(
+        asked, kept, preserved, _ramp(reading.psnr, NATURAL), reading.unexplained / STRAY_SHARE,
         exact=not failed and reading.psnr >= EXACT,
         target_psnr=None if edit.task_type == "subject-add" else _psnr(reading.picture, target),
-        reasons=tuple(dict.fromkeys(failed + ([change] if change else []))),
-    )
+        reasons=failed + ([change] if change else []),
+    )  # fmt: skip
 
 
 def _cleared(edit: Edit, reading: Reading, drawings: Drawings) -> Check:
@@ -194,7 +181,3 @@ def _psnr(one: np.ndarray, other: np.ndarray) -> float:
 
 def _ramp(value: float, ends: tuple[float, float]) -> float:
     return float(np.clip((value - ends[0]) / (ends[1] - ends[0]), 0, 1))
-
-
-def _share(done: Sequence[Check]) -> float:
-    return sum(check.holds for check in done) / len(done) if done else 1.0

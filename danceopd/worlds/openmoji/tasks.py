@@ -69,28 +69,28 @@ def draw_prompt(rng: random.Random, tag: str, names: Sequence[str] = NAMES) -> P
     if tag in ("single_object", "colors"):
         looks = looks[:1]
         include = [{"class": one, "count": 1}]
-        words = a(one)
+        things_text = a(one)
         if tag == "colors":
             include[0]["color"] = first
-            words = a(f"{first} {one}")
+            things_text = a(f"{first} {one}")
     elif tag == "counting":
         looks = [(one, rng.choice(tuple(COLOURS))) for _ in range(number)]
         include = [{"class": one, "count": number}]
         exclude = [{"class": one, "count": number + 1}]
-        words = f"{NUMBERS[number]} {plural(one)}"
+        things_text = f"{NUMBERS[number]} {plural(one)}"
     elif tag == "position":
         include = [{"class": two, "count": 1}, {"class": one, "count": 1, "position": [relation, 0]}]
-        words = f"{a(one)} {relation} {a(two)}"
+        things_text = f"{a(one)} {relation} {a(two)}"
     else:
         include = [{"class": name, "count": 1} for name in (one, two)]
-        words = f"{a(one)} and {a(two)}"
+        things_text = f"{a(one)} and {a(two)}"
         if tag == "color_attr":
             include = [wanted | {"color": look[1]} for wanted, look in zip(include, looks)]
-            words = f"{a(f'{first} {one}')} and {a(f'{second} {two}')}"
+            things_text = f"{a(f'{first} {one}')} and {a(f'{second} {two}')}"
     things = placed(rng, looks)
     if things is None or (tag == "position" and relation not in relations(things[0], things[1])):
         return None
-    text = f"an OpenMoji drawing of {words} {SETTING}"
+    text = f"an OpenMoji drawing of {things_text} {SETTING}"
     return Prompt(tag, text, include, exclude, Scene(things, "white", PLAIN))
 
 
@@ -145,7 +145,7 @@ def _add(rng: random.Random, scene: Scene, look: tuple[str, str]):
     if rng.random() < 0.25:
         corner = rng.choice(CORNERS)
         goal: dict[str, object] = {"shape": look[0], "colour": look[1], "corner": corner}
-        words = f"in the {corner} corner"
+        place_text = f"in the {corner} corner"
         new = [t for t in new if corner_of(t) == corner]
         right, bottom = (0 if corner.endswith("left") else 64), (0 if corner.startswith("top") else 64)
         new.sort(key=lambda t: (abs(t.x - right) + abs(t.y - bottom), t.y, t.x))
@@ -155,12 +155,12 @@ def _add(rng: random.Random, scene: Scene, look: tuple[str, str]):
         if named is None:
             return None
         goal = {"shape": look[0], "colour": look[1], "relation": relation, "anchor": anchor}
-        words = f"{where(relation)} the {named}"
+        place_text = f"{where(relation)} the {named}"
         new = [t for t in new if relation in relations(t, old)]
         new.sort(key=lambda t: (abs(t.x - old.x) + abs(t.y - old.y), t.y, t.x))
     if not new:
         return None
-    return f"add {a(f'{look[1]} {look[0]}')} {words}", replace(scene, things=(*scene.things, new[0])), goal
+    return f"add {a(f'{look[1]} {look[0]}')} {place_text}", replace(scene, things=(*scene.things, new[0])), goal
 
 
 def _apply(rng: random.Random, task: str, scene: Scene, names: Sequence[str]):
@@ -170,8 +170,8 @@ def _apply(rng: random.Random, task: str, scene: Scene, names: Sequence[str]):
         return _add(rng, scene, (rng.choice(names), colour))
     if task == "background_change":
         background = rng.choice([b for b in BACKGROUNDS if b != scene.background])
-        words = f"change the background to {BACKGROUNDS[background]}"
-        return words, replace(scene, background=background), {"background": background}
+        instruction = f"change the background to {BACKGROUNDS[background]}"
+        return instruction, replace(scene, background=background), {"background": background}
     if task == "style_change":
         style = rng.choice([s for s in STYLES if shows(scene, s)])
         return f"redraw this picture as {STYLES[style]}", replace(scene, style=style), {"style": style}

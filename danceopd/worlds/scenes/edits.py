@@ -97,7 +97,7 @@ def _add(rng: random.Random, scene: Scene, tier: str, shape: str, colour: str):
     if rng.random() < 0.25:
         corner = rng.choice(CORNERS)
         goal: dict[str, object] = {"shape": shape, "colour": colour, "corner": corner}
-        words = f"in the {corner} corner"
+        place_text = f"in the {corner} corner"
         right = 0 if corner.endswith("left") else IMAGE
         bottom = 0 if corner.startswith("top") else IMAGE
         new = [Thing(shape, colour, x, y, size) for x, y in spots]
@@ -109,7 +109,7 @@ def _add(rng: random.Random, scene: Scene, tier: str, shape: str, colour: str):
         if named is None:
             return None
         goal = {"shape": shape, "colour": colour, "relation": relation, "anchor": anchor}
-        words = f"{relation} the {named}"
+        place_text = f"{relation} the {named}"
         old = scene.things[anchor]
         new = [Thing(shape, colour, x, y, size) for x, y in spots]
         new = [t for t in new if relation in relations(t, old)]
@@ -117,7 +117,7 @@ def _add(rng: random.Random, scene: Scene, tier: str, shape: str, colour: str):
         new.sort(key=lambda t: (abs(t.x - old.x) + abs(t.y - old.y), t.y, t.x))
     if not new:
         return None
-    return f"add {a(colour)} {shape} {words}", replace(scene, things=(*scene.things, new[0])), goal
+    return f"add {a(colour)} {shape} {place_text}", replace(scene, things=(*scene.things, new[0])), goal
 
 
 def _pick_shape(rng: random.Random, task: str, other_than: str | None, heldout: str | None) -> str | None:
@@ -138,12 +138,12 @@ def _apply(rng: random.Random, task: str, scene: Scene, tier: str, heldout: str 
         return _add(rng, scene, tier, shape, rng.choice(allowed_colours(shape, heldout == "binding")))
     if task == "background_change":
         background = rng.choice([b for b in BACKGROUNDS if b != scene.background])
-        words = rng.choice((f"change the background to {background}", f"put it on {a(background)} background"))
-        return words, replace(scene, background=background), {"background": background}
+        instruction = rng.choice((f"change the background to {background}", f"put it on {a(background)} background"))
+        return instruction, replace(scene, background=background), {"background": background}
     if task == "style_change":
         style = rng.choice([s for s in STYLES if s != scene.style])
-        words = rng.choice((f"make it {style}", f"redraw this in {style} style"))
-        return words, replace(scene, style=style), {"style": style}
+        instruction = rng.choice((f"make it {style}", f"redraw this in {style} style"))
+        return instruction, replace(scene, style=style), {"style": style}
     index = rng.randrange(len(scene.things))
     thing, named = scene.things[index], reference(rng, scene, index)
     if named is None:
@@ -151,13 +151,13 @@ def _apply(rng: random.Random, task: str, scene: Scene, tier: str, heldout: str 
     if task == "subject-remove":
         if len(scene.things) < 2:
             return None
-        words = rng.choice((f"remove the {named}", f"take away the {named}"))
-        return words, scene.with_thing(index, None), {"index": index}
+        instruction = rng.choice((f"remove the {named}", f"take away the {named}"))
+        return instruction, scene.with_thing(index, None), {"index": index}
     if task == "color_alter":
         options = [c for c in allowed_colours(thing.shape, heldout == "binding") if c != thing.colour]
         colour = rng.choice(options)
-        words = rng.choice((f"make the {named} {colour}", f"change the colour of the {named} to {colour}"))
-        return words, scene.with_thing(index, replace(thing, colour=colour)), {"index": index, "colour": colour}
+        instruction = rng.choice((f"make the {named} {colour}", f"change the colour of the {named} to {colour}"))
+        return instruction, scene.with_thing(index, replace(thing, colour=colour)), {"index": index, "colour": colour}
     shape = _pick_shape(rng, task, thing.shape, heldout)
     if shape is None:
         return None
@@ -200,7 +200,7 @@ def _compound(rng: random.Random, task: str, source: Scene, tier: str, heldout: 
     first = _apply(rng, first_task, source, tier, None)
     if first is None or has_heldout_binding(first[1]):
         return None
-    words, middle, goal = first
+    instruction, middle, goal = first
     if second_task == "style_change":
         style = rng.choice([s for s in STYLES if s != source.style])
         target, second_goal, tail = replace(middle, style=style), {"style": style}, f"make it {style}"
@@ -209,7 +209,7 @@ def _compound(rng: random.Random, task: str, source: Scene, tier: str, heldout: 
         target, second_goal = replace(middle, background=new), {"background": new}
         tail = f"put it on {a(new)} background"
     goals = {"first": (first_task, goal), "second": (second_task, second_goal)}
-    return Edit(task, "compound", f"{words} and {tail}", source, target, goals, None)
+    return Edit(task, "compound", f"{instruction} and {tail}", source, target, goals, None)
 
 
 HELDOUT_TASKS = {

@@ -18,7 +18,7 @@ from danceopd.worlds.scenes.edits import Edit
 from danceopd.worlds.scenes.facts import Check, checks, edit_region, kept_things, overlap
 from danceopd.worlds.scenes.grammar import Thing, a, relations
 from danceopd.worlds.scenes.prompts import Prompt, plural
-from danceopd.worlds.scenes.read import Reading, as_array, psnr, read, read_many, tier_of
+from danceopd.worlds.scenes.read import Reading, as_array, psnr, read, tier_of
 from danceopd.worlds.scenes.render import render
 
 UNREADABLE_PSNR = 18.0
@@ -53,6 +53,20 @@ class EditScore:
     exact: bool
     target_psnr: float | None
     reasons: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, asked: Sequence[Check], kept: Sequence[Check], preserved: float, natural: float, stray: float,
+        *, exact: bool, target_psnr: float | None, reasons: Sequence[str],
+    ) -> EditScore:  # fmt: skip
+        """From the checks, and three shares: of what was preserved, of natural pixels, of stray ones (0: none)."""
+        met = all(check.holds for check in asked if check.primary)
+        success = 10 * _share(asked) if met else 0.0
+        over_editing = 10 * (_share(kept) + preserved) / 2
+        naturalness, artifacts = 10 * natural, 10 * (1 - min(stray, 1.0))
+        sc, pq = min(success, over_editing), min(naturalness, artifacts)
+        o, said = float(np.sqrt(sc * pq)), tuple(dict.fromkeys(reasons))
+        return cls(sc, pq, o, success, over_editing, naturalness, artifacts, exact, target_psnr, said)
 
 
 def unreadable(reading: Reading) -> str | None:
@@ -104,12 +118,6 @@ def score_prompt(prompt: Prompt, image: Any) -> PromptScore:
     return PromptScore(False, fault) if fault else judge(prompt, reading.scene.things)
 
 
-def score_prompts(tasks: Sequence[Prompt], images: Sequence[Any]) -> list[PromptScore]:
-    """``score_prompt`` for many, read in one batch."""
-    readings = read_many(images, tier_of(tasks[0].scene)) if tasks else []
-    return [score_prompt(task, reading) for task, reading in zip(tasks, readings, strict=True)]
-
-
 def _ramp(decibels: float) -> float:
     """0 at 15 dB and below, 1 at 30 dB and above."""
     return float(np.clip((decibels - 15) / 15, 0, 1))
@@ -136,34 +144,15 @@ def score_edit(edit: Edit, image: Any, source_image: Any = None) -> EditScore:
     reading = read(image, tier_of(edit.source))
     source = render(edit.source) if source_image is None else as_array(source_image)
     asked, kept = checks(edit, reading.scene)
-    met = all(check.holds for check in asked if check.primary)
-    success = 10 * _share(asked) if met else 0.0
     preserved, change = _preserved(edit, reading, source)
-    over_editing = 10 * (_share(kept) + preserved) / 2
-    naturalness = 10 * _ramp(reading.psnr)
-    artifacts = 10 * (1 - min(reading.unexplained / UNEXPLAINED_SHARE, 1.0))
-    sc, pq = min(success, over_editing), min(naturalness, artifacts)
     fault = unreadable(reading)
     failed = [check.reason for check in (*asked, *kept) if not check.holds]
     reasons = [fault] if fault else failed + ([change] if change else [])
-    return EditScore(
-        sc=sc,
-        pq=pq,
-        o=float(np.sqrt(sc * pq)),
-        success=success,
-        over_editing=over_editing,
-        naturalness=naturalness,
-        artifacts=artifacts,
+    return EditScore.of(
+        asked, kept, preserved, _ramp(reading.psnr), reading.unexplained / UNEXPLAINED_SHARE,
         exact=not failed and reading.psnr >= EXACT_PSNR,
-        target_psnr=None if _adds(edit) else psnr(reading.image, render(edit.target)),
-        reasons=tuple(dict.fromkeys(reasons)),
-    )
-
-
-def score_edits(tasks: Sequence[Edit], images: Sequence[Any]) -> list[EditScore]:
-    """``score_edit`` for many, read in one batch."""
-    readings = read_many(images, tier_of(tasks[0].source)) if tasks else []
-    return [score_edit(task, reading) for task, reading in zip(tasks, readings, strict=True)]
+        target_psnr=None if _adds(edit) else psnr(reading.image, render(edit.target)), reasons=reasons,
+    )  # fmt: skip
 
 
 def _share(done: Sequence[Check]) -> float:

@@ -1,4 +1,4 @@
-// What stands between two matrix products of a block, in one pass:
+// Between two matrix products of a transformer block, in one pass (adaptive layer norm):
 //     sum    = x + gate * branch                    branch: y, or RMSNorm(y) with a weight (Z-Image)
 //     normed = norm(sum) * (1 + scale) + shift      norm: layer norm, or RMSNorm with a weight; or none
 // Either half may be absent. Bytes: x, y read once, sum and normed written once. Modulation is a row for each sample,

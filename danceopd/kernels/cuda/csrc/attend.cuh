@@ -1,5 +1,5 @@
-// Attention for what the libraries serve badly: rows of different lengths without padding, and keys and values that
-// come from a cache. out = softmax(q k^T scale) v over a sample's own tokens and then over its cached ones; not causal.
+// Attention for rows of different lengths without padding, and for keys and values that come from a cache, which the
+// libraries do slowly.  out = softmax(q k^T scale) v  over a sample's own tokens, then its cached ones; not causal.
 // A sample's tokens are all of its batch row, those that a list names (padding is passed by, nothing is packed), or a
 // stretch of one packed row.
 //

@@ -1,4 +1,4 @@
-// The few instructions that C++ has no word for. Included by common.cuh; the tests put another file in its place to
+// The few instructions that need inline PTX. Included by common.cuh; the tests put another file in its place to
 // run the kernels on a CPU.
 #pragma once
 

@@ -4,7 +4,7 @@
 // gradient of the projection; the norm is recomputed, nothing but the projection is kept.
 //
 // One block a token of the joint sequence. ROW neighbouring lanes hold one head's row, 16 bytes each; a thread stays
-// in its column of the head, so it loads its norm weights and rotary factors once and walks over the heads.
+// in its column of the head, so it loads its norm weights and rotary factors once and loops over the heads.
 #include "common.cuh"
 
 #include <rows.cuh>

@@ -1,0 +1,24 @@
+"""How updates sample teachers and rows of their data: what a recipe says of it, in one part.
+
+`recipe.sampling` makes it; `danceopd.data.routing.sample_batch` draws from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from danceopd.recipe.parts import Routing
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """`steps` updates of `groups` groups each; a group gets a teacher by `routing` and one row of its data.
+
+    `shares` of the teachers, in the recipe's order, sum to 1.
+    """
+
+    seed: int
+    steps: int
+    groups: int
+    shares: tuple[float, ...]
+    routing: Routing = Routing()
