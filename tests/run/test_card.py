@@ -16,7 +16,7 @@ RECIPE = {
     ],
     "output": "/home/me/secret/student",
     "steps": 300,
-    "call": {"height": 512, "width": 512, "steps": 4},
+    "call": {"height": 512, "width": 512, "num_inference_steps": 4},
 }
 
 
