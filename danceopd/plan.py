@@ -52,7 +52,7 @@ BINS = 10
 
 
 def plan(recipe: Recipe, tflops: float | None = None) -> dict[str, Any]:
-    """Facts of the merge that `recipe` describes, plain data: see `commands.plan.show`.
+    """Facts of the merge that `recipe` describes, plain data: see `danceopd.cli.plan`.
 
     `tflops` is the speed to assume; None: measured here for a second. UserError for all that a merge would
     refuse, but for damaged numbers inside weight files.
@@ -96,9 +96,8 @@ def plan(recipe: Recipe, tflops: float | None = None) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in transformer.parameters()), "dtype": str(load).removeprefix("torch."),
         "device": str(device), "objective": recipe.objective, "steps": recipe.steps, "batch": recipe.batch,
         "teachers": [
-            {**teachers[t.name][0], "share": shares[t.name], "source": recipe.data_source(t), "rows":
-            len(datasets[t.name].data),
-             "drawn": len(datasets[t.name].rows)}
+            {**teachers[t.name][0], "share": shares[t.name], "source": recipe.data_source(t),
+             "rows": len(datasets[t.name].data), "drawn": len(datasets[t.name].rows)}
             for t in recipe.teachers
         ],
         "student": {"rank": recipe.student.rank, "modules": len(modules), "parameters": numbers(recipe, modules)},
@@ -174,9 +173,9 @@ def _sigmas(pipe: Any, family: Family, call: dict[str, Any], size: Size, steps: 
 
 
 def _pictures(
-    recipe: Recipe, datasets: Mapping[str, TeacherData], pipe: Any, family: Family, call: dict[str, Any], transformer:
-    nn.Module
-) -> list[dict[str, Any]]:
+    recipe: Recipe, datasets: Mapping[str, TeacherData], pipe: Any, family: Family, call: dict[str, Any],
+    transformer: nn.Module,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Picture sizes by capability with their share, tokens, and FLOPs of one forward."""
     found: dict[str, Counter[Size]] = {}
     settings = {key: value for key, value in call.items() if key != "steps"}

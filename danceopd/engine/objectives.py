@@ -169,5 +169,3 @@ def _noised(batch: Batch, k: int, clean: Tensor) -> tuple[Tensor, Tensor]:
 OBJECTIVES: dict[str, Callable[..., Iterator[RowLoss]]] = {
     f.__name__: f for f in (danceopd, diffusionopd, flowopd, offpolicy, supervised)
 }
-
-

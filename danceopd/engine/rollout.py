@@ -26,8 +26,9 @@ from danceopd.recipe.parts import Rollout
 
 @torch.no_grad()
 def rollout(
-    field: VelocityField, noise: Tensor, sigmas: Tensor, stop: Tensor, condition: Condition, callback: Callable[[int,
-    Tensor, Tensor], None] | None = None, *, levels: Tensor | None = None, solver: Solver | None = None,
+    field: VelocityField, noise: Tensor, sigmas: Tensor, stop: Tensor, condition: Condition,
+    callback: Callable[[int, Tensor, Tensor], None] | None = None, *,
+    levels: Tensor | None = None, solver: Solver | None = None,
 ) -> Tensor:  # fmt: skip
     """States at each row's queries: `x (B, …)` fp32, in the order of `noise`, without a gradient.
 

@@ -41,9 +41,10 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: Recipe, backbone: Backbone, teachers: Sequence[RoutedTeacher], device: torch.device, rank: int =
-        0, world: int = 1, all_reduce: Callable[[Tensor], None] = lambda tensor: None, field: AdapterField |
-        MergedField | CapturedField | None = None, hook: QueryHook | None = None, callbacks: Sequence[Callback] = (),
+        self, recipe: Recipe, backbone: Backbone, teachers: Sequence[RoutedTeacher], device: torch.device,
+        rank: int = 0, world: int = 1, all_reduce: Callable[[Tensor], None] = lambda tensor: None,
+        field: AdapterField | MergedField | CapturedField | None = None, hook: QueryHook | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:  # fmt: skip
         self.backbone, self.device, self.steps, self.rows = backbone, device, recipe.steps, recipe.batch
         self.world, self.all_reduce, self.hook, self.callbacks = world, all_reduce, hook, list(callbacks)

@@ -41,8 +41,8 @@ class Velocities:
         return velocity
 
     def teacher_under(
-        self, batch: Batch, rows: list[int], condition: Condition, x: Tensor, sigma: Tensor, fields:
-        Sequence[VelocityField] | None = None,
+        self, batch: Batch, rows: list[int], condition: Condition, x: Tensor, sigma: Tensor,
+        fields: Sequence[VelocityField] | None = None,
     ) -> Tensor:  # fmt: skip
         """Velocities (len(rows), …) of some `rows` of `x (B, …)`, `sigma (B,)` under another `condition`, a row each.
 

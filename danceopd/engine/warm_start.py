@@ -36,7 +36,7 @@ def student_init(
     """What `student.init` names. `teachers`: name -> (adapter, strength), None for the bare base; `read` reads a LoRA.
 
     In a blend a teacher that is the bare base takes its share of the weights and adds nothing. Raises UserError
-    as `blended` does.
+    as `blend_with_residual` does.
     """
     init = student.init
     if init == "blend":

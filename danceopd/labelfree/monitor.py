@@ -46,8 +46,8 @@ class Monitor:
     """
 
     def __init__(
-        self, options: Options, probes: Sequence[ProbeSet], judge: str, folder: Path | None = None, lines:
-        Sequence[dict[str, Any]] = (),
+        self, options: Options, probes: Sequence[ProbeSet], judge: str, folder: Path | None = None,
+        lines: Sequence[dict[str, Any]] = (),
     ) -> None:  # fmt: skip
         self.options, self.probes, self.judge, self.folder = options, list(probes), judge, folder
         self.limits = Limits(**{field.name: getattr(options, field.name) for field in fields(Limits)})
@@ -221,7 +221,7 @@ def _readable(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
 
 
 def _numbers(value: Any) -> Any:
-    """`plain` undone."""
+    """What `json_safe` wrote, as numbers again."""
     if isinstance(value, dict):
         return {key: _numbers(item) for key, item in value.items()}
     if isinstance(value, list):

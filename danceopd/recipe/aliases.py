@@ -1,14 +1,14 @@
 """Recipe keys of earlier versions: renamed ones are read under their new name, removed ones are refused or dropped.
 
 `modernise` is called on a recipe's plain data before it is validated. A renamed key works for one version and is
-named in one line of warning. A removed key at its old default changes nothing and is dropped, so that the run folders
-of earlier versions can be continued; any other value is refused.
+named in one line of warning. A removed key at its old default is dropped, so that the run folders of earlier versions
+can be continued, with a warning where the default did something; any other value is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 RENAMED = {
     "gap": "validation",
@@ -30,16 +30,21 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "gates.consensus.kept": (0.5, "it belonged to ranked pictures, which were never shown to help"),
 }
 """Key -> the default it had, and why it is gone."""
+_UNRANKED = (
+    "gates.consensus no longer ranks the pictures of a group, as it did by default where gates.group is above 1: "
+    "that was never shown to help"
+)
 
 
 def modernise(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A recipe's plain data with today's keys, and the old names that were found.
+    """A recipe's plain data with today's keys, and a sentence for each thing that the reader should be warned of.
 
     ValueError where an old and a new name are both given, or a removed key has a value that would change the run.
     """
-    found, old = _copy(data), []
-    if _ranked(found):
+    found = _copy(data)
+    if (ranked := _ranked(found)) == "asked":
         raise ValueError("gates.consensus.rank was removed and needs gates.group 1; leave out gates.group")
+    warnings = [_UNRANKED] if ranked else []
     for key, (default, why) in REMOVED.items():
         parent, name = _parent(found, key)
         if parent is not None and name in parent:
@@ -53,17 +58,19 @@ def modernise(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if (target := new.rpartition(".")[2]) in parent:
             raise ValueError(f"{key} is the old name of {new}, and both are given; keep {new}")
         parent[target] = parent.pop(name)
-        old.append(key)
-    return found, old
+        warnings.append(f"recipe key {key} is now called {new}; the old name works for one version")
+    return found, warnings
 
 
-def _ranked(data: Mapping[str, Any]) -> bool:
+def _ranked(data: Mapping[str, Any]) -> Literal["asked", "by default"] | None:
     """Whether an earlier version would have ranked pictures: it did by default where rows came in groups."""
     gates = data.get("gates")
     if not isinstance(gates, Mapping) or gates.get("group", 1) == 1:
-        return False
+        return None
     consensus = gates.get("consensus")
-    return isinstance(consensus, Mapping) and bool(consensus.get("rank"))
+    if isinstance(consensus, Mapping) and "rank" in consensus:
+        return "asked"
+    return "by default" if consensus else None
 
 
 def _copy(data: Mapping[str, Any]) -> dict[str, Any]:

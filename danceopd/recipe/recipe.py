@@ -29,7 +29,7 @@ from pydantic import (
 from danceopd.common.messages import did_you_mean, explain_validation_error, read_yaml
 from danceopd.common.shipped import demo, portable
 from danceopd.errors import UserError
-from danceopd.recipe.aliases import RENAMED, modernise
+from danceopd.recipe.aliases import modernise
 from danceopd.recipe.checks import check
 from danceopd.recipe.labelfree import Gates, Monitor
 from danceopd.recipe.parts import (
@@ -93,9 +93,9 @@ def _base(value: Any) -> Any:
 
 
 @cache
-def _warn_of_old_name(key: str) -> None:
+def _warn(sentence: str) -> None:
     """Once a process: a run folder's recipe is read more than once."""
-    _log.warning("recipe key %s is now called %s; the old name works for one version", key, RENAMED[key])
+    _log.warning(sentence)
 
 
 def _shipped_teachers() -> tuple[dict[str, str], ...]:
@@ -153,9 +153,9 @@ class Recipe(Part):
         """
         if not isinstance(data, Mapping):
             return data
-        data, old = modernise(data)
-        for key in old:
-            _warn_of_old_name(key)
+        data, warnings = modernise(data)
+        for sentence in warnings:
+            _warn(sentence)
         if not any(c in data for c in CAPABILITIES):
             return data
         short = {c: data.pop(c) for c in CAPABILITIES if c in data}

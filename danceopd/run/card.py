@@ -20,9 +20,9 @@ PAPER = "[DanceOPD](https://arxiv.org/abs/2606.27377)"
 
 
 def write_card(
-    folder: str | Path, recipe: Any, scores: Mapping[str, Mapping[str, float | str | None]] | None = None, hashes:
-    Mapping[str, str] | None = None, snippet: str | None = None, grid: str | Path | None = None, fused: bool = False,
-    init: str | None = None, sentences: Sequence[str] = (),
+    folder: str | Path, recipe: Any, scores: Mapping[str, Mapping[str, float | str | None]] | None = None,
+    hashes: Mapping[str, str] | None = None, snippet: str | None = None, grid: str | Path | None = None,
+    fused: bool = False, init: str | None = None, sentences: Sequence[str] = (),
 ) -> Path:  # fmt: skip
     """Write `folder/README.md`.
 

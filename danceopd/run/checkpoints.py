@@ -53,8 +53,8 @@ class CheckpointStore:
         self._damaged: set[Path] = set()
 
     def save(
-        self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], random: Sequence[RandomState] | None
-        = None, good: bool = False,
+        self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any],
+        random: Sequence[RandomState] | None = None, good: bool = False,
     ) -> Path:  # fmt: skip
         """Writes one, whole or not at all, and forgets those that are too old or were found damaged.
 

@@ -1,9 +1,10 @@
 """The run directory: what a merge writes, so that it can be followed, trusted and continued.
 
-    recipe.yaml  data.json  teachers.json  metrics.jsonl  logs/  samples/step-000050.png  validation.json
-    validation.png checkpoints/step-000050/{state.safetensors,meta.json,manifest.json} checkpoints/good-000050/…
-    monitor.jsonl  monitor.json      of a monitored run (labelfree/monitor.py) pytorch_lora_weights.safetensors
-    README.md  finished.json  of a finished one
+    recipe.yaml  data.json  teachers.json  metrics.jsonl  logs/
+    samples/step-000050.png  validation.json  validation.png
+    checkpoints/step-000050/{state.safetensors,meta.json,manifest.json}
+    monitor.jsonl  monitor.json  checkpoints/good-000050/…         of a monitored run (labelfree/monitor.py)
+    pytorch_lora_weights.safetensors  README.md  finished.json     of a finished one
 
 Making a `RunDirectory` creates, continues or refuses the folder, and locks it. Nothing in it is pickled.
 """

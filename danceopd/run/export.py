@@ -111,9 +111,9 @@ class Probe:
 
 
 def export(
-    adapter: Adapter, folder: str | os.PathLike, base: str | os.PathLike, probes: Sequence[Probe], *, dtype:
-    torch.dtype = torch.float32, metadata: Mapping[str, str] | None = None, load: Callable[[], Any] | None = None,
-    tolerance: float = 0.02,
+    adapter: Adapter, folder: str | os.PathLike, base: str | os.PathLike, probes: Sequence[Probe], *,
+    dtype: torch.dtype = torch.float32, metadata: Mapping[str, str] | None = None,
+    load: Callable[[], Any] | None = None, tolerance: float = 0.02,
 ) -> Path:  # fmt: skip
     """Write the student's LoRA to `folder`, prove it through a fresh stock pipeline, and only then let it stay.
 

@@ -13,7 +13,7 @@ from tiny_merge import WEIGHTS, json_lines, run, tiny_models, tiny_recipe
 
 from danceopd.errors import UserError
 from danceopd.recipe.aliases import REMOVED, RENAMED, modernise
-from danceopd.recipe.recipe import Recipe, _warn_of_old_name
+from danceopd.recipe.recipe import Recipe, _warn
 from danceopd.run.directory import OLD_NAMES, RunDirectory
 
 VALUES = {
@@ -42,7 +42,7 @@ OTHER = {
 @pytest.fixture(autouse=True)
 def unwarned() -> None:
     """As in a fresh process."""
-    _warn_of_old_name.cache_clear()
+    _warn.cache_clear()
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
@@ -114,12 +114,21 @@ def test_rows_that_would_have_been_ranked_are_refused(files: dict) -> None:
         Recipe(**files, gates={**gates, "group": 2})
 
 
+@pytest.mark.parametrize("consensus", [True, {"bound": 0.2}])
+def test_rows_that_were_ranked_by_default_are_told(files: dict, caplog, consensus: Any) -> None:
+    with caplog.at_level(logging.WARNING):
+        Recipe(**files, gates={"evidence": True, "consensus": consensus, "group": 2})
+        Recipe(**files, gates={"evidence": True, "group": 2})
+    (said,) = [record.message for record in caplog.records]
+    assert said.startswith("gates.consensus no longer ranks the pictures of a group")
+
+
 def test_modernising_changes_no_mapping_that_it_was_given() -> None:
     data = {"gap": {"every": 5}, "rollout": {"persistent": 1, "captured": True}}
-    found, old = modernise(data)
+    found, warnings = modernise(data)
     assert data == {"gap": {"every": 5}, "rollout": {"persistent": 1, "captured": True}}
     assert found == {"validation": {"every": 5}, "rollout": {"cuda_graphs": True}}
-    assert old == ["gap", "rollout.captured"]
+    assert [line.split()[2] for line in warnings] == ["gap", "rollout.captured"]
 
 
 # Run folders of earlier versions
