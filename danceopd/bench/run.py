@@ -25,7 +25,7 @@ from danceopd.bench.report.report import report as write_report
 from danceopd.bench.report.training import monitor_summary, validation_error
 from danceopd.bench.results import summarise
 from danceopd.bench.scoring import Scoring
-from danceopd.bench.suites.protocol import Item, JudgedSuite, Suite
+from danceopd.bench.suites.protocol import ExactSuite, Item, JudgedSuite, Suite
 from danceopd.bench.suites.registry import load_suite, suite_items
 from danceopd.common.distributed import Processes
 from danceopd.common.files import disk_errors, lock_file, remove_partial_files, write_json
@@ -338,7 +338,7 @@ class Bench:
     def _measure_ceiling(self, host: ModelHost) -> None:
         """Write `ceiling.json`: what correct images score after the autoencoder's round trip."""
         file = self.folder / "ceiling.json"
-        if file.is_file():
+        if file.is_file() or not isinstance(self.loaded_suite, ExactSuite):
             return
         self.progress(0, 1, "ceiling")
         ceiling = self.loaded_suite.ceiling(host.round_trip, min(self.limit or CEILING, CEILING))
@@ -365,7 +365,7 @@ class Bench:
             "seconds": seconds | {"total": round(time.perf_counter() - started, 2)},
         }
         scores = summarise(rows, self.lineup, self.loaded_suite, settings)
-        write_json(self.folder / "scores.json", scores)
+        write_json(self.folder / "scores.json", scores, text=False)  # the report dashes None
         found = BenchResult(self.folder, scores, rows, write_report(self.folder))
         self.progress(1, 1, "report")
         return found

@@ -122,7 +122,7 @@ def _votes(session: JudgeSession, chosen: Sequence[Pair]) -> dict[str, Any]:
     """A judge's votes: `judge`, `capabilities` with their figures, `items`, and the usage."""
     total = sum(1 for _ in questions(chosen)) * session.repeats
     done = 0
-    with progress_bar("compare") as progress:
+    with progress_bar("compare", transient=True) as progress:
 
         def on_answer(_: Any) -> None:
             nonlocal done

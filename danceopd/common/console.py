@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,14 +29,17 @@ def format_seconds(seconds: float) -> str:
 
 
 @contextmanager
-def progress_bar(title: str, console: Console | None = None) -> Iterator[Callable[[int, int, str], None]]:
+def progress_bar(
+    title: str, console: Console | None = None, ends: bool = False, transient: bool = False
+) -> Iterator[Callable[[int, int, str], None]]:
     """A context with a function `report(done, total, note)` that draws a bar with the time left on a terminal's stderr.
 
-    Elsewhere it prints a line every `PRINT_INTERVAL` seconds, so that quick work prints nothing. The first word of
-    `note` names a phase: the time left is that of the phase, from its own pace since its first report.
+    Elsewhere it prints a line every `PRINT_INTERVAL` seconds, so that quick work prints nothing; with `ends` also the
+    first report and the last one. `transient`: the bar vanishes when the work is done. The first word of `note` names a
+    phase: the time since its start and the time left are those of the phase, from its own pace since its first report.
     """
     console = console or Console(stderr=True, markup=False)
-    began, start, phase, last = 0.0, 0, "", time.monotonic()
+    began, start, phase, last = 0.0, 0, "", -math.inf if ends else time.monotonic()
 
     def left(done: int, total: int, note: str) -> str:
         nonlocal began, start, phase
@@ -47,7 +51,7 @@ def progress_bar(title: str, console: Console | None = None) -> Iterator[Callabl
     def line(done: int, total: int, note: str) -> None:
         nonlocal last
         remaining, now = left(done, total, note), time.monotonic()
-        if now - last >= PRINT_INTERVAL:
+        if now - last >= PRINT_INTERVAL or (ends and done == total):
             last = now
             parts = (f"{title} {done}/{total}", note, f"{remaining} left")
             console.print("  ".join(filter(None, parts)), highlight=False, soft_wrap=True)
@@ -62,10 +66,13 @@ def progress_bar(title: str, console: Console | None = None) -> Iterator[Callabl
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]} left  {task.fields[note]}", markup=False),
     )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, transient=transient) as bar:
         task = bar.add_task(title, total=None, left="…", note="")
 
         def draw(done: int, total: int, note: str) -> None:
-            bar.update(task, completed=done, total=total, left=left(done, total, note), note=note)
+            before, remaining = phase, left(done, total, note)
+            if before not in ("", phase):
+                bar.reset(task)
+            bar.update(task, completed=done, total=total, left=remaining, note=note)
 
         yield draw

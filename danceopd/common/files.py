@@ -104,21 +104,25 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise
 
 
-def json_safe(value: Any) -> Any:
-    """`value` as JSON can hold it: NaN and infinities as text, one-element tensors and arrays as numbers."""
+def json_safe(value: Any, text: bool = True) -> Any:
+    """`value` as JSON can hold it: NaN and infinities as text, else as None; one-element tensors and arrays as numbers.
+    """
     if isinstance(value, dict):
-        return {key: json_safe(item) for key, item in value.items()}
+        return {key: json_safe(item, text) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [json_safe(item) for item in value]
+        return [json_safe(item, text) for item in value]
     if hasattr(value, "item"):
         value = value.item()
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value) if text else None
+    return value
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `json_safe(value)` whole or not at all; UserError when the disk is full or the path cannot be written."""
+def write_json(path: Path, value: Any, text: bool = True) -> None:
+    """Write `json_safe(value, text)` whole or not at all; UserError for a full disk, or a path that cannot be written.
+    """
     with disk_errors(path):
-        write_atomic(path, (json.dumps(json_safe(value), indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomic(path, (json.dumps(json_safe(value, text), indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def lock_file(path: Path) -> IO[str] | None:

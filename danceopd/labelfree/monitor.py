@@ -332,7 +332,7 @@ class Rollback(Callback):
         if self.run is not None:
             self.run.forget(trainer.step)
             self.run.logger.log(trainer.step, **{"monitor/rolled back from": float(step)})
-        trainer.should_stop |= self.ended
+        trainer.should_stop = self.ended  # early stopping may have spent its patience on what was undone
 
     def state_dict(self) -> dict[str, Any]:
         return {ROLLED_BACK: True} if self.done else {}

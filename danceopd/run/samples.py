@@ -28,7 +28,7 @@ class SampleGrid:
     def __init__(
         self, sources: Mapping[str, str], count: int, seed: int, encoder: Encoder, device: torch.device
     ) -> None:
-        """`count` pictures of each capability, from its data source; `seed` draws the rows of the exact world."""
+        """`count` pictures of each capability, from its data source; `seed` draws the built-in scenes."""
         self.parts = []
         for capability, spec in sources.items():
             read = edits_from if capability == "editing" else prompts_from
@@ -73,11 +73,12 @@ class Samples(Callback):
         self.grid, self.logger, self.every, self.merged = grid, logger, every, merged
 
     def on_train_start(self, trainer: Trainer) -> None:
-        if trainer.step == 0:
+        if self.grid is not None and trainer.step == 0:
             self.draw(trainer, 0, trainer.ema_field(self.merged))
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        if trainer.step == trainer.steps or (self.every and trainer.step % self.every == 0):
+        due = trainer.step == trainer.steps or (self.every and trainer.step % self.every == 0)
+        if self.grid is not None and due:
             self.draw(trainer, trainer.step, trainer.ema_field(self.merged))
 
     def draw(self, trainer: Trainer, step: int, student: VelocityField) -> None:
