@@ -47,3 +47,11 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         (tmp_path / "models" / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     return {"base": "models/base", "generation": "models/draws", "editing": "models/edits"}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base`, `draws` and `edits` (`tiny_merge.tiny_models`), for tests that write nothing there."""
+    from tiny_merge import tiny_models
+
+    return tiny_models(tmp_path_factory.mktemp("models"))

@@ -7,14 +7,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tiny_merge import WEIGHTS, check_student, json_lines, three_rows, tiny_models, torchrun
+from tiny_merge import WEIGHTS, check_student, json_lines, three_rows, torchrun
 
 from danceopd.merge import merge
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.slow

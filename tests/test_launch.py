@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
-from tiny_merge import WEIGHTS, check_student, three_rows, tiny_models
+from tiny_merge import WEIGHTS, check_student, three_rows
 
 from danceopd.common.distributed import Processes
 from danceopd.errors import UserError
@@ -72,11 +72,6 @@ def of_two(folder: Path) -> bool:
     """Whether the checkpoint has the random states of two processes."""
     facts = json.loads((folder / "run" / "checkpoints" / "step-000002" / "meta.json").read_text())
     return len(facts["others"]) == 1
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -8,18 +8,14 @@ import torch
 from diffusers import DiffusionPipeline, Flux2Transformer2DModel
 from PIL import Image
 from tiny import random_adapter, tiny_klein
-from tiny_merge import WEIGHTS, Killed, json_lines, run, tiny_models, tiny_recipe
+from tiny_merge import WEIGHTS, Killed, json_lines, run, tiny_recipe
 
 from danceopd.adapters.read import read_adapter
 from danceopd.adapters.write import write_adapter
 from danceopd.data.encode import Encoder, free_encoders
 from danceopd.errors import UserError
 from danceopd.merge import merge
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny_models(tmp_path_factory.mktemp("models"))
+from danceopd.models.cuda_graphs import with_cuda_graphs
 
 
 def recipe(models, output, **fields):
@@ -82,7 +78,7 @@ def test_stock_diffusers_draws_what_the_student_draws(done, models):
 def test_same_seed_same_bytes(done, models, tmp_path, caplog):
     output, _, _ = done
     merge(recipe(models, tmp_path / "again"), silent)
-    assert "data.editing is the exact world" in caplog.text  # on a base that is not the shipped one
+    assert "data.editing is the built-in synthetic scenes" in caplog.text  # on a base that is not the shipped one
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (output / WEIGHTS).read_bytes()
     merge(recipe(models, tmp_path / "other", seed=1), silent)
     assert (tmp_path / "other" / WEIGHTS).read_bytes() != (output / WEIGHTS).read_bytes()
@@ -224,6 +220,32 @@ def test_the_transformer_goes_to_the_device_when_the_encoders_have_left(models, 
     assert ("encode", None) in happened[began:left]
     assert not [size for name, size in happened[began:left] if name == "transformer" and size]
     assert happened[left + 1][0] == "transformer" and happened[left + 1][1] > whole  # with its adapters
+
+
+@pytest.mark.parametrize(
+    ("fields", "flags"),
+    [
+        ({"rollout": {"cuda_graphs": True}}, {"enabled"}),
+        ({"compile": True}, {"compiled"}),
+        ({"rollout": {"cache_source": True}}, {"source_cached"}),
+    ],
+)
+def test_the_recipe_says_how_rollouts_are_captured(models, tmp_path, monkeypatch, caplog, fields, flags):
+    """A graph is what the recipe asks for, and a processor has none."""
+    module, seen = sys.modules["danceopd.merge"], {}
+
+    def noted(field, device, **given):
+        seen.update(given)
+        with_cuda_graphs(field, torch.device("cpu"), **given)
+        raise Killed
+
+    monkeypatch.setattr(module, "with_cuda_graphs", noted)
+    monkeypatch.setattr(module, "check_source_cache", lambda family: None)  # FLUX.2 klein cannot keep its source
+    quick = {"validation": {"every": 0}, "samples": {"every": 0, "count": 1}, "device": "cpu"}
+    with pytest.raises(Killed):
+        merge(recipe(models, tmp_path / "run", **quick, **fields), silent)
+    assert {name for name, on in seen.items() if on} == flags <= set(seen) and len(seen) == 3
+    assert ("eager rollouts, because cpu has no CUDA graphs" in caplog.text) == ("enabled" in flags)
 
 
 def test_fused_run_folder_loads_alone(done, models, tmp_path):

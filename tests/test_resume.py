@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from tiny import random_adapter, random_image, tiny_klein
-from tiny_merge import WEIGHTS, Killed, tiny_models, tiny_recipe
+from tiny_merge import WEIGHTS, Killed, tiny_recipe
 
 from danceopd.adapters.write import write_adapter
 from danceopd.data.dataset import open_datasets
@@ -23,11 +23,6 @@ from danceopd.recipe.recipe import Recipe
 from danceopd.run.provenance import check_data
 
 STEPS = 24
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models(tmp_path_factory.mktemp("models"))
 
 
 def recipe(models: Path, output: Path, **fields: object) -> Recipe:

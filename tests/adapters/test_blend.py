@@ -272,6 +272,17 @@ def test_residuals_say_what_the_rank_lost():
     assert blend_with_residual(parts, rank=3).residual == pytest.approx(lost, rel=1e-4)
 
 
+@pytest.mark.parametrize("method", ["linear", "task-arithmetic", "ties"])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_blend_that_cancels_out_is_nothing_and_lost_nothing_to_speak_of(method, rank):
+    """Its residual is a share of next to nothing, and still one: between 0 and 1."""
+    part = adapter(1, 4)
+    found = blend_with_residual([part, part], [1.0, -1.0], rank=rank, method=method)
+    assert 0 <= found.residual <= 1 and all(0 <= lost <= 1 for lost in found.residuals.values())
+    for name in "xy":
+        close(found.adapter.delta(name), torch.zeros(20, 12))
+
+
 def test_the_randomised_svd_is_as_good_as_the_exact_one(monkeypatch):
     import danceopd.adapters.svd as module
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,69 +12,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from bench_cases import CALL, Suite, pixels
 from PIL import Image
 from rich.console import Console
-from tiny import random_adapter, random_image, tiny_klein
 
 from danceopd.adapters.header import WEIGHTS
-from danceopd.adapters.write import write_adapter
 from danceopd.bench import run, statistics
 from danceopd.bench.options import BlendOptions
 from danceopd.bench.report.table import print_table
 from danceopd.bench.run import bench
-from danceopd.bench.suites.protocol import ExactSuite, Item, Score
 from danceopd.errors import UserError
 from danceopd.recipe.recipe import Recipe
-
-CALL = {"height": 64, "width": 64, "num_inference_steps": 3, "max_sequence_length": 48}
-
-
-class Suite(ExactSuite):
-    """Two categories of each capability, scored by the brightness of the image; cheap, and of no particular world."""
-
-    name, version, protocol = "dots", "1", "00" * 32
-    rules = {"scorer": "brightness"}
-    scale = {"generation": (0.0, 1.0), "editing": (0.0, 10.0)}
-    share = {"generation": True, "editing": False}
-
-    def generation_items(self, limit: int | None = None) -> list[Item]:
-        words = ["a red circle", "two blue square", "a green star", "three white ring"][:limit]
-        return [
-            Item(f"g{n}", "generation", "generation", ("one", "many")[n % 2], w, None, None, None, None)
-            for n, w in enumerate(words)
-        ]
-
-    def editing_items(self, limit: int | None = None) -> list[Item]:
-        words = ["remove the red circle", "make it blue", "add a star"][:limit]
-        return [
-            Item(f"e{n}", "editing", "local", ("cut", "paint")[n % 2], w, None, random_image(n), random_image(9), None)
-            for n, w in enumerate(words)
-        ]
-
-    def probe_items(self, limit: int | None = None) -> dict[str, list[Item]]:
-        return {
-            "editing": [Item("p0", "editing", "compound", "cut", "make it red", "odd", random_image(7), None, None)]
-        }
-
-    def _scores(self, items, images) -> list[Score]:
-        light = [float(np.asarray(image, float).mean()) / 255 for image in images]
-        return [
-            Score(float(v > 0.5) if i.capability == "generation" else 10 * v, v > 0.5, f"{v:.2f}")
-            for i, v in zip(items, light)
-        ]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, two teachers, and a student's run folder."""
-    root = tmp_path_factory.mktemp("models")
-    pipe = tiny_klein(root / "base")
-    (root / "base" / "danceopd.json").write_text(json.dumps(CALL))
-    for seed, name in enumerate(("draws", "edits", "student")):
-        write_adapter(random_adapter(pipe.transformer, seed=seed), root / name)
-    recipe = Recipe(base=str(root / "base"), generation=str(root / "draws"), editing=str(root / "edits"))
-    (root / "student" / "recipe.yaml").write_text(recipe.to_yaml())
-    return root
 
 
 @pytest.fixture(autouse=True)
@@ -81,18 +30,6 @@ def dots(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cheap suite, under the name `dots`."""
     found = run.load_suite
     monkeypatch.setattr(run, "load_suite", lambda name, **options: Suite() if name == "dots" else found(name))
-
-
-@pytest.fixture(scope="module")
-def result(models: Path, tmp_path_factory: pytest.TempPathFactory):
-    """One bench of everything, with probes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "load_suite", lambda name, **options: Suite())
-        return bench(models / "student", "dots", output=tmp_path_factory.mktemp("bench") / "out", probes=True, batch=3)
-
-
-def pixels(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path)).astype(int)
 
 
 @pytest.mark.parametrize("model", ["base", "student", "editing"])
@@ -322,3 +259,12 @@ def test_progress_counts_to_the_end(models: Path, tmp_path: Path) -> None:
     for phase in ("generating", "scoring"):
         counts = [done for done, total, what in seen.calls if total == 8 and what.startswith(phase)]
         assert counts == sorted(counts) and (counts[0], counts[-1]) == (0, 8)
+
+
+def test_a_figure_that_is_not_finite_is_a_dash(result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report reads scores.json back: NaN is null there, not text."""
+    made = {"student": result.folder / "images" / "student"}
+    monkeypatch.setattr(run.Bench, "_image_sets", lambda self, rows: {"student": {"constant": math.nan, "n": 7}})
+    found = bench(suite="dots", images=made, output=tmp_path / "out")
+    assert json.loads((found.folder / "scores.json").read_text())["pictures"]["student"] == {"constant": None, "n": 7}
+    assert found.report.is_file()

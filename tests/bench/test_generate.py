@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bench_cases import CALL, Suite, pixels
 from PIL import Image
-from test_bench import CALL, Suite, models, pixels
 from tiny import random_image
 
 from danceopd.bench import generate, run
@@ -22,7 +22,6 @@ from danceopd.bench.generate import GenerationLog
 from danceopd.bench.run import BenchResult, bench
 from danceopd.bench.suites.protocol import Item
 
-__all__ = ["models"]  # the fixture
 SIZES = [(64, 64), (96, 64), (64, 64), (64, 96), (96, 64)]  # width, height
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tiny_flux1
 import torch
+from bench_cases import CALL, Suite, pixels
 from PIL import Image
-from test_bench import CALL, Suite, pixels
 from tiny import random_adapter, tiny_klein
 
 from danceopd.adapters.write import write_adapter

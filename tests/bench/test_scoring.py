@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bench_cases import Suite
 from rich.console import Console
-from test_bench import Suite, models, result
 from typer.testing import CliRunner
 
 from danceopd.bench import run, statistics
@@ -25,8 +25,6 @@ from danceopd.bench.suites.registry import SUITES
 from danceopd.cli.app import app
 from danceopd.common import system
 from danceopd.errors import UserError
-
-__all__ = ["models", "result"]  # the fixtures
 
 
 @dataclass(frozen=True)
@@ -154,14 +152,17 @@ def test_categories(models: Path, tmp_path: Path) -> None:
     found = bench(models / "student", "dots", ["none"], tmp_path / "out", categories=["cut", "many"], limit=1)
     assert [r["key"] for r in found.rows] == ["g1", "e0"]  # the first of each, not what is left of the first
     assert found.scores["categories"] == ["cut", "many"]
-    with pytest.raises(UserError, match="other categories"):
+    with pytest.raises(UserError, match=r"holds another bench \(other categories\); choose another --output"):
         bench(models / "student", "dots", ["none"], tmp_path / "out", categories=["cut"], limit=1)
 
 
 def test_a_judged_suite(models: Path, tmp_path: Path) -> None:
     """Answers become scores; one that cannot be read, one that is not there and a missing picture are statuses."""
     asked = {"against": ["none"], "output": tmp_path / "out", "suite": "judged"}
-    drawn = bench(models / "student", judge=JudgeOptions("none"), **asked)
+    phases: list[str] = []
+    seen = {"progress": lambda *step: phases.append(step[2])}
+    drawn = bench(models / "student", judge=JudgeOptions("none"), **seen, **asked)
+    assert "ceiling" not in phases and "report" in phases  # only suites that score exactly can have one
     assert {r["status"] for r in drawn.rows} == {"missing"} and drawn.scores["judge"] is None
     judge = recorded(
         tmp_path,

@@ -16,17 +16,13 @@ from danceopd.bench.suites.registry import load_suite
 from danceopd.data.images import picture as opened
 from danceopd.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("cache")
 OFFICIAL = """
 _context_no_delimit = \"\"\"CONTEXT\"\"\"
 _prompts_0shot_two_image_edit_rule = "PAIR"
 _prompts_0shot_tie_rule_SC = "SUCCESS of <instruction>"
 _prompts_0shot_rule_PQ = "QUALITY"
 """
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DANCEOPD_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -14,10 +14,7 @@ from danceopd.bench.suites.registry import load_suite
 from danceopd.data.images import picture
 from danceopd.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DANCEOPD_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

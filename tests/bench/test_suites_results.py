@@ -31,10 +31,7 @@ from danceopd.bench.suites import gedit, imgedit
 from danceopd.bench.suites.registry import load_suite
 from danceopd.data.images import picture as opened
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DANCEOPD_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def mean(values):

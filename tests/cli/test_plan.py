@@ -149,7 +149,7 @@ def test_pictures_queries_and_shares(models: Path, tmp_path: Path) -> None:
     assert "validation" not in off["passes"] and not [m for m in off["memory"] if "validation" in m["part"]]
     patient = plan(recipe(models, tmp_path, validation={"patience": 2}), tflops=1.0)
     best = {m["part"]: m["bytes"] for m in patient["memory"]}
-    assert best["student, best of the validation"] == best["student, EMA"]
+    assert best["student, EMA of the best validation"] == best["student, EMA"]
     json.dumps(facts)
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from flows import Gaussian, Rows, shifted
 
-from danceopd.common.tensors import append_dims
 from danceopd.engine.batches import Batch
 from danceopd.engine.objectives import OBJECTIVES, RowLoss, clipped, probability_ratio
 from danceopd.engine.query import draw_queries
@@ -39,7 +38,7 @@ class Linear:
         return p[0] + p[1] * sigma, p[2] + p[3] * sigma
 
     def __call__(self, x, sigma, condition=None):
-        slope, offset = self.line(append_dims(sigma, x))
+        slope, offset = self.line(sigma.reshape(-1, *[1] * (x.ndim - 1)))
         return slope * x + offset
 
 

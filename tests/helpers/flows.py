@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from danceopd.common.tensors import append_dims
-
 
 class Rows:
     """A condition that is only row numbers."""
@@ -42,7 +40,7 @@ class Gaussian:
         return slope, -self.mean - slope * at
 
     def __call__(self, x: Tensor, sigma: Tensor, condition=None) -> Tensor:
-        slope, offset = self.line(append_dims(sigma, x).to(x.dtype))
+        slope, offset = self.line(sigma.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype))
         return slope * x + offset
 
 

@@ -5,7 +5,12 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
+
+from danceopd.worlds.openmoji.drawings import Drawings
 from danceopd.worlds.openmoji.kinds import Kind
+from danceopd.worlds.openmoji.render import render
+from danceopd.worlds.scenes.grammar import Scene
 
 LINE = 'fill="none" stroke="#000000" stroke-width="2" stroke-linejoin="round" stroke-linecap="round"'
 DRAWN = {
@@ -66,6 +71,7 @@ DRAWN = {
     ),
 }
 KINDS = tuple(Kind(name, f"own-{name}", "#ffffff" if d[0] == "#fff" else d[0], d[1]) for name, d in DRAWN.items())
+NAMES = tuple(kind.name for kind in KINDS)
 
 
 def svg(name: str) -> str:
@@ -97,3 +103,8 @@ def package(path: Path, without: str | None = None) -> Path:
             member.size = len(text.encode())
             bundle.addfile(member, io.BytesIO(text.encode()))
     return path
+
+
+def pixels(scene: Scene, drawings: Drawings) -> np.ndarray:
+    """The scene as it is rendered, (height, width, 3) in 0 to 1."""
+    return np.asarray(render(scene, drawings), np.float32) / 255

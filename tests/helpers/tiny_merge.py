@@ -56,13 +56,13 @@ class Killed(Exception):
     """Ends a merge in the middle, as a kill would."""
 
 
-def run(recipe: Recipe, kill: int | None = None, times: int = 1) -> list[int]:
-    """Merge; the steps that were reported. `kill` ends it after that update, the `times`-th time it is reached."""
+def run(recipe: Recipe, kill: int | None = None) -> list[int]:
+    """Merge; the steps that were reported. `kill` ends it after that update."""
     steps: list[int] = []
 
     def report(metrics: Any, total: int) -> None:
         steps.append(metrics.step)
-        if steps.count(kill) == times:
+        if metrics.step == kill:
             raise Killed
 
     if kill is None:

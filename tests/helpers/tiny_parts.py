@@ -109,3 +109,17 @@ def t5_tokenizer() -> T5Tokenizer:
     """One token a character, then </s>; pad 0."""
     tokens = ["<pad>", "</s>", "<unk>", "▁", *(chr(c) for c in range(33, 127))]
     return T5Tokenizer(vocab=[(token, 0.0 if i < 3 else -1.0) for i, token in enumerate(tokens)], extra_ids=0)
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Assert that no number differs by more than `tolerance`."""
+    assert a.shape == b.shape and (a - b).abs().max() <= tolerance, (a - b).abs().max()
+
+
+def calls_of(transformer: Any, run: Callable[[], Any]) -> list[dict[str, Any]]:
+    """The kwargs of every call of the transformer while `run()` runs."""
+    calls: list[dict[str, Any]] = []
+    hook = transformer.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    run()
+    hook.remove()
+    return calls

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_merge import WEIGHTS, tiny_models, tiny_recipe
+from tiny_merge import WEIGHTS, tiny_recipe
 from tiny_trainer import NAMES, TinyData, backward, batches_of, make_trainer, tiny_data, train
 
+from danceopd.data.dataset import open_datasets
 from danceopd.engine.batches import Draw
 from danceopd.engine.rollout import rollout
 from danceopd.engine.trainer import Trainer
 from danceopd.errors import UserError
 from danceopd.labelfree.context import ELSEWHERE, NULL, PRIVILEGED, WRONG, StepContext
+from danceopd.labelfree.variants import other_prompts
 from danceopd.merge import merge
 from danceopd.pipelines.registry import with_prompt_of
 from danceopd.plan import plan
@@ -204,7 +206,9 @@ def test_metrics_are_there_when_a_gate_is(data, files):
         "gate/weight", "gate/weight std", "gate/weight zero", "gate/ess", "gate/rho", "gate/delta positive",
         "gate/leak", "gate/consensus", "gate/critical", "gate/guarded", "gate/shift share",
     }  # fmt: skip
-    assert 0 < metrics["gate/ess"] <= 1 and 0 <= metrics["gate/consensus"] <= 1 and metrics["gate/leak"] > 0
+    mean, std = metrics["gate/weight"], metrics["gate/weight std"]
+    assert std > 0 and metrics["gate/ess"] == pytest.approx(mean**2 / (mean**2 + std**2), rel=1e-4)
+    assert 0 <= metrics["gate/consensus"] <= 1 and metrics["gate/leak"] > 0
     plain = gated(data, files)
     assert plain.hook is None and "gates.scores" not in plain.state_dict()
     assert not [name for name in plain.train_step().scalars() if name.startswith("gate")]
@@ -218,11 +222,6 @@ def test_a_missing_null_prompt_is_named(data, files):
 
 
 # From end to end
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    return tiny_models(tmp_path_factory.mktemp("models"))
 
 
 def recipe(models: Path, output: Path, **fields) -> Recipe:
@@ -258,6 +257,9 @@ def test_a_stopped_gated_run_continues_to_the_same_file(models, tmp_path):
     whole = sha(models, tmp_path / "whole", gates=gates)
     sha(models, tmp_path / "part", gates=gates, steps=2)
     assert sha(models, tmp_path / "part", gates=gates) == whole
+    lines = [json.loads(line) for line in (tmp_path / "part" / "metrics.jsonl").read_text().splitlines()]
+    consensus = [line["gate/consensus"] for line in lines if line["step"]]
+    assert len(consensus) == 3 and min(consensus) > 0 and max(consensus) < 0.9999  # paraphrases are answered unlike
     with pytest.raises(UserError, match="holds another run .gates.evidence"):
         merge(recipe(models, tmp_path / "part", steps=4), lambda metrics, steps: None)
 
@@ -268,8 +270,10 @@ def test_plan_counts_what_gates_query(models, tmp_path):
 
     assert not [name for name in passes() if "gates" in name]
     assert passes(evidence=True)["gates, frozen"] == 1
-    several = passes(consensus=True)["gates, frozen"]
-    assert 1 < several <= 3
+    data = open_datasets(recipe(models, tmp_path / "none")).values()
+    worded = [sum(min(2, len(other_prompts(one.data, row))) for row in one.rows) / len(one.rows) for one in data]
+    several = passes(consensus=True)["gates, frozen"]  # another prompt, and up to two wordings where the row has them
+    assert several == pytest.approx(1 + sum(worded) / 2) and 0 < sum(worded) / 2 < 2
     assert passes(consensus=True, evidence={"contrast": "prompt"})["gates, frozen"] == several
     assert passes(consensus=True, evidence=True)["gates, frozen"] == several + 1
     both = passes(skills={"generation": {"episode": "none"}, "editing": {"episode": "none"}})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from flows import Gaussian, shifted
 from safetensors.torch import load_file
-from tiny_merge import WEIGHTS, check_student, json_lines, tiny_models, tiny_recipe, torchrun
+from tiny_merge import WEIGHTS, check_student, json_lines, tiny_recipe, torchrun
 from tiny_merge import run as merge_run
 from torch import nn
 from torchmetrics.functional import spearman_corrcoef
@@ -212,7 +212,8 @@ def mistaken():
 
 
 def training(mistaken, live, patch=None):
-    """The checks of 160 updates, and the steps with an alarm."""
+    """The checks of 160 updates, and the alarms by step. A student that is its own teacher is judged by the frozen
+    teacher, as runs are, or with a `patch` by itself."""
     student, numbers, sigmas = Student(), torch.Generator().manual_seed(9), shifted(6, 1.0)
     student.load_state_dict(mistaken)
     optimizer = torch.optim.Adam(student.parameters(), 3e-3)
@@ -221,7 +222,7 @@ def training(mistaken, live, patch=None):
     def field(x, sigma, condition):
         return student(x, sigma, condition)
 
-    monitor, alarmed = Monitor(Options(), [probes(field if live else None, patch)], "the distance"), []
+    monitor, alarmed = Monitor(Options(), [probes(field, patch) if patch else probes()], "the distance"), {}
     monitor.check(0, field)
     for step in range(1, 161):
         prompts = Prompts(torch.randint(MODES, (64,), generator=numbers))
@@ -236,7 +237,7 @@ def training(mistaken, live, patch=None):
         optimizer.zero_grad(), loss.backward(), optimizer.step()
         if step % 20 == 0:
             monitor.check(step, field)
-            alarmed += [step] * bool(monitor.alarms)
+            alarmed |= {step: monitor.alarms} if monitor.alarms else {}
     return [line["panels"]["flow"] for line in monitor._lines], alarmed
 
 
@@ -260,6 +261,15 @@ def test_confidences_are_taken_at_the_middle_of_the_rollout():
         assert set(sigma.tolist()) == {float(sigmas[3])}
 
 
+def test_the_effective_share_is_the_mean_since_the_last_check():
+    monitor = Monitor(Options(), [probes()], "the distance")
+    for share in (0.5, 0.9):
+        monitor.note({"gate/ess": share, "loss": 1.0})
+    monitor.note({"loss": 1.0})
+    assert monitor.check(1, exact)["monitor/effective"] == pytest.approx(0.7)
+    assert "monitor/effective" not in monitor.check(2, exact)
+
+
 def test_plain_danceopd_mends_the_mistake_in_silence(mistaken):
     lines, alarmed = training(mistaken, live=False)
     assert not alarmed
@@ -269,20 +279,23 @@ def test_plain_danceopd_mends_the_mistake_in_silence(mistaken):
 def test_the_student_as_its_own_teacher_raises_an_alarm(mistaken, monkeypatch):
     """Its own consensus stays high while the pictures go astray, and there is an alarm."""
     lines, alarmed = training(mistaken, live=True, patch=monkeypatch)
-    assert alarmed and alarmed[0] <= 80
+    assert alarmed and min(alarmed) <= 80
     assert lines[-1]["score"] < lines[0]["score"] - 0.5
     assert 0.5 < lines[-1]["confidence"][CONSENSUS] < 0.999  # the exact flow, which reads no words, would say 1
     assert lines[-1]["confidence"][AGREEMENT] < lines[0]["confidence"][AGREEMENT]
 
 
+def test_the_frozen_teacher_raises_an_alarm_of_that_student_too(mistaken):
+    """What a run's monitor sees: the teacher is never fooled, and pictures of one prompt become the same."""
+    lines, alarmed = training(mistaken, live=True)
+    assert alarmed and min(alarmed) <= 80
+    assert "pictures of one prompt differ" in alarmed[min(alarmed)][0]
+    assert lines[-1]["score"] < lines[0]["score"] - 0.5
+
+
 # -- runs -----------------------------------------------------------------------------------------------------
 
 MONITORED = {"every": 2, "prompts": 8, "seeds": 2}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny_models(tmp_path_factory.mktemp("models"))
 
 
 def recipe(models, output, **fields):
@@ -365,6 +378,13 @@ def test_an_alarm_brings_the_first_state_back_and_goes_on_plainly(models, tmp_pa
     assert [line["step"] for line in checks] == [0, 2, 2, 2, 4] and checks[2]["rolled_back_to"] == 0
     card = (tmp_path / "run" / "README.md").read_text()
     assert "After step 2 the state of step 0 was restored" in card and "Step 4: generation: pictures of" in card
+
+
+def test_patience_that_was_spent_on_undone_steps_does_not_end_the_run(models, tmp_path):
+    """Step 2 has an alarm and no patience left: after the roll-back it is made again, plainly, and then it counts."""
+    options = {**MONITORED, "diversity": 9.0, "rollback": "plain"}
+    validation = {"every": 2, "rows": 2, "patience": 1, "min_delta": 0.99}
+    assert run(models, tmp_path / "run", gates={"evidence": True}, monitor=options, validation=validation) == [1, 1, 2]
 
 
 def test_an_alarm_ends_the_run_at_the_last_good_state(models, tmp_path, monkeypatch):

@@ -197,6 +197,18 @@ def test_variants_are_the_rows_that_will_be_sampled(files):
     assert not any("degraded" in name for name in variants(recipe(files, skills={"eta": 0}), data, [[0], [0]])[1])
 
 
+@pytest.mark.parametrize("framings", [2, 4])
+def test_framings_counts_the_prompt_itself(files, tmp_path, framings):
+    """Of five paraphrases so many are queried that the wordings, the row's own among them, are `framings`."""
+    others = ", ".join(f'"fox {n}"' for n in range(5))
+    (tmp_path / "p.jsonl").write_text(f'{{"prompt": "a fox", "paraphrases": [{others}]}}\n' * 2)
+    made = recipe(files, consensus={"framings": framings})
+    found = variants(made, [prompts_from(tmp_path / "p.jsonl"), edits_from("scenes", 2)], [range(2), range(2)])[0]
+    assert {name: data[0] for name, (data, _) in found.items()} == {
+        f"paraphrase {n}": f"fox {n - 1}" for n in range(1, framings)
+    }
+
+
 def test_columns_win_over_rules_and_prompts_without_either_are_refused(files, tmp_path):
     lines = ['{"prompt": "a fox", "paraphrases": ["one fox", "a fox"], "expanded": "a red fox in snow"}']
     (tmp_path / "p.jsonl").write_text("\n".join([*lines, '{"prompt": "a dog"}', '{"prompt": "a photo of a star"}']))

@@ -288,6 +288,7 @@ def test_a_gate_is_one_key(files):
         ({"gates": {"evidence": True, "group": 3}}, "batch 8 is no multiple of gates.group, 3"),
         ({"gates": {"evidence": True, "group": 4}, "micro_batch": 2}, "splits the rollouts.*, gates.group 4"),
         ({"gates": {"skills": True, "group": 4}}, "group compares rollouts of one sample"),
+        ({"gates": {"consensus": True, "group": 4}}, "which only evidence does"),
         ({"gates": {"consensus": {"bound": 0.9}}}, "gates.consensus.bound is 0.9"),
         ({"gates": {"skills": {"generation": {"step": "source"}}}}, "gates.skills.generation.step is 'source'"),
         ({"gates": {"skills": True}, "rollout": {"steps": 1}}, "needs rollouts of two steps or more"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import CALL, random_image, tiny_klein
+from tiny_parts import calls_of, close
 
 from danceopd.errors import UserError
 from danceopd.models.backbone import Backbone
@@ -56,19 +59,6 @@ class Scheduler:
 def stock_run(pipe, seed, output_type="pil", **call):
     generator = torch.Generator().manual_seed(seed)
     return pipe(**{**STOCK, **call}, generator=generator, output_type=output_type).images
-
-
-def calls_of(pipe, **call):
-    """The kwargs of every transformer call of a whole stock run."""
-    calls = []
-    hook = pipe.transformer.register_forward_pre_hook(lambda m, a, k: calls.append(k), with_kwargs=True)
-    pipe(**{**STOCK, **call}, output_type="latent")
-    hook.remove()
-    return calls
-
-
-def close(a, b, tolerance=1e-5):
-    assert a.shape == b.shape and (a - b).abs().max() <= tolerance, (a - b).abs().max()
 
 
 @pytest.mark.parametrize("source", [None, 3])
@@ -137,7 +127,7 @@ def test_batched_conditions_equal_one_by_one_stock_recordings(pipe, edit):
     ]:
         assert len(batch) == 3
         for i, call in enumerate(single):
-            stock = calls_of(pipe, **call)[0]
+            stock = calls_of(pipe.transformer, partial(pipe, **{**STOCK, **call}, output_type="latent"))[0]
             one = batch.rows(slice(i, i + 1))
             for key, value in one.kwargs.items():
                 assert (value is None) == (stock[key] is None)

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from PIL import Image
 from tiny import random_image
+from tiny_parts import calls_of, close
 from tiny_qwen import CALL, DIVISOR, PLUS, TINY, editing, save_editing, tiny_qwen
 
 from danceopd.errors import UserError
@@ -35,19 +36,6 @@ def draw(pipe):
 @pytest.fixture(scope="module", params=[TINY, PLUS], ids=["edit", "edit-plus"])
 def edit(request):
     return EditingPipeline(request.param.editing(request.param.build()), QWEN_IMAGE, CALL)
-
-
-def calls_of(transformer, run):
-    """The kwargs of every call of the transformer while `run()` runs."""
-    calls = []
-    hook = transformer.register_forward_pre_hook(lambda m, a, k: calls.append(k), with_kwargs=True)
-    run()
-    hook.remove()
-    return calls
-
-
-def close(a, b, tolerance=1e-5):
-    assert a.shape == b.shape and (a - b).abs().max() <= tolerance, (a - b).abs().max()
 
 
 def test_the_transformer_is_called_as_the_stock_pipeline_calls_it(edit):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, ZImagePipeline
 from tiny import random_image
+from tiny_parts import close
 from tiny_zimage import CALL, source_only, tiny_z_image, tiny_z_image_omni
 
 from danceopd.errors import UserError
@@ -60,10 +61,6 @@ def stock_steps(pipe, seed=0, **call):
 @torch.no_grad()
 def velocity(pipe, x, sigma, condition):
     return Z_IMAGE.velocity(pipe.transformer, x, torch.as_tensor(sigma).expand(len(x)), condition)
-
-
-def close(a, b, tolerance=1e-5):
-    assert a.shape == b.shape and (a - b).abs().max() <= tolerance, (a - b).abs().max()
 
 
 def test_one_transformer_takes_both_layouts_and_the_condition_says_which(omni):

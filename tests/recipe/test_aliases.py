@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_merge import WEIGHTS, json_lines, run, tiny_models, tiny_recipe
+from tiny_merge import WEIGHTS, json_lines, run, tiny_recipe
 
 from danceopd.errors import UserError
 from danceopd.recipe.aliases import REMOVED, RENAMED, modernise
@@ -132,11 +132,6 @@ def test_modernising_changes_no_mapping_that_it_was_given() -> None:
 
 
 # Run folders of earlier versions
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models(tmp_path_factory.mktemp("models"))
 
 
 FIELDS = {

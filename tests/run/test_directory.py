@@ -39,10 +39,10 @@ def lines(folder: RunDirectory) -> list[dict]:
     return [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
 
 
-def restore(folder: RunDirectory) -> None:
-    """Continue the run, as a merge does, with a trainer that only listens."""
+def restore(folder: RunDirectory) -> dict | None:
+    """Continue the run, as a merge does, with a trainer that only listens; the checkpoint's facts, if there is one."""
     trainer = SimpleNamespace(load_state_dict=lambda step, state: None)
-    Checkpoints(folder, Processes("cpu"), 1, [], {}).restore(trainer)
+    return Checkpoints(folder, Processes("cpu"), 1, [], {}).restore(trainer)
 
 
 def test_a_new_folder_holds_the_resolved_recipe(recipe: Recipe) -> None:
@@ -230,7 +230,7 @@ def test_metrics_of_a_run_killed_before_its_first_checkpoint_are_dropped(recipe:
     with RunDirectory("out", recipe) as folder:
         folder.logger.log(1, loss=1.0)
     with RunDirectory("out", recipe) as folder:
-        restore(folder)
+        assert restore(folder) is None
         assert lines(folder) == []
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import CALL, tiny_klein
-from tiny_merge import WEIGHTS, check_student, tiny_models, tiny_recipe, torchrun
+from tiny_merge import WEIGHTS, check_student, tiny_recipe, torchrun
 from tiny_merge import run as merge_run
 
 from danceopd.adapters.read import read_adapter
@@ -35,14 +36,15 @@ PROMPTS = [f"a {a} {b} above a {c} {d}" for a, b, c, d in zip(
 CPU = torch.device("cpu")
 
 
-# -- what is measured -------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tiny_models(tmp_path_factory.mktemp("models"))
+def models(models, tmp_path_factory):
+    """With a file of prompts beside them."""
+    folder = shutil.copytree(models, tmp_path_factory.mktemp("validation") / "models")
     (folder / "p.txt").write_text("\n".join(PROMPTS))
     return folder
+
+
+# -- what is measured -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import own_drawings
 import pytest
+from own_drawings import NAMES, pixels
 from PIL import ImageFilter
 from typer.testing import CliRunner
 
@@ -23,7 +24,6 @@ from danceopd.worlds.openmoji import fetch
 from danceopd.worlds.openmoji.colours import colour_word
 from danceopd.worlds.openmoji.drawings import Drawings
 from danceopd.worlds.openmoji.kinds import COLOURS, KINDS, STYLES, plural, rgb
-from danceopd.worlds.openmoji.read import Reader
 from danceopd.worlds.openmoji.render import SIDE, cover, render
 from danceopd.worlds.openmoji.score import editable
 from danceopd.worlds.openmoji.tasks import edits, prompts, shows
@@ -31,18 +31,6 @@ from danceopd.worlds.scenes.edits import TASKS, Edit
 from danceopd.worlds.scenes.facts import checks
 from danceopd.worlds.scenes.grammar import Scene, Thing
 from danceopd.worlds.scenes.prompts import TAGS
-
-NAMES = tuple(kind.name for kind in own_drawings.KINDS)
-
-
-@pytest.fixture(scope="module")
-def drawings(tmp_path_factory):
-    return Drawings(own_drawings.write(tmp_path_factory.mktemp("own") / "drawings"), own_drawings.KINDS)
-
-
-@pytest.fixture(scope="module")
-def reader(drawings):
-    return Reader(drawings)
 
 
 @pytest.fixture
@@ -64,10 +52,6 @@ def own_package(tmp_path, monkeypatch):
 
 def some_edits(task: str, count: int) -> list[Edit]:
     return edits("train", count, 0, NAMES, (task,))
-
-
-def pixels(scene, drawings):
-    return np.asarray(render(scene, drawings), np.float32) / 255
 
 
 # ---- fetching

@@ -4,14 +4,12 @@ import io
 from dataclasses import replace
 
 import numpy as np
-import own_drawings
 import pytest
+from own_drawings import NAMES, pixels
 from PIL import Image, ImageFilter
 
 from danceopd.worlds.openmoji.colours import colour_word
-from danceopd.worlds.openmoji.drawings import Drawings
 from danceopd.worlds.openmoji.kinds import COLOURLESS, LINES, STYLES, rgb
-from danceopd.worlds.openmoji.read import Reader
 from danceopd.worlds.openmoji.render import SIDE, compose, put, render
 from danceopd.worlds.openmoji.score import read_edit, score_edit, score_prompt
 from danceopd.worlds.openmoji.tasks import edits, prompts
@@ -19,25 +17,9 @@ from danceopd.worlds.scenes.edits import TASKS, Edit
 from danceopd.worlds.scenes.grammar import Scene, Thing
 from danceopd.worlds.scenes.prompts import Prompt
 
-NAMES = tuple(kind.name for kind in own_drawings.KINDS)
-
-
-@pytest.fixture(scope="module")
-def drawings(tmp_path_factory):
-    return Drawings(own_drawings.write(tmp_path_factory.mktemp("own") / "drawings"), own_drawings.KINDS)
-
-
-@pytest.fixture(scope="module")
-def reader(drawings):
-    return Reader(drawings)
-
 
 def score(reader, edit, image):
     return score_edit(edit, read_edit(reader, edit, image), reader.drawings)
-
-
-def pixels(scene, drawings):
-    return np.asarray(render(scene, drawings), np.float32) / 255
 
 
 # ---- reading

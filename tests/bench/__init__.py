@@ -1,0 +1,1 @@
+"""A package, so that pytest does not take its conftest.py for the one above."""
