@@ -101,13 +101,6 @@ LINES = {
     "+ 5 steps of second order": Line("5 steps, second order"),
     "5 steps, queries at high noise (the demo)": Line("5 steps, high noise"),
 }
-EARLIER = {
-    "+ merged walk": "+ rollout on W + BA",
-    "+ batched, formed (from here ours)": "+ batched, our trainer from here on",
-    "+ average of the weights": "+ EMA",
-    "5 steps, asked at high noise (the demo)": "5 steps, queries at high noise (the demo)",
-}
-"""Names of lines in result files of earlier versions, and the lines of today."""
 
 
 class ImageEvaluator:
@@ -286,8 +279,6 @@ def main(
     if facts and {key: facts[key] for key in settings} != settings:
         raise typer.BadParameter(f"{facts_file} is of other --rows, --items or --lengths; give --name")
     facts["shares"] = [float(share) for share in shares.split(",")]
-    if "paces" in facts:
-        facts["paces"] = {EARLIER.get(line, line): seconds for line, seconds in facts["paces"].items()}
 
     def write() -> None:
         facts_file.write_text(json.dumps(facts, indent=1) + "\n")

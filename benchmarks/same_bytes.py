@@ -1,18 +1,20 @@
 """The bytes that merges end at, for comparing two versions of this package: one table of sha256 a configuration.
 
-    python benchmarks/same_bytes.py --inputs /tmp/inputs --output before.json          # in the old version
-    python benchmarks/same_bytes.py --inputs /tmp/inputs --output after.json --against before.json
+    python benchmarks/same_bytes.py --inputs /tmp/inputs --output after.json
+    PYTHONPATH=/path/to/older python benchmarks/same_bytes.py --inputs /tmp/inputs --output before.json \\
+        --against after.json
 
-The models and the data in `--inputs` are made once (tiny pipelines of the real classes, from `tests/`) and read by both
-versions. Each configuration is one real `danceopd merge` on one thread; `student` is the exported file's hash, `state`
-that of the last checkpoint's weights, averages and Adam moments. With `--against` the exit status is 1 where one
-differs.
+Both are run from the newer version's checkout; `PYTHONPATH` says which version merges. The models and the data in
+`--inputs` are made once (tiny pipelines of the real classes, from `tests/`), by the newer version, and read by both.
+Each configuration is one real `danceopd merge` on one thread; `student` is the exported file's hash, `state` that of
+the last checkpoint's weights, averages and Adam moments. With `--against` the exit status is 1 where one differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -27,6 +29,10 @@ HERE = Path(__file__).resolve().parent.parent
 WORDS = ["a red circle", "two blue square", "a white ring above", "a green star", "a black cross", "a yellow ring"]
 EDITS = ["make it red", "remove the star", "add a ring", "make it blue", "remove the circle", "add a cross"]
 WEIGHTS = "pytorch_lora_weights.safetensors"
+EARLIER = {
+    "validation": "gap", "monitor": "watch", "cache_source": "keep_source", "num_inference_steps": "steps",
+}  # fmt: skip
+"""Recipe keys, and their names in versions whose modules lay in one folder."""
 
 
 def make_inputs(folder: Path, tests: Path) -> None:
@@ -60,7 +66,8 @@ def make_inputs(folder: Path, tests: Path) -> None:
             write_adapter(random_adapter(pipe.transformer, targets=targets, seed=i, size=0.1), place / f"teacher{i}")
         if tiny.components is not None:
             tiny.components(place / "components")
-        facts = {"call": {**tiny.call, "steps": 2}, "tasks": tiny.tasks, "components": tiny.components is not None}
+        call = {key: value for key, value in tiny.call.items() if key != "steps"} | {"num_inference_steps": 2}
+        facts = {"call": call, "tasks": tiny.tasks, "components": tiny.components is not None}
         (place / "facts.json").write_text(json.dumps(facts))
         if tiny.family == "flux2-klein":
             with torch.no_grad():
@@ -81,7 +88,7 @@ def recipe_of(inputs: Path, family: str, **fields: Any) -> dict[str, Any]:
         "base": str(place / "base"), "teachers": teachers, "steps": 4, "batch": 4, "device": "cpu",
         "data": {"generation": str(inputs / "generation.jsonl"), "editing": str(inputs / "editing.jsonl")},
         "call": facts["call"], "student": {"rank": 8}, "rollout": {"steps": 3}, "samples": {"every": 0, "count": 1},
-        "gap": {"every": 2, "rows": 2}, "save_every": 2, **extra,
+        "validation": {"every": 2, "rows": 2}, "save_every": 2, **extra,
     }  # fmt: skip
     return {**given, **fields}
 
@@ -105,8 +112,8 @@ def configurations(inputs: Path) -> dict[str, dict[str, Any]]:
     more("offpolicy, teacher", objective="offpolicy", offpolicy={"clean": "teacher"})
     more("several queries, jitter, dt2, ab2", rollout={"steps": 4, "solver": "ab2"},
          query={"law": "high-noise", "count": 3, "jitter": True, "weight": "dt2"})  # fmt: skip
-    more("random walks", rollout={"steps": 3, "noise": 0.5})
-    more("guided walk, unconditional rows", rollout={"steps": 3, "guidance": 2.0}, guidance={"unconditional": 0.4})
+    more("stochastic rollout", rollout={"steps": 3, "noise": 0.5})
+    more("guided rollout, unconditional rows", rollout={"steps": 3, "guidance": 2.0}, guidance={"unconditional": 0.4})
     more("routing per step", routing={"per": "step"})
     more("routing per turn", routing={"per": "turn", "groups": 2})
     teachers = recipe_of(inputs, klein)["teachers"]
@@ -119,34 +126,44 @@ def configurations(inputs: Path) -> dict[str, dict[str, Any]]:
     more("init ties", student={"rank": 4, "init": "blend", "init_method": "ties"})
     quiet = {"every": 0}
     for contrast in ("null", "prompt", "source"):
-        more(f"gate evidence, {contrast}", gates={"evidence": {"contrast": contrast}}, watch=quiet)
-    more("gate evidence, groups", gates={"evidence": {"alpha": -0.5}, "group": 2}, watch=quiet)
-    more("gate consensus", gates={"consensus": True}, watch=quiet)
-    more("gate skills", gates={"skills": True}, watch=quiet)
-    more("gate skills, early", gates={"skills": {"eta": 0.5, "until": 0.7}}, query={"count": 2}, watch=quiet)
-    more("all gates", gates={"evidence": True, "consensus": True, "skills": True}, watch=quiet, micro_batch=2)
-    more("all gates, watched", gates={"evidence": True, "consensus": True, "skills": True},
-         watch={"every": 2, "prompts": 8, "seeds": 2})  # fmt: skip
+        more(f"gate evidence, {contrast}", gates={"evidence": {"contrast": contrast}}, monitor=quiet)
+    more("gate evidence, groups", gates={"evidence": {"alpha": -0.5}, "group": 2}, monitor=quiet)
+    more("gate consensus", gates={"consensus": True}, monitor=quiet)
+    more("gate skills", gates={"skills": True}, monitor=quiet)
+    more("gate skills, early", gates={"skills": {"eta": 0.5, "until": 0.7}}, query={"count": 2}, monitor=quiet)
+    more("all gates", gates={"evidence": True, "consensus": True, "skills": True}, monitor=quiet, micro_batch=2)
+    more("all gates, monitored", gates={"evidence": True, "consensus": True, "skills": True},
+         monitor={"every": 2, "prompts": 8, "seeds": 2})  # fmt: skip
     more("bf16", dtype="bf16")
     more("fp16", dtype="fp16")
     more("micro-batches", micro_batch=1)
     more("gradient checkpointing", gradient_checkpointing=True)
     more("rollout through the layers", rollout={"steps": 3, "merged": False})
-    found["source kept"] = recipe_of(inputs, "flux2-klein-kv", rollout={"steps": 3, "keep_source": True})
-    more("validation chooses the best", gap={"every": 1, "rows": 2, "select": "best"})
+    found["cached source"] = recipe_of(inputs, "flux2-klein-kv", rollout={"steps": 3, "cache_source": True})
+    more("validation chooses the best", validation={"every": 1, "rows": 2, "select": "best"})
     more("two processes", processes=2)
     more("two processes, sharded", processes=2, parallel="fsdp")
     every = {"evidence": True, "consensus": True, "skills": True}
-    more("two processes, all gates", processes=2, gates=every, watch=quiet)
+    more("two processes, all gates", processes=2, gates=every, monitor=quiet)
     more("stopped and continued", first=2)
     return found
+
+
+def earlier_keys(recipe: Any) -> Any:
+    """The recipe in the keys of versions whose modules lay in one folder."""
+    if isinstance(recipe, list):
+        return [earlier_keys(value) for value in recipe]
+    if isinstance(recipe, dict):
+        return {EARLIER.get(key, key): earlier_keys(value) for key, value in recipe.items()}
+    return recipe
 
 
 def run(recipe: dict[str, Any], folder: Path) -> dict[str, str]:
     """One merge in real processes; the hashes of its student and of its last state."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    recipe = dict(recipe)
+    spec = importlib.util.find_spec("danceopd.recipe")
+    recipe = earlier_keys(recipe) if spec is None or spec.submodule_search_locations is None else dict(recipe)
     processes, first, flags = recipe.pop("processes", 1), recipe.pop("first", None), recipe.pop("flags", None)
     for steps in (first, recipe.get("steps")) if first else (recipe.get("steps"),):
         arguments = ["merge", *(flags or []), "--output", str(folder / "student")]

@@ -140,7 +140,7 @@ def merge(recipe: Recipe, report: Report | None = None) -> Student:
             return _train(opened, report or (lambda metrics, steps: None))
         print(init.sentence, file=sys.stderr, flush=True)
         print(f"encoding prompts and images, then {recipe.steps} steps", file=sys.stderr, flush=True)
-        with progress_bar("merging") as bar:
+        with progress_bar("merging", ends=True) as bar:
             return _train(opened, lambda metrics, steps: bar(metrics.step, steps, f"loss {metrics.loss:.4f}"))
     except _Stopped as stopped:
         if processes.is_main:
@@ -181,7 +181,7 @@ def _train(opened: _Opened, report: Report) -> Student:
 
     # teachers, their data, and what is measured and drawn on the way
     measures = sharded or run is not None  # all processes run a sharded backbone, or none
-    error = probes = grid = None
+    error = probes = None
     with processes.main_first():
         encoder = Encoder(opened.base, family, pipelines, recipe.editing_base)
         teachers = [
@@ -321,11 +321,14 @@ def _refuse_streamed(teachers: list[TeacherWeights]) -> None:
 
 
 def _warn_of_scenes(recipe: Recipe) -> None:
-    """The exact world's prompts suit the shipped base; another one deserves data of its own."""
+    """The built-in scenes suit the shipped base; another one deserves data of its own."""
     if recipe.resolved()["base"] in SHIPPED:
         return
     for key in sorted({t.capability for t in recipe.teachers if recipe.data_source(t).startswith("scenes")}):
-        _log.warning("data.%s is the exact world of 64-pixel shapes; name your own prompts or pairs for this base", key)
+        _log.warning(
+            "data.%s is the built-in synthetic scenes (64-pixel shapes); name your own prompts or pairs for this base",
+            key,
+        )
 
 
 def _say(line: str, processes: Processes) -> None:

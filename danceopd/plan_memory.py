@@ -1,6 +1,6 @@
 """The memory of a planned merge, by part: what each part weighs, and while what it is held.
 
-Weights count by their headers, activations by `cost.activation_bytes`, latents by a row of the stock pipeline's noise.
+Weights count by their headers, activations by `flops.activation_bytes`, latents by a row of the stock pipeline's noise.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def memory(
         ("student, Adam", 2 * student, both),
         ("student, EMA", student, both),
         ("student, EMA on the backbone", student, both),
-        ("student, best of the validation", student * recipe.validation.exports_best, both),
+        ("student, EMA of the best validation", student * recipe.validation.exports_best, both),
         ("activations of the largest batch", kept[False], ["training"]),
         ("the same, gradient checkpointing", kept[True], ["checkpointed"]),
     ]

@@ -1,7 +1,7 @@
 """`sample`: a student and a prompt (and a source image) go in, PNG files from the stock diffusers pipeline come out.
 
 Added to the stock call are only the base's settings (`danceopd.json` beside its `model_index.json`: size, steps,
-guidance), those of the student's recipe, one CPU generator for each picture (`seed + i`), and a new file name.
+guidance), those of the student's recipe, one CPU generator for each image (`seed + i`), and a new file name.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _generate(
     editing_base: str | None,
     settings: dict[str, Any],
 ) -> Iterator[Image]:
-    """`count` pictures of a prompt, or edits of `image`, one after the other, so that each is saved before the next.
+    """`count` images of a prompt, or edits of `image`, one after the other, so that each is saved before the next.
 
     `editing_base` has what the base's editing pipeline may lack; `settings` override the base's own.
     """
@@ -74,16 +74,16 @@ def sample(
     device: str | None = None,
     report: Callable[[Path], object] = lambda path: None,
 ) -> list[Path]:
-    """Write `count` PNGs into `output` and return their paths; picture i has the seed `seed + i`.
+    """Write `count` PNGs into `output` and return their paths; image i has the seed `seed + i`.
 
     `student` and `base` as for `load_student`; `device` None or "auto" takes a GPU where there is one. Each picture is
     written, and `report(path)` called, before the next is generated. UserError for an empty prompt, a bad count or
     seed, and an image that cannot be read.
     """
     if not prompt.strip():
-        raise UserError("the prompt is empty; write what the picture should show")
+        raise UserError("the prompt is empty; write what the image should show")
     if count < 1:
-        raise UserError(f"{count} pictures were asked for; ask for at least one with -n")
+        raise UserError(f"{count} images were asked for; ask for at least one with -n")
     if not 0 <= seed <= 2**63 - count:
         raise UserError(f"the seed is {seed}; give a whole number from 0, below 2**63")
     source = None if image is None else open_image(Path(image))

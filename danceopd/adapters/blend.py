@@ -55,10 +55,10 @@ def blend_with_residual(
     """Merge adapters of one base into one, times `scale`.
 
     `weights` None are the method's own: 1/N each, or 1 each where it sums task vectors. They may be negative; an
-    adapter of weight 0 takes no part. `density` is the share of entries kept, for the methods that drop some;
-    `seed` is for the random ones. Without `rank` each module gets the sum of its adapters' ranks: exact for
-    linear, slerp and task-arithmetic, the closest of that rank for the others. With `rank`, every module of a larger
-    one gets its closest approximation. fp32, on the device of the adapters.
+    adapter of weight 0 takes no part. `density` is the share of entries kept, for the methods that drop some; `seed` is
+    for the random ones. Without `rank` each module gets the sum of its adapters' ranks: exact for linear, slerp and
+    task-arithmetic, close to the best of that rank for the others. With `rank`, every module of a larger one gets its
+    closest approximation. fp32, on the device of the adapters.
 
     UserError when weights, density or method do not fit, or the adapters are not of one base.
     """

@@ -173,9 +173,9 @@ def naming(names: ArchitectureNames | None, format: str, transformer: nn.Module)
 
 def distance(adapter: Adapter, other: Adapter) -> float:
     """‖Δ − Δ'‖ / ‖Δ‖ over all modules together, Frobenius; a module of only one of them counts whole."""
-    gap = whole = 0.0
+    gap, whole, minus = 0.0, 0.0, scaled(other, -1.0)
     for name in adapter.tensors.keys() | other.tensors.keys():
-        pairs = [adapter.tensors.get(name), scaled(other, -1.0).tensors.get(name)]
+        pairs = [adapter.tensors.get(name), minus.tensors.get(name)]
         held = [pair for pair in pairs if pair is not None]
         a, b = torch.cat([a for a, _ in held]), torch.cat([b for _, b in held], dim=1)
         gap += truncate_product(a, b, a.shape[0])[2]

@@ -24,8 +24,6 @@ from danceopd.errors import UserError
 from danceopd.models.checkpoint import Checkpoint, check_same, open_checkpoint
 from danceopd.models.lora import Adapter
 
-MILLION = 10**6
-
 
 @dataclass(frozen=True)
 class Change:
@@ -95,7 +93,7 @@ def difference(
         whole += size**2
         done += _count(shape)
         if report is not None:
-            report(done // MILLION, total // MILLION, "million weights")
+            report(done, total, "weights")
     if not whole:
         raise UserError(f"{tuned.path} equals {base.path} in every number, so there is nothing to extract")
     return Extraction(Adapter(factors), tuple(adapted), tuple(not_adapted), sqrt(lost / whole))

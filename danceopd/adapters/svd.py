@@ -11,9 +11,9 @@ from torch import Tensor
 Factors = tuple[Tensor, Tensor]
 """A (r, in), B (out, r)."""
 EXACT_SIDE = 512
-"""A matrix whose shorter side is no longer than this gets the exact SVD."""
+"""A matrix whose shorter side is no longer than this, or than 2 · (rank + OVERSAMPLING), gets the exact SVD."""
 OVERSAMPLING, POWER_ITERATIONS = 16, 3
-"""Of the randomised SVD: at rank 128 of a 3072 x 3072 matrix it loses 1.003 times what the exact one does."""
+"""Columns beyond the rank, and power iterations, of the randomised SVD."""
 
 
 def truncated_svd(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

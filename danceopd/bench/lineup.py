@@ -275,9 +275,9 @@ def build_lineup(
 
     `student`: a run folder, a LoRA's folder or file, a fused pipeline's folder, or a shipped name. `against`: `base`,
     `teachers` (all of the recipe), one teacher's name, `blend`, `blend:0.3`, a shipped name, or a path; None means
-    `AGAINST`, without the blend if a teacher is a full model. `blend_weights`: as numbers, further blends by the weight
-    of the first of two teachers; as a mapping, the weights of `blend` by teacher name. Every blend is made by each of
-    `blend_methods`, as `danceopd blend` does. Without a recipe in the student's folder, the default recipe names the
+    `AGAINST`, without the blend if a teacher is a full model. `blend_weights`: a list: for two teachers, several
+    weights w of the first (the second gets 1 - w); a mapping: one weight for each teacher. Every blend is made by each
+    of `blend_methods`, as `danceopd blend` does. Without a recipe in the student's folder, the default recipe names the
     base and the teachers. UserError for a name or path that is nothing.
     """
     builder = _Builder(student, recipe)

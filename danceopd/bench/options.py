@@ -38,8 +38,9 @@ class JudgeOptions:
 class BlendOptions:
     """Which blends of the teachers' LoRAs are compared.
 
-    `weights`: weights of the first of two teachers to try, or one weight for each teacher by name. `methods`: those of
-    `danceopd blend`. The best blend is shown in the tables, the others in the report.
+    `weights`: a list: for two teachers, several weights w of the first (the second gets 1 - w); a mapping: one weight
+    for each teacher. `methods`: those of `danceopd blend`. The best blend is shown in the tables, the others in the
+    report.
     """
 
     weights: Sequence[float] | Mapping[str, float] = ()

@@ -140,15 +140,15 @@ def plan(
 @app.command()
 def sample(
     student: Annotated[Path, typer.Argument(help="A student's folder, a LoRA, or a whole pipeline.")],
-    prompt: Annotated[str, typer.Argument(help="What the picture shows, or what to change in the image.")],
+    prompt: Annotated[str, typer.Argument(help="What the image shows, or what to change in the source image.")],
     image: Annotated[Path | None, typer.Option(help="Source image to edit.")] = None,
     seed: Seed = 0,
-    count: Annotated[int, typer.Option("-n", "--count", help="Pictures, with seeds from --seed on.")] = 1,
+    count: Annotated[int, typer.Option("-n", "--count", help="Number of images; seeds count up from --seed.")] = 1,
     output: Output = Path("samples"),
     base: Base = None,
     device: Device = None,
 ) -> None:
-    """Draw with a student, or edit with it, through the stock diffusers pipeline."""
+    """Generate or edit images with a student, through the stock diffusers pipeline."""
     from danceopd.sample import sample as run
 
     run(student, prompt, image, seed, count, output, base, device, report=typer.echo)
@@ -177,7 +177,7 @@ def teach(
     from danceopd.common.console import progress_bar
     from danceopd.worlds.toy.stages import teach as run
 
-    with progress_bar(stage) as bar:
+    with progress_bar(stage, ends=True) as bar:
         folder = run(
             stage, output=output, steps=steps, seed=seed, base=base,
             report=lambda step, total, loss: bar(step, total, f"loss {loss:.4f}"),

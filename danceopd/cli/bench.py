@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 SUITE, JUDGE, BLEND = "Suite", "Judge", "Blends"
 JudgeRepeats = Annotated[int, typer.Option(help="How often the judge is asked each question.", rich_help_panel=JUDGE)]
 MaxCost = Annotated[
-    float | None, typer.Option(help="Stop asking before the judge costs more US dollars.", rich_help_panel=JUDGE)
+    float | None,
+    typer.Option(
+        help="US dollars that the judge may cost; asking stops before they are exceeded.", rich_help_panel=JUDGE
+    ),
 ]
 JudgeKeyFile = Annotated[
     Path | None, typer.Option(help="File with the API key; default: OPENAI_API_KEY.", rich_help_panel=JUDGE)
@@ -140,7 +143,7 @@ def bench(
         "price_out": price_out,
     }
     by_teacher = {name: number(weight, "--blend-weights") for name, weight in weights.items()}
-    with progress_bar("bench") as progress:
+    with progress_bar("bench", transient=True) as progress:
         planned = Bench(
             student,
             suite,

@@ -34,7 +34,7 @@ def show(facts: dict[str, Any]) -> None:
     console.print()
     table(
         "Teachers",
-        ["name", "kind", "rank", "guidance", "share", "rows", "drawn", "data"],
+        ["name", "kind", "rank", "guidance", "share", "rows", "sampled", "data"],
         [
             [t["name"], t["kind"], str(t["rank"]), "" if t["guidance"] is None else f"{t['guidance']:g}",
              f"{t['share']:.0%}", f"{t['rows']:,}", f"{t['drawn']:,}", t["source"]]
@@ -42,8 +42,8 @@ def show(facts: dict[str, Any]) -> None:
         ],
     )  # fmt: skip
     table(
-        "Pictures",
-        ["capability", "h x w", "share", "tokens", "source", "text <=", "TFLOP a row"],
+        "Image sizes",
+        ["capability", "h x w", "share", "tokens", "source", "text <=", "TFLOP per row"],
         [
             [p["capability"], f"{p['size'][0]} x {p['size'][1]}", f"{p['share']:.0%}", str(p["picture"]),
              str(p["source"]), str(p["text"]), f"{p['flops'] / 1e12:.3g}"]
@@ -58,25 +58,25 @@ def show(facts: dict[str, Any]) -> None:
             ["sigma", "share", ""],
             [[b, f"{s:.1%}", "#" * round(40 * s)] for b, s in zip(bins, levels)],
         )
-    held = {"encoding": "encoding", "training": "training", "checkpointed": "checkpointed"}
+    held = ("encoding", "training", "checkpointed")
     rows = [
         [m["part"], *(gigabytes(m["bytes"]) if key in m["when"] else "" for key in held)] for m in facts["memory"]
     ]
     table(
         f"Memory on {facts['device']} ({gigabytes(facts['machine_memory'])})",
-        ["part", *held.values()],
-        [*rows, ["together", *(gigabytes(facts["peak"][key]) for key in held)]],
+        ["part", *held],
+        [*rows, ["total", *(gigabytes(facts["peak"][key]) for key in held)]],
     )
     seconds = facts["seconds"]
     table(
         f"Time, at {facts['tflops']:.3g} TFLOP/s (a lower bound)",
-        ["of an update", "forwards a row", "TFLOP", "seconds"],
+        ["part", "forward passes per row", "TFLOP", "seconds"],
         [
             *(
                 [part, f"{facts['passes'][part]:.2f}", f"{facts['flops'][part] / 1e12:.3g}", f"{seconds[part]:.3g}"]
                 for part in seconds
             ),
-            ["together", f"{sum(facts['passes'].values()):.2f}", f"{sum(facts['flops'].values()) / 1e12:.3g}",
+            ["total", f"{sum(facts['passes'].values()):.2f}", f"{sum(facts['flops'].values()) / 1e12:.3g}",
              f"{sum(seconds.values()):.3g}"],
         ],
     )  # fmt: skip

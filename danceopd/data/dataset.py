@@ -1,10 +1,10 @@
 """What one teacher's rows are: conditions, each with its layout and its noise schedule.
 
 In: a recipe's data sources. Out: for each teacher the opened data and the rows that the run will sample
-(`TeacherData`), and, once encoded, its conditions as a `Dataset`: in memory (`ConditionDataset`) or in the cache
-(`CachedConditions`). Rows of one layout stack into a batch, whichever teacher they belong to; schedules may differ
-between picture sizes. Objectives that learn from finished pictures need rows that also have a target, the clean latents
-(`HasTargets`).
+(`TeacherData`), and, once encoded, its conditions as a `Dataset`: in the cache (`CachedConditions`), or, in tests and
+benchmarks, in memory (`ConditionDataset`). Rows of one layout stack into a batch, whichever teacher they belong to;
+schedules may differ between picture sizes. Objectives that learn from finished pictures need rows that also have a
+target, the clean latents (`HasTargets`).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def route(seed: int, step: int, row: int, rows: int, shares: Sequence[float], pe
 
 def sample_batch(sampling: Sampling, step: int, lengths: Sequence[int]) -> tuple[list[int], list[int]]:
     """Teacher index and sample index of each group of update `step`; `lengths` are the sizes of the teachers' data."""
-    seed, groups, routing = sampling.seed, sampling.groups, sampling.routing
+    seed, groups, routing = sampling.seed, sampling.groups_per_step, sampling.routing
     teachers = [route(seed, step, g, groups, sampling.shares, routing.per, routing.groups) for g in range(groups)]
     drawn = stream(seed, step, "data")
     return teachers, [int(drawn.integers(lengths[teacher])) for teacher in teachers]

@@ -92,7 +92,7 @@ class Prompts(Sequence[str]):
         found = value.split("|") if isinstance(value, str) else value
         if not isinstance(found, list) or not all(isinstance(one, str) and one.strip() for one in found):
             raise UserError(
-                f"{self.where(row)}: paraphrases is {value!r}, no list of texts or texts with | between; mend that row"
+                f"{self.where(row)}: paraphrases is {value!r}; give a list of texts, or one text with | between them"
             )
         return [one.strip() for one in found]
 

@@ -138,7 +138,7 @@ def _degraded(
     wanted: dict[tuple[int, str], set[int]] = {}
     for step in range(sampling.steps):
         teachers, samples = sample_batch(sampling, step, lengths)
-        drawn = draw_critical(sampling.seed, step, sampling.groups, rollout_steps, options)
+        drawn = draw_critical(sampling.seed, step, sampling.groups_per_step, rollout_steps, options)
         for g in drawn.critical.nonzero()[0]:
             wanted.setdefault((teachers[g], options.degrade[drawn.kind[g]]), set()).add(samples[g])
     return {

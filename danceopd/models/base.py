@@ -21,6 +21,7 @@ from danceopd.common.shipped import resolve
 from danceopd.errors import UserError
 from danceopd.pipelines.family import Family
 from danceopd.pipelines.registry import family_of
+from danceopd.recipe.recipe import CALL_KEYS
 
 _HASHES: dict[tuple[str, int, int], str] = {}  # (path, mtime in ns, size) -> sha256 of the file
 
@@ -160,10 +161,6 @@ def file_sha256(file: Path) -> str:
     if key not in _HASHES:
         _HASHES[key] = sha256(file)
     return _HASHES[key]
-
-
-CALL_KEYS = ("height", "width", "num_inference_steps", "guidance_scale", "max_sequence_length")
-"""The settings of a pipeline call that `danceopd.json` beside a base's `model_index.json` may give."""
 
 
 def call_defaults(base: str | Path) -> dict[str, Any]:

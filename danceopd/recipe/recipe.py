@@ -52,7 +52,8 @@ from danceopd.recipe.sampling import Sampling
 from danceopd.recipe.validation import Validation
 
 CAPABILITIES = ("generation", "editing")
-CALL_KEYS = ("height", "width", "num_inference_steps", "max_sequence_length", "guidance_scale")
+CALL_KEYS = ("height", "width", "num_inference_steps", "guidance_scale", "max_sequence_length")
+"""Settings of a pipeline call, of the recipe's `call` and of `danceopd.json` beside a base's `model_index.json`."""
 CONTINUES = (
     "steps",
     "output",

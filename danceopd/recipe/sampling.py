@@ -12,13 +12,13 @@ from danceopd.recipe.parts import Routing
 
 @dataclass(frozen=True)
 class Sampling:
-    """`steps` updates of `groups` groups each; a group gets a teacher by `routing` and one row of its data.
+    """`steps` updates of `groups_per_step` groups each; a group gets a teacher by `routing` and one row of its data.
 
     `shares` of the teachers, in the recipe's order, sum to 1.
     """
 
     seed: int
     steps: int
-    groups: int
+    groups_per_step: int
     shares: tuple[float, ...]
     routing: Routing = Routing()

@@ -3,7 +3,7 @@
 Of the data: the number of rows, and of each row that an update samples its prompt, the name and size in bytes of its
 source picture, and of its target and paraphrases where the recipe reads them; no time of a file, so a copy is the same.
 Not covered are rows that no update samples, a picture replaced by another of the same name and size, and the pictures
-inside a hub dataset. The exact world's rows are made from the recipe and need no record. Of the weights: the hashes of
+inside a hub dataset. The built-in scenes are made from the recipe and need no record. Of the weights: the hashes of
 the base and of every teacher. Several processes must have been given the same of all this.
 """
 

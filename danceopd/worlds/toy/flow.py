@@ -142,7 +142,7 @@ class LoraTransformer(nn.Module):
         return Adapter({m: (factors[f"{m}.lora_A"].detach(), factors[f"{m}.lora_B"].detach()) for m in modules})
 
 
-class Trainer:
+class FlowTrainer:
     """Trains ``parameters`` of ``model``; ``run`` returns their exponential average."""
 
     def __init__(

@@ -24,7 +24,7 @@ from danceopd.worlds.toy.autoencoder import fit_encoder, make_autoencoder
 from danceopd.worlds.toy.batches import Batches, Mix
 from danceopd.worlds.toy.codes import CellTable
 from danceopd.worlds.toy.decoder import train_decoder
-from danceopd.worlds.toy.flow import LoraTransformer, Schedule, Trainer
+from danceopd.worlds.toy.flow import FlowTrainer, LoraTransformer, Schedule
 from danceopd.worlds.toy.small import make_pipeline, make_transformer, save_pipeline
 
 
@@ -100,7 +100,7 @@ def teach(
         parameters = dict(transformer.named_parameters())
         assert plan.mix is not None
         batches = Batches(pipe, CellTable(pipe.vae), plan.mix, plan.batch, seed)
-        average = Trainer(transformer, parameters, batches, Schedule(total, muon=plan.muon), state).run(on_step)
+        average = FlowTrainer(transformer, parameters, batches, Schedule(total, muon=plan.muon), state).run(on_step)
         transformer.load_state_dict(average)
         _write_pipeline(folder, seed, transformer=transformer)
     else:
@@ -147,6 +147,6 @@ def _teach_lora(
     model = LoraTransformer(pipe.transformer, modules, plan.rank, seed)
     batches = Batches(pipe, CellTable(pipe.vae), plan.mix, plan.batch, seed)
     schedule = Schedule(total, muon=plan.muon, guidance=plan.guidance)
-    average = Trainer(model, model.factors, batches, schedule, state).run(on_step)
+    average = FlowTrainer(model, model.factors, batches, schedule, state).run(on_step)
     origin = {"base": portable(str(place)), "base_sha256": base_fingerprint(place)}
     write_adapter(model.adapter(average), folder, torch.bfloat16, origin)
