@@ -6,9 +6,9 @@ import atexit
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +18,7 @@ if "DANCEOPD_CACHE" not in os.environ:  # nothing of a test outlives it, nor rea
     os.environ["DANCEOPD_CACHE"] = tempfile.mkdtemp(prefix="danceopd-cache-")
     atexit.register(shutil.rmtree, os.environ["DANCEOPD_CACHE"], ignore_errors=True)
 
+import program
 import pytest
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
@@ -26,18 +27,7 @@ Program = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture
 def danceopd(tmp_path: Path) -> Program:
     """`danceopd("merge", "--steps", 0)` runs the program in an empty folder and returns what it did."""
-
-    def run(*arguments: object, cwd: Path = tmp_path, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "danceopd", *map(str, arguments)],
-            cwd=cwd,
-            env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", **environment},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-
-    return run
+    return partial(program.run, cwd=tmp_path)
 
 
 @pytest.fixture

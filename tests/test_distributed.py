@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tiny_merge import WEIGHTS, check_student, json_lines, three_rows, torchrun
+from tiny_merge import WEIGHTS, check_student, json_lines, three_rows, two_processes
 
 from danceopd.merge import merge
 
@@ -22,11 +22,11 @@ def test_two_processes_make_the_student_of_one(models: Path, tmp_path: Path) -> 
         wanted[steps] = load_file(one / WEIGHTS)
     moved = max((wanted[2][name] - wanted[5][name]).abs().max() for name in wanted[2])
     assert moved > 1e-4  # what follows could fail
-    said = torchrun(three_rows(models, two, steps=2), tmp_path)
+    said = two_processes(three_rows(models, two, steps=2), tmp_path)
     assert said.count("student:") == 1, said
     check_student(two, wanted[2])
     assert sorted(p.name for p in (two / "checkpoints").iterdir()) == ["step-000002"]
-    torchrun(three_rows(models, two, steps=4, parallel="fsdp"), tmp_path)
+    two_processes(three_rows(models, two, steps=4, parallel="fsdp"), tmp_path)
     check_student(two, wanted[4])
     merge(three_rows(models, two, steps=5), lambda metrics, total: None)
     check_student(two, wanted[5])
@@ -45,7 +45,7 @@ def test_a_refusal_is_said_once(models: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(models / "edits", tmp_path / "edits") / WEIGHTS
     wanted = three_rows(models, tmp_path / "run", editing=str(tmp_path / "edits"))
     broken.write_bytes(b"cut")
-    said = torchrun(wanted, tmp_path, fails=True)
+    said = two_processes(wanted, tmp_path, fails=True)
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "edits" in errors[0], said
     assert not (tmp_path / "run").exists()

@@ -6,13 +6,13 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
+import program
 import pytest
 import torch
 from accelerate import PartialState
@@ -33,20 +33,13 @@ TWO = (
 """As docs/method.md has them."""
 
 
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as there:
-        there.bind(("127.0.0.1", 0))
-        return int(there.getsockname()[1])
-
-
 def begin(command: str, folder: Path, **environment: object) -> subprocess.Popen[str]:
     """A command of the documents, in `folder`, by this interpreter."""
     words = shlex.split(command)
-    program = ["-m", "accelerate.commands.launch", *words[2:]] if words[0] == "accelerate" else ["-m", *words]
+    launcher = ["-m", "accelerate.commands.launch", *words[2:]] if words[0] == "accelerate" else ["-m", *words]
     surroundings = {**os.environ, "COLUMNS": "200", "HF_HOME": str(folder / "hf")}
     return subprocess.Popen(
-        [sys.executable, *program], cwd=folder, env=surroundings | {k: str(v) for k, v in environment.items()},
+        [sys.executable, *launcher], cwd=folder, env=surroundings | {k: str(v) for k, v in environment.items()},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -56,9 +49,13 @@ def ends(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, said
 
 
-def torchrun_environment(rank: int, port: int) -> Mapping[str, object]:
-    """What torchrun tells a process of two."""
-    return {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def two_of(folders: Sequence[Path]) -> list[program.Running]:
+    """`danceopd merge recipe.yaml` as two processes of one run, each in its folder."""
+    port, begun = program.free_port(), []
+    for rank, folder in enumerate(folders):
+        where = {**program.environment_of(rank, 2, port), "HF_HOME": folder / "hf"}
+        begun.append(program.start("merge", "recipe.yaml", cwd=folder, **where))
+    return begun
 
 
 def written(models: Path, folder: Path, **fields: object) -> Recipe:
@@ -91,7 +88,7 @@ def test_the_documents_have_these_commands() -> None:
 def test_accelerate_launch(models: Path, wanted: dict, tmp_path: Path) -> None:
     here = tmp_path / "here"
     written(models, here)
-    status, said = ends(begin(ONE.replace("launch", f"launch --main_process_port {free_port()}"), here))
+    status, said = ends(begin(ONE.replace("launch", f"launch --main_process_port {program.free_port()}"), here))
     assert status == 0 and said.count("student:") == 1, said
     check_student(here / "run", wanted)
     assert of_two(here)
@@ -100,7 +97,7 @@ def test_accelerate_launch(models: Path, wanted: dict, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_accelerate_launch_on_two_machines_that_share_no_disk(models: Path, wanted: dict, tmp_path: Path) -> None:
     """Two launchers, each with a folder and a cache of its own; only the first writes a run."""
-    command = TWO.replace("10.0.0.1", "127.0.0.1").replace("29500", str(free_port()))
+    command = TWO.replace("10.0.0.1", "127.0.0.1").replace("29500", str(program.free_port()))
     machines = []
     for rank in (0, 1):
         here = tmp_path / str(rank)
@@ -122,7 +119,7 @@ def test_mpi_on_cpus(tmp_path: Path) -> None:
         "print(here.rank, here.world_size, rank.item())\n"
     )
     (tmp_path / "sum.py").write_text(code)
-    names, port, both = ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE"), free_port(), []
+    names, port, both = ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE"), program.free_port(), []
     for rank in (0, 1):
         mine = {f"OMPI_COMM_WORLD_{name}": 2 if "SIZE" in name else rank for name in names}
         both.append(begin("sum", tmp_path, **mine, MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
@@ -169,26 +166,24 @@ def test_one_process_of_a_launcher_is_one(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.slow
 def test_processes_with_different_recipes_are_refused(models: Path, tmp_path: Path) -> None:
     """Another recipe would never end; another teacher would spoil the student in silence."""
-    port = free_port()
     for rank, steps in enumerate((2, 3)):
         written(models, tmp_path / str(rank), steps=steps)
-    both = [begin("danceopd merge recipe.yaml", tmp_path / str(r), **torchrun_environment(r, port)) for r in (0, 1)]
-    (first, said), (second, quiet) = (ends(process) for process in both)
-    assert first == second == 2 and "error:" not in quiet
-    assert "error: process 1 was given another recipe than the first (steps is 3, not 2)" in said
+    first, second = two_of([tmp_path / "0", tmp_path / "1"])
+    assert first.wait() == second.wait() == 2 and "error:" not in second.stderr
+    assert "error: process 1 was given another recipe than the first (steps is 3, not 2)" in first.stderr
     assert not (tmp_path / "0" / "run").exists()
 
 
 @pytest.mark.slow
 def test_ctrl_c_stops_both_and_is_said_once(models: Path, tmp_path: Path) -> None:
     """It reaches one process alone: both end the update at hand, the first saves it and says how to go on."""
-    here, port = tmp_path / "here", free_port()
+    here = tmp_path / "here"
     written(models, here, steps=5000, save_every=1)
-    both = [begin("danceopd merge recipe.yaml", here, **torchrun_environment(r, port)) for r in (0, 1)]
+    first, second = two_of([here, here])
     while not list((here / "run" / "checkpoints").glob("step-*")):
-        assert both[0].poll() is None, both[0].communicate()[0]
+        assert first.poll() is None, first.stderr
         time.sleep(0.01)
-    both[1].send_signal(signal.SIGINT)
-    (first, said), (second, quiet) = (ends(process) for process in both)
-    assert first == second == 130
-    assert "is saved in" in said and said.count("run the same command again to continue") == 1 and "again" not in quiet
+    second.send_signal(signal.SIGINT)
+    assert first.wait() == second.wait() == 130
+    assert "is saved in" in first.stderr and first.stderr.count("run the same command again to continue") == 1
+    assert "again" not in second.stderr

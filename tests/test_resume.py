@@ -6,11 +6,10 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import program
 import pytest
 from tiny import random_adapter, random_image, tiny_klein
 from tiny_merge import WEIGHTS, Killed, tiny_recipe
@@ -47,26 +46,21 @@ def test_killed_again_and_again_it_makes_the_same_student(models: Path, whole: b
     output, moments = tmp_path / "run", random.Random(5)
     (tmp_path / "r.yaml").write_text(recipe(models, output).to_yaml())
 
-    def start() -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "danceopd", "merge", str(tmp_path / "r.yaml")]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-
     def saved() -> set[str]:
         return {path.name for path in (output / "checkpoints").glob("step-*")}
 
     for life in range(6):
-        before, process = saved(), start()
+        before, process = saved(), program.start("merge", tmp_path / "r.yaml")
         while not saved() - before:
-            assert process.poll() is None, process.communicate()[1]
+            assert process.poll() is None, process.stderr
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL if life < 5 else signal.SIGTERM)
-        said = process.communicate()[1]
-    assert process.returncode == 143 and "is saved in" in said, said
-    assert "run the same command again to continue" in said
+        process.wait()
+    assert process.returncode == 143 and "is saved in" in process.stderr, process.stderr
+    assert "run the same command again to continue" in process.stderr
     assert not (output / WEIGHTS).exists()
-    process = start()
-    assert process.communicate() and process.returncode == 0
+    assert program.run("merge", tmp_path / "r.yaml").returncode == 0
     assert (output / WEIGHTS).read_bytes() == whole
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import program
 import pytest
 import torch
 from bench_cases import CALL, Suite, pixels
@@ -95,15 +95,8 @@ def test_large_pictures_are_drawn_few_at_once() -> None:
 
 def command(models: Path, output: Path) -> list[str]:
     """24 pictures of two models in batches of two, one process."""
-    words = ["-m", "danceopd", "bench", str(models / "student"), "--against", "base", "--limit", "6"]
+    words = ["bench", str(models / "student"), "--against", "base", "--limit", "6"]
     return [*words, "--batch", "2", "-o", str(output)]
-
-
-def launch(*words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *words],
-        env={**os.environ, "COLUMNS": "100"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +115,13 @@ def same(folder: Path, whole: BenchResult) -> None:
 
 @pytest.mark.slow
 def test_two_processes_draw_what_one_draws(models: Path, whole: BenchResult, tmp_path: Path) -> None:
-    run_two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    made = launch(*run_two, *command(models, tmp_path / "out"))
-    said, _ = made.communicate(timeout=300)
-    assert made.returncode == 0, said[-4000:]
-    assert said.count("report:") == 1, said  # by the first alone
+    """By torchrun itself."""
+    run_two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    made = subprocess.run(
+        [*run_two, "-m", "danceopd", *command(models, tmp_path / "out")], capture_output=True, text=True, timeout=300
+    )
+    assert made.returncode == 0, made.stderr[-4000:]
+    assert made.stdout.count("report:") == 1, made.stdout  # by the first alone
     same(tmp_path / "out", whole)
     assert not list((tmp_path / "out").glob("drawn.*.jsonl"))
     assert len(GenerationLog(tmp_path / "out").read()) == 24
@@ -163,10 +158,10 @@ class Three:
 @pytest.mark.slow
 def test_a_killed_bench_goes_on_and_draws_nothing_twice(models: Path, whole: BenchResult, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    running = launch(*command(models, out))
+    running = program.start(*command(models, out))
     until = time.monotonic() + 120
     while len(GenerationLog(out).read()) < 5 and time.monotonic() < until:
-        assert running.poll() is None, running.stdout and running.stdout.read()
+        assert running.poll() is None, running.stderr
         time.sleep(0.005)
     running.send_signal(signal.SIGKILL)
     running.wait()

@@ -87,7 +87,7 @@ def test_an_unknown_flag_or_command_exits_with_2(danceopd: Program) -> None:
 
 def test_bad_samples(danceopd: Program, files: dict) -> None:
     refused(danceopd("sample", "student", "  "), "the prompt is empty")
-    refused(danceopd("sample", "student", "a fox", "-n", "0"), "0 pictures")
+    refused(danceopd("sample", "student", "a fox", "-n", "0"), "0 images")
     Path("x.png").write_text("not a picture")
     refused(danceopd("sample", "student", "a fox", "--image", "x.png"), "x.png is not an image")
     Image.new("RGB", (32, 32)).save("x.png")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import program
 import pytest
 import torch
+from program import free_port
 from safetensors.torch import load_file
 from tiny import random_adapter, random_image, tiny_klein
 from tiny_parts import Tiny
@@ -89,17 +88,14 @@ def three_rows(models: Path, output: Path, **fields: Any) -> Recipe:
     return tiny_recipe(models, output, **{**given, **fields})
 
 
-def torchrun(recipe: Recipe, folder: Path, fails: bool = False) -> str:
-    """`torchrun --nproc-per-node 2 -m danceopd merge`; what it said."""
-    file = folder / "r.yaml"
+def two_processes(recipe: Recipe, folder: Path, fails: bool = False) -> str:
+    """`danceopd merge` in two real processes that are told what torchrun tells; what they said."""
+    file, port = folder / "r.yaml", free_port()
     file.write_text(recipe.to_yaml())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "danceopd", "merge", str(file)],
-        env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert (done.returncode != 0) == fails, done.stderr[-4000:]
-    return done.stderr + done.stdout
+    both = [program.start("merge", file, **program.environment_of(rank, 2, port)) for rank in (0, 1)]
+    statuses, said = [process.wait() for process in both], "".join(p.stderr + p.stdout for p in both)
+    assert any(statuses) == fails, said[-4000:]
+    return said
 
 
 def check_student(output: Path, wanted: dict[str, torch.Tensor]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from flows import Gaussian, shifted
 from safetensors.torch import load_file
-from tiny_merge import WEIGHTS, check_student, json_lines, tiny_recipe, torchrun
+from tiny_merge import WEIGHTS, check_student, json_lines, tiny_recipe, two_processes
 from tiny_merge import run as merge_run
 from torch import nn
 from torchmetrics.functional import spearman_corrcoef
@@ -411,7 +411,7 @@ def test_two_processes_are_monitored_and_brought_back(models, tmp_path, parallel
     run(models, tmp_path / "one", **fields)
     options = {**MONITORED, "diversity": 9.0, "rollback": "plain"}
     gated = recipe(models, tmp_path / "two", parallel=parallel, gates={"evidence": True}, monitor=options, **fields)
-    said = torchrun(gated, tmp_path)
+    said = two_processes(gated, tmp_path)
     assert said.count("the state after step 0 is restored") == 1 == said.count("monitor, step 4: editing:")
     check_student(tmp_path / "two", load_file(tmp_path / "one" / WEIGHTS))
     assert [line["step"] for line in lines_of(tmp_path / "two")] == [0, 2, 2, 2, 4]

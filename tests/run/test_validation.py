@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import CALL, tiny_klein
-from tiny_merge import WEIGHTS, check_student, tiny_recipe, torchrun
+from tiny_merge import WEIGHTS, check_student, tiny_recipe, two_processes
 from tiny_merge import run as merge_run
 
 from danceopd.adapters.read import read_adapter
@@ -325,7 +325,7 @@ def test_two_processes_measure_what_one_does(models, tmp_path, parallel):
     fields = {"batch": 3, "optimizer": {"warmup": 1}, "validation": options}
     assert run(models, tmp_path / "one", **fields) == [1, 2]
     two = recipe_of(models, output=tmp_path / "two", parallel=parallel, **fields)
-    torchrun(two, tmp_path)
+    two_processes(two, tmp_path)
     check_student(tmp_path / "two", load_file(tmp_path / "one" / WEIGHTS))
     ours, theirs = validation_of(tmp_path / "one"), validation_of(tmp_path / "two")
     assert [c["step"] for c in theirs["checks"]] == [0, 2]
