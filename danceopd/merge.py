@@ -36,10 +36,11 @@ from danceopd.engine.warm_start import StudentInit, student_init
 from danceopd.errors import UserError
 from danceopd.kernels import install
 from danceopd.kernels.autotune import install_if_faster
-from danceopd.labelfree.hook import GateHook
+from danceopd.labelfree.contrast import contrasted
+from danceopd.labelfree.gates.hook import GateHook
+from danceopd.labelfree.gates.variants import KEEP, unchanged, with_variants
 from danceopd.labelfree.monitor import MonitorCallback, Rollback
 from danceopd.labelfree.probes import FrozenFields, probe_sets
-from danceopd.labelfree.variants import KEEP, unchanged, with_variants
 from danceopd.models.backbone import Backbone
 from danceopd.models.base import base_fingerprint, base_folder, empty_transformer, load_base, pipeline_call
 from danceopd.models.compile import compile_blocks
@@ -189,6 +190,7 @@ def _train(opened: _Opened, report: Report) -> Student:
             for one in opened.teachers
         ]
         fields, bare = {t.name: t.field for t in teachers}, BaseField(backbone)
+        teachers = contrasted(recipe, teachers, bare)
         sources = dict[str, str]()  # the first teacher's, of each capability
         for teacher in recipe.teachers:
             sources.setdefault(teacher.capability, recipe.data_source(teacher))
@@ -296,7 +298,8 @@ def _routed(
     """Put a teacher on the backbone and encode its rows, its null prompt, and the variants that gates need."""
     teacher, pipeline, null = weights.teacher, encoder.pipelines[weights.teacher.capability], None
     unconditional = recipe.guidance.unconditional > 0 or recipe.rollout.guidance != 1  # the student meets it, too
-    if unconditional or teacher.guidance is not None:
+    contrast = recipe.contrast_of(teacher)
+    if unconditional or (contrast is not None and contrast.reference == "null") or teacher.guidance is not None:
         null = null_condition(pipeline, teacher, fingerprint, recipe.output / "cache").to(device)
     field = weights.attach(backbone, null, recipe.rollout.merged and not recipe.compile)
     steps, variants = recipe.rollout.steps, dict(data.variants)

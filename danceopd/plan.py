@@ -29,8 +29,9 @@ from danceopd.data.dataset import Size, TeacherData, open_datasets
 from danceopd.data.sources import Edits
 from danceopd.engine.query import draw_queries, place
 from danceopd.errors import UserError
-from danceopd.labelfree.cost import gate_forwards
-from danceopd.labelfree.variants import with_variants
+from danceopd.labelfree.contrast import contrast_forwards
+from danceopd.labelfree.gates.cost import gate_forwards
+from danceopd.labelfree.gates.variants import with_variants
 from danceopd.models.base import base_folder, empty_transformer, pipeline_call
 from danceopd.models.checkpoint import open_checkpoint, scheduler_difference
 from danceopd.models.cuda_graphs import MAX_GRAPHS
@@ -84,6 +85,12 @@ def plan(recipe: Recipe, tflops: float | None = None) -> dict[str, Any]:
     for part, counts in gate_forwards(recipe, datasets, queries["depths"]).items():
         passes[part] = sum(shares[t.name] * counts[t.name] for t in recipe.teachers)
         total[part] = recipe.batch * sum(shares[t.name] * counts[t.name] * flops[t.capability] for t in recipe.teachers)
+    if references := contrast_forwards(recipe):
+        queries_a_row = passes["student, forward"]
+        passes["contrast"] = queries_a_row * sum(shares[t.name] * references[t.name] for t in recipe.teachers)
+        total["contrast"] = recipe.batch * queries_a_row * sum(
+            shares[t.name] * references[t.name] * flops[t.capability] for t in recipe.teachers
+        )
     if recipe.validation.every:
         passes["validation"] = forwards(recipe, sigmas[pictures[0]["size"]]) / (recipe.steps * recipe.batch)
         total["validation"] = recipe.batch * passes["validation"] * sum(flops.values()) / len(flops)

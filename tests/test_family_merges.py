@@ -38,7 +38,8 @@ def write_paraphrases(folder):
 @pytest.mark.parametrize("tiny", TINIES, ids=lambda tiny: tiny.family)
 def test_all_gates_together_on_every_family(tiny, tmp_path, monkeypatch):
     """Every condition that a gate queries stacks, every contrast differs, and the metrics are numbers."""
-    monkeypatch.setattr("danceopd.labelfree.evidence.FLOOR", 0.0)  # a prompt hardly changes what random weights say
+    # a prompt hardly changes what random weights say
+    monkeypatch.setattr("danceopd.labelfree.gates.evidence.FLOOR", 0.0)
     recipe = family_recipe(tiny, tiny.build(), tmp_path).resolved()
     write_paraphrases(tmp_path)
     recipe["data"]["generation"] = str(tmp_path / "generation.jsonl")

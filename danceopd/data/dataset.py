@@ -101,7 +101,7 @@ Variant = tuple[Prompts, list[int]]
 class TeacherData:
     """The data of one teacher, opened and checked, and the rows of it that the run will sample.
 
-    `variants` are the same rows under other conditions, by name, where a gate needs them (labelfree/variants.py).
+    `variants` are the same rows under other conditions, by name, where a gate needs them (labelfree/gates/variants.py).
     """
 
     data: Prompts

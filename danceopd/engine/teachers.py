@@ -171,7 +171,7 @@ def _difference(
 class RoutedTeacher:
     """A teacher as rows are routed to it: its field, its dataset, and its null prompt (one row, or one each).
 
-    `variants` are the same rows under other conditions, by name, for gates (labelfree/variants.py).
+    `variants` are the same rows under other conditions, by name, for gates (labelfree/gates/variants.py).
     """
 
     name: str

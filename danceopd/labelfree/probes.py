@@ -18,11 +18,11 @@ from torch import Tensor
 from danceopd.data.dataset import TeacherData
 from danceopd.data.encode import Encoder
 from danceopd.data.images import open_image
-from danceopd.labelfree import evidence
-from danceopd.labelfree.consensus import agreement
+from danceopd.labelfree.gates import evidence
+from danceopd.labelfree.gates.consensus import agreement
+from danceopd.labelfree.gates.variants import other_prompts
 from danceopd.labelfree.scorers import Denoiser, Exact, Scorer, Similarity, SimilarityScorer
 from danceopd.labelfree.statistics import Measurement, spread
-from danceopd.labelfree.variants import other_prompts
 from danceopd.models.fields import VelocityField
 from danceopd.pipelines.condition import Condition
 from danceopd.pipelines.generation import euler

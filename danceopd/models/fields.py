@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from danceopd.common.tensors import append_dims
 from danceopd.models.backbone import Backbone
 from danceopd.pipelines.condition import Condition
 from danceopd.pipelines.registry import FAMILIES, with_prompt_of
@@ -82,8 +83,44 @@ class GuidedField:
         return FAMILIES[condition.family].guide(self.field(x, sigma, condition), v_null, self.scale)
 
 
+@dataclass(frozen=True)
+class ContrastField:
+    """A field moved away from a reference: `v + weight (v - v_ref)` (arXiv 2602.12125 and 2406.02507).
+
+    Rows whose noise level is outside `sigma` are `field`'s own. `bound` is the largest norm of the shift over that of
+    `v`, for each row; `mask(v - v_ref, condition)` weighs tokens and broadcasts to (B, …). Each call makes one call of
+    `field` and one of `reference`.
+    """
+
+    field: VelocityField
+    reference: VelocityField
+    weight: float
+    sigma: tuple[float, float] = (0.0, 1.0)
+    bound: float | None = None
+    mask: Callable[[Tensor, Condition], Tensor] | None = None
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        velocity = self.field(x, sigma, condition)
+        low, high = self.sigma
+        rows = ((sigma >= low) & (sigma <= high)).nonzero().flatten().tolist()
+        if not rows:
+            return velocity
+        mine, there = velocity[rows], condition.rows(rows)
+        difference = mine - self.reference(x[rows], sigma[rows], there)
+        shift = self.weight * difference
+        if self.mask is not None:
+            shift = shift * self.mask(difference, there)
+        if self.bound is not None:
+            norms = [v.flatten(1).norm(dim=1) for v in (mine, shift)]
+            share = self.bound * norms[0] / norms[1].clamp_min(torch.finfo(shift.dtype).tiny)
+            shift = shift * append_dims(share.clamp_max(1), shift)
+        velocity[rows] = mine + shift
+        return velocity
+
+
 def unguided(field: VelocityField) -> VelocityField:
-    """The field inside any `GuidedField`: the same without classifier-free guidance."""
-    while isinstance(field, GuidedField):
+    """The field inside any `GuidedField` or `ContrastField`: a teacher's own, without classifier-free guidance."""
+    while isinstance(field, GuidedField | ContrastField):
         field = field.field
     return field

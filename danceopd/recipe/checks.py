@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from danceopd.common.messages import did_you_mean
+from danceopd.recipe.labelfree import REFERENCES
 from danceopd.recipe.parts import FlowOPD, OffPolicy, Query, Rollout
 
 if TYPE_CHECKING:
@@ -85,6 +86,15 @@ CHECKS: tuple[Check, ...] = (
         lambda r: r.gates.skills is not None and r.gates.skills.critical and r.rollout.steps < 2,
         "gates.skills.critical compares steps and needs rollouts of two steps or more, rollout.steps",
     ),
+    # contrast
+    (
+        lambda r: r.contrast and r.objective == "supervised",
+        "contrast moves a teacher's velocity, and objective supervised asks no teacher; leave it out",
+    ),
+    (
+        lambda r: r.contrast and r.gates.on,
+        "contrast moves the targets that gates weigh, which was never tried; keep one of the two",
+    ),
     # batches
     (
         lambda r: (r.micro_batch or r.batch) < r.group_size,
@@ -137,6 +147,21 @@ def _names(recipe: Recipe) -> Iterator[str]:
         for name in given:
             if name not in names:
                 yield f"{key} names {name!r}, which is no teacher{did_you_mean(name, names)}"
+    capabilities = list(dict.fromkeys(teacher.capability for teacher in recipe.teachers))
+    for key, contrast in recipe.contrast.items():
+        if key not in (*names, *capabilities):
+            yield f"contrast.{key} is no teacher and no capability{did_you_mean(key, [*names, *capabilities])}"
+        if contrast.reference not in (*REFERENCES, *names):
+            hint = did_you_mean(contrast.reference, [*REFERENCES, *names])
+            yield f"contrast.{key}.reference is {contrast.reference!r}{hint}"
+    for teacher in recipe.teachers:
+        moved = recipe.contrast_of(teacher)
+        if moved is not None and moved.reference == teacher.name:
+            yield f"contrast of teacher {teacher.name!r} has the teacher itself as its reference; name another"
+        if moved is not None and moved.reference == "source" and teacher.capability != "editing":
+            yield f"contrast of teacher {teacher.name!r} has reference source, and it edits no source; choose prompt"
+        if moved is not None and moved.reference == "base" and teacher.adapter == "base":
+            yield f"contrast of teacher {teacher.name!r} has the base as reference, which it is itself; leave it out"
     if recipe.family is not None:
         from danceopd.pipelines.registry import FAMILIES  # late: it imports torch
 

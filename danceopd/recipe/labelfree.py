@@ -1,7 +1,9 @@
-"""The label-free parts of a recipe: gates that weigh the teachers' answers, and the monitor of confident mistakes.
+"""The label-free parts of a recipe: gates that weigh the teachers' answers, targets that are moved away from a
+reference, and the monitor of confident mistakes.
 
     gates: {evidence: true}                      # or with settings: {evidence: {alpha: -0.5, contrast: prompt}}
     gates: {evidence: true, consensus: true, skills: {eta: 0.5}}
+    contrast: {generation: {reference: others, weight: 1.0}}
     monitor: {every: 100, judge: path/to/clip, rollback: plain}
 
 `true` is a gate with its defaults, `false` is none. With none on, a run is plain DanceOPD. docs/labelfree.md has the
@@ -19,6 +21,8 @@ from danceopd.recipe.parts import Part, existing
 
 Degradation = Literal["blur", "jpeg", "noise", "downscale"]
 DEGRADATIONS: tuple[Degradation, ...] = get_args(Degradation)
+REFERENCES = ("base", "others", "null", "prompt", "source")
+"""References of a contrast that are no teacher's name."""
 MONITOR_EVERY = 100
 """Steps between the monitor's checks where a gate is on and the recipe does not say."""
 
@@ -27,7 +31,7 @@ def _null(value: Any) -> Any:
     return "null" if value is None else value  # YAML reads a bare null as nothing
 
 
-Contrast = Annotated[Literal["null", "prompt", "source"], BeforeValidator(_null)]
+EvidenceContrast = Annotated[Literal["null", "prompt", "source"], BeforeValidator(_null)]
 
 
 class Evidence(Part):
@@ -40,7 +44,7 @@ class Evidence(Part):
 
     alpha: float = Field(0.5, ge=-2, le=2)  # of row weights, by the group's standard score; 0: all rows are equal
     tokens: float = Field(0.5, ge=0, le=1)  # of token weights, towards where the answers differ; 0: all are equal
-    contrast: Contrast = "null"
+    contrast: EvidenceContrast = "null"
     bounds: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=1, le=4)]] = (0.25, 2.0)
 
 
@@ -132,6 +136,27 @@ class Gates(Part):
         context = None if self.skills is None or not self.skills.eta else self.skills.privileged(capability)
         guided = context is not None and "guided" in (context.step, context.episode)
         return self.contrast(capability) == "null" or guided
+
+
+class Contrast(Part):
+    """A teacher's velocity as a target that goes past it: `v + weight (v - v_ref)`, `v_ref` a frozen reference's.
+
+    `reference` is the bare "base", another teacher's name, "others" (the mean of all other teachers), "null" (the null
+    prompt), "prompt" or "source" (the prompt or the source image of another row of the data). The target is moved at
+    noise levels within `sigma` only, by at most `bound` times the norm of `v`. `mask`: only where the two differ.
+    """
+
+    reference: str = "others"
+    weight: float = Field(1.0, ge=0, le=10)
+    sigma: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
+    bound: PositiveFloat | None = None
+    mask: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Contrast:
+        if self.sigma[0] >= self.sigma[1]:
+            raise ValueError(f"sigma is {list(self.sigma)}; give the lower noise level first, such as [0.5, 1]")
+        return self
 
 
 def _judge(value: Any) -> Any:

@@ -31,7 +31,7 @@ from danceopd.common.shipped import demo, portable
 from danceopd.errors import UserError
 from danceopd.recipe.aliases import modernise
 from danceopd.recipe.checks import check
-from danceopd.recipe.labelfree import Gates, Monitor
+from danceopd.recipe.labelfree import Contrast, Gates, Monitor
 from danceopd.recipe.parts import (
     Data,
     FlowOPD,
@@ -130,6 +130,7 @@ class Recipe(Part):
     offpolicy: OffPolicy = OffPolicy()
     guidance: Guidance = Guidance()
     gates: Gates = Gates()
+    contrast: dict[str, Contrast] = {}  # by teacher or capability: targets past a teacher
     data: Data = Data()
     samples: Samples = Samples()
     validation: Validation = Validation()
@@ -264,6 +265,11 @@ class Recipe(Part):
         """The share of the rows that is routed to each teacher, by name; sums to 1."""
         raw = {t.name: self.routing.weights.get(t.name, t.weight) for t in self.teachers}
         return {name: weight / sum(raw.values()) for name, weight in raw.items()}
+
+    def contrast_of(self, teacher: Teacher) -> Contrast | None:
+        """How a teacher's target is moved: as its name says, else its capability; None where it is not."""
+        found = self.contrast.get(teacher.name, self.contrast.get(teacher.capability))
+        return found if found is not None and found.weight else None
 
     def data_source(self, teacher: Teacher) -> str:
         """Where the prompts, or edit pairs, of a teacher come from."""

@@ -16,7 +16,7 @@ from danceopd.engine.metrics import StepMetrics
 from danceopd.engine.objectives import RowLoss
 from danceopd.engine.teachers import RoutedTeacher
 from danceopd.engine.trainer import STUDENT, Trainer
-from danceopd.labelfree.hook import GateHook
+from danceopd.labelfree.gates.hook import GateHook
 from danceopd.models.backbone import Backbone
 from danceopd.models.fields import AdapterField, VelocityField
 from danceopd.models.lora import Adapter

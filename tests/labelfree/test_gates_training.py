@@ -18,8 +18,8 @@ from danceopd.engine.batches import Draw
 from danceopd.engine.rollout import rollout
 from danceopd.engine.trainer import Trainer
 from danceopd.errors import UserError
-from danceopd.labelfree.context import ELSEWHERE, NULL, PRIVILEGED, WRONG, StepContext
-from danceopd.labelfree.variants import other_prompts
+from danceopd.labelfree.gates.context import ELSEWHERE, NULL, PRIVILEGED, WRONG, StepContext
+from danceopd.labelfree.gates.variants import other_prompts
 from danceopd.merge import merge
 from danceopd.pipelines.registry import with_prompt_of
 from danceopd.plan import plan

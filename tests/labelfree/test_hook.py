@@ -12,9 +12,9 @@ from danceopd.engine.objectives import RowLoss, danceopd
 from danceopd.engine.query import draw_queries
 from danceopd.engine.rollout import StudentRollout
 from danceopd.engine.velocities import Velocities
-from danceopd.labelfree.context import ELSEWHERE, NULL, PRIVILEGED, WRONG, AlternativeCondition, BatchContext
-from danceopd.labelfree.hook import BatchGates
-from danceopd.labelfree.weights import RunningMeans
+from danceopd.labelfree.gates.context import ELSEWHERE, NULL, PRIVILEGED, WRONG, AlternativeCondition, BatchContext
+from danceopd.labelfree.gates.hook import BatchGates
+from danceopd.labelfree.gates.weights import RunningMeans
 from danceopd.pipelines.family import classifier_free
 from danceopd.recipe.recipe import Recipe
 

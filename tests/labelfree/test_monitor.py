@@ -18,7 +18,7 @@ from danceopd.engine.rollout import rollout
 from danceopd.errors import UserError
 from danceopd.labelfree import monitor as monitor_module
 from danceopd.labelfree import probes as probes_module
-from danceopd.labelfree.consensus import agreement
+from danceopd.labelfree.gates.consensus import agreement
 from danceopd.labelfree.monitor import Monitor
 from danceopd.labelfree.probes import AGREEMENT, CONSENSUS, ProbeBatch, ProbeSet
 from danceopd.labelfree.statistics import Check, Interval, Limits, alarms, mistakes, quarter, spearman, spread

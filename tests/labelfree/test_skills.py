@@ -14,8 +14,8 @@ from danceopd.data.sources import edits_from, prompts_from
 from danceopd.engine.rollout import rollout
 from danceopd.engine.solvers import AdamsBashforth
 from danceopd.errors import UserError
-from danceopd.labelfree.skills import Criticality, candidates, chosen, draw_critical, shift, shift_share
-from danceopd.labelfree.variants import KEEP_PROMPT, other_prompts, unchanged, with_variants
+from danceopd.labelfree.gates.skills import Criticality, candidates, chosen, draw_critical, shift, shift_share
+from danceopd.labelfree.gates.variants import KEEP_PROMPT, other_prompts, unchanged, with_variants
 from danceopd.recipe.labelfree import DEGRADATIONS, Skills
 from danceopd.recipe.recipe import Recipe
 from danceopd.worlds.scenes.edits import edits

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from danceopd.errors import UserError
-from danceopd.labelfree import consensus, evidence
-from danceopd.labelfree.weights import HIGHEST, METRICS, MIN_ROWS, WINDOW, RunningMeans, combine, summary
+from danceopd.labelfree.gates import consensus, evidence
+from danceopd.labelfree.gates.weights import HIGHEST, METRICS, MIN_ROWS, WINDOW, RunningMeans, combine, summary
 from danceopd.recipe.recipe import Recipe
 
 

@@ -23,10 +23,10 @@ from danceopd.engine.callbacks import RowWeights
 from danceopd.engine.teachers import RoutedTeacher
 from danceopd.engine.velocities import Velocities
 from danceopd.errors import UserError
-from danceopd.labelfree import consensus, evidence, skills
-from danceopd.labelfree.context import NULL, PRIVILEGED, WRONG, BatchContext, StepContext
-from danceopd.labelfree.variants import KEEP, PARAPHRASE
-from danceopd.labelfree.weights import METRICS, RunningMeans, combine, summary
+from danceopd.labelfree.gates import consensus, evidence, skills
+from danceopd.labelfree.gates.context import NULL, PRIVILEGED, WRONG, BatchContext, StepContext
+from danceopd.labelfree.gates.variants import KEEP, PARAPHRASE
+from danceopd.labelfree.gates.weights import METRICS, RunningMeans, combine, summary
 from danceopd.models.fields import unguided
 from danceopd.recipe.labelfree import Gates
 

@@ -18,7 +18,7 @@ from danceopd.data.images import ImageSource, open_image
 from danceopd.data.routing import sample_batch
 from danceopd.data.sources import Edits, Prompts
 from danceopd.errors import UserError
-from danceopd.labelfree.skills import draw_critical
+from danceopd.labelfree.gates.skills import draw_critical
 from danceopd.recipe.labelfree import Consensus, Gates, Skills
 from danceopd.recipe.parts import Teacher
 from danceopd.recipe.sampling import Sampling

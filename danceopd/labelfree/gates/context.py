@@ -18,8 +18,8 @@ from torch import Tensor
 from danceopd.data.dataset import Dataset
 from danceopd.engine.batches import Draw
 from danceopd.engine.teachers import RoutedTeacher
-from danceopd.labelfree.skills import CriticalDraws, Guide, draw_critical
-from danceopd.labelfree.variants import DEGRADED, EXPANDED, KEEP, PARAPHRASE
+from danceopd.labelfree.gates.skills import CriticalDraws, Guide, draw_critical
+from danceopd.labelfree.gates.variants import DEGRADED, EXPANDED, KEEP, PARAPHRASE
 from danceopd.pipelines.condition import Condition, stack
 from danceopd.pipelines.registry import FAMILIES, with_prompt_of
 from danceopd.recipe.labelfree import Gates

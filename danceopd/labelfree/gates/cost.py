@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from danceopd.data.dataset import TeacherData
-from danceopd.labelfree.skills import candidates
-from danceopd.labelfree.variants import EXPANDED, PARAPHRASE
+from danceopd.labelfree.gates.skills import candidates
+from danceopd.labelfree.gates.variants import EXPANDED, PARAPHRASE
 from danceopd.recipe.labelfree import Gates, Skills
 from danceopd.recipe.parts import Teacher
 from danceopd.recipe.recipe import Recipe
