@@ -59,7 +59,10 @@ def test_all_gates_together_on_every_family(tiny, tmp_path, monkeypatch):
 def test_the_stock_pipelines_with_the_exported_lora_draw_what_the_student_draws(tiny, tmp_path):
     family, stock = FAMILIES[tiny.family], tiny.build()
     backbone = Backbone(copy.deepcopy(stock.transformer), family)
-    danceopd.merge(family_recipe(tiny, stock, tmp_path), report=lambda metrics, steps: None)
+    other = "source" if tiny.editing is not None else "base"
+    contrast = {"t0": {"reference": "prompt"}, "t1": {"reference": other, "mask": True}}
+    recipe = family_recipe(tiny, stock, tmp_path).resolved() | {"contrast": contrast}  # moved targets on the way
+    danceopd.merge(danceopd.Recipe(**recipe), report=lambda metrics, steps: None)
     backbone.add_adapter("student", read_adapter(tmp_path / "student"))
     fields = {"student": AdapterField(backbone, "student"), "base": BaseField(backbone)}
     stock.load_lora_weights(tmp_path / "student")
