@@ -2,7 +2,8 @@
 
 The suite, its version, its protocol, the judge and the seeds must be equal, and only items of both benches are counted.
 What else differs (the call, the limit, the machine) is noted beside the numbers. Differences are the first model minus
-the second. Everything is read from the folders, so either bench may have been made elsewhere.
+the second; the verdict is on the first model (report/verdict.py). Everything is read from the folders, so either bench
+may have been made elsewhere.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from typing import Any
 
 from danceopd.bench import statistics
 from danceopd.bench.pairwise import Pair
+from danceopd.bench.report.facts import OVERALL
+from danceopd.bench.report.verdict import MARGIN, Compared, decide
 from danceopd.bench.results import load
+from danceopd.common.files import inside
 from danceopd.common.messages import did_you_mean
 from danceopd.errors import UserError
 
@@ -37,8 +41,8 @@ class Side:
         return next(m for m in self.scores["models"] if m["name"] == self.model)
 
     def path(self, image: str | None) -> Path | None:
-        """The path of an image of the bench; None where there is none."""
-        file = None if image is None else self.folder / image
+        """The path of an image of the bench; None where there is none inside its folder."""
+        file = None if image is None else inside(self.folder, image)
         return file if file is not None and file.is_file() else None
 
 
@@ -46,11 +50,8 @@ def load_side(folder: str | Path, model: str | None = None) -> Side:
     """The student of a bench folder, or another of its models; UserError if there is no such bench or model."""
     folder = Path(folder)
     scores, rows = load(folder)
-    try:
-        names = [m["name"] for m in scores["models"]]
-        chosen = model or scores["student"]
-    except (KeyError, TypeError):
-        raise UserError(f"{folder}/scores.json is not from `danceopd bench`; give a bench folder") from None
+    names = [m["name"] for m in scores["models"]]
+    chosen = model or scores.get("student")
     if chosen not in names:
         what = "student" if chosen is None else f"model {chosen!r}"
         raise UserError(f"bench {folder} has no {what}{did_you_mean(chosen or '', names)}; choose one with --models")
@@ -101,13 +102,14 @@ def _item(row: Mapping[str, Any]) -> tuple:
     return row["capability"], row["category"], row["key"], row.get("prompt")
 
 
-def compare(a: Side, b: Side, anyway: bool = False) -> dict[str, Any]:
+def compare(a: Side, b: Side, anyway: bool = False, margin: float = MARGIN) -> dict[str, Any]:
     """The comparison as plain JSON; see `statistics.difference` for its figures.
 
     `capabilities`: by name `a` and `b` (summaries of the common items), `difference`, `metrics`. `probes` and `heldout`
     have a difference each. `items`: every common item with both scores and images, the largest loss of the first model
     first. `only`: how many items just one bench has. `warnings`: what should be equal and is not, accepted with
-    `anyway` only; `notes`: what else differs. UserError where the setups differ or no item is common.
+    `anyway` only; `notes`: what else differs. `verdict`: whether the first model is worse, with a `margin` that is a
+    share of the scale. UserError where the setups differ or no item is common.
     """
     if (a.folder.resolve(), a.model) == (b.folder.resolve(), b.model):
         raise UserError(f"both sides are {a.model!r} of {a.folder}; give two benches, or two models with --models a,b")
@@ -124,6 +126,7 @@ def compare(a: Side, b: Side, anyway: bool = False) -> dict[str, Any]:
     rows = [found[item] | {"model": name} for name, found in (("a", ones), ("b", others)) for item in common]
     suite = a.scores["suite"]
     kinds = {c: _kind(suite, c) for c in dict.fromkeys(row["capability"] for row in rows)}
+    capabilities = {c: found for c, kind in kinds.items() if (found := _capability(rows, c, **kind))}
     return {
         "format": FORMAT,
         "a": _about(a),
@@ -134,11 +137,28 @@ def compare(a: Side, b: Side, anyway: bool = False) -> dict[str, Any]:
         "warnings": warnings,
         "notes": _notes(a, b),
         "only": {"a": len(ones) - len(common), "b": len(others) - len(common)},
-        "capabilities": {c: found for c, kind in kinds.items() if (found := _capability(rows, c, **kind))},
+        "capabilities": capabilities,
+        "verdict": _verdict(a, b, capabilities, kinds, margin),
         "probes": _apart(rows, kinds, "probe", {r["probe"]: r["capability"] for r in rows if r.get("probe")}),
         "heldout": _heldout(rows, kinds),
         "items": _items([(ones[item], others[item]) for item in common]),
     }
+
+
+def _verdict(a: Side, b: Side, found: Mapping[str, dict], kinds: Mapping[str, dict], margin: float) -> dict[str, Any]:
+    """The verdict on A, measured against B."""
+    compared = []
+    for capability, parts in found.items():
+        low, high = _ends(capability, **kinds[capability])
+        figures = {OVERALL: parts["difference"], **parts["difference"]["categories"]}
+        compared += [Compared(capability, c, f"B ({b.model})", f, high - low) for c, f in figures.items()]
+    reasons = [] if compared else ["no ordinary item is in both benches"]
+    return decide(compared, margin, f"A ({a.model})", reasons)
+
+
+def _ends(capability: str, share: bool | None, scale: statistics.Scale | None) -> statistics.Scale:
+    """The lowest and the highest score."""
+    return statistics.scale_of(capability == "generation" if share is None else share, scale)
 
 
 def _kind(suite: Mapping[str, Any], capability: str) -> dict[str, Any]:
@@ -194,8 +214,7 @@ def _apart(rows: Sequence[dict], kinds: Mapping[str, dict], what: str, names: Ma
     """Name -> the difference over the rows whose field `what` is that name; `names` maps names to capabilities."""
     found = {}
     for name, capability in names.items():
-        share, ends = kinds[capability]["share"], kinds[capability]["scale"]
-        scale = statistics.scale_of(capability == "generation" if share is None else share, ends)
+        scale = _ends(capability, **kinds[capability])
         one, other = (statistics.scores_of(rows, side, capability, wanted=partial(_is, what, name)) for side in "ab")
         if figure := statistics.difference(one, other, scale):
             found[str(name)] = {"capability": capability} | figure

@@ -108,8 +108,13 @@ def vote(pair: Pair, answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
         "vote": result,
         "orders": votes,
         "status": status,
-        "reasons": [given[order][0].reasoning if given[order] else "" for order in ORDERS],
+        "reasons": [_why(given[order]) for order in ORDERS],
     }
+
+
+def _why(answers: Sequence[Answer]) -> str:
+    """The judge's reasoning, or of an answer that cannot be used what came instead."""
+    return answers[0].reasoning or (answers[0].text if answers[0].status != "ok" else "") if answers else ""
 
 
 def tally(votes: Sequence[dict], capability: str) -> dict[str, Any] | None:

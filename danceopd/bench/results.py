@@ -1,9 +1,9 @@
 """The result of a bench: `scores.json`, computed from the rows (`summarise`), and read back (`load`).
 
 One plain JSON object with everything that a reader or another program needs: the models and their hashes, means with
-intervals, failures with the bounds that they leave, the student's comparison, subsets, probes and blends, the ceiling,
-and what produced the numbers (suite, protocol, rules, judge, seed, call, versions, machine). The tables and the report
-read nothing else but the rows beside it.
+intervals, failures with the bounds that they leave and their reasons, the student's comparison, the verdict, subsets,
+probes and blends, the ceiling, and what produced the numbers (suite, protocol, rules, judge, seed, call, versions,
+machine). The tables and the report read nothing else but the rows beside it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -19,9 +21,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from danceopd.bench import statistics
 from danceopd.bench.interference import interference
 from danceopd.bench.metrics.metrics import metric_means
+from danceopd.bench.report.verdict import MARGIN, verdict
 from danceopd.errors import UserError
 from danceopd.recipe.recipe import CAPABILITIES
 
@@ -32,23 +37,124 @@ if TYPE_CHECKING:
 FORMAT = "danceopd-bench/1"
 
 
+NO_JUDGE = "no judge was asked"
+"""The reason of rows that nobody was to score (`--judge none`)."""
+UNSCORED_SHOWN, REASON = 3, 400
+"""Reasons that are kept, and characters of each."""
+
+
+class _Part(BaseModel):
+    """A part of a bench folder, of which the named fields must be as they are here; others may follow."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Model(_Part):
+    name: str
+    label: str
+    role: str
+    path: str | None = None
+    sha256: str | None = None
+    generation: dict[str, Any] | None = None
+    editing: dict[str, Any] | None = None
+
+
+class _Suite(_Part):
+    name: str
+    version: str
+    protocol: str
+    scale: dict[str, list[float]] | None = None
+    share: dict[str, bool] | None = None
+    subsets: dict[str, list[str]] | None = None
+
+
+class _Scores(_Part):
+    suite: _Suite
+    models: list[_Model] = Field(min_length=1)
+    comparison: dict[str, dict[str, Any] | None] | None = None
+    created: str | None = None
+    student: str | None = None
+
+
+class _Row(_Part):
+    model: str
+    capability: str
+    category: str
+    key: str
+    prompt: str
+    score: float | None
+    status: str | None = None
+    reason: str | None = None
+    probe: str | None = None
+    image: str | None = None
+    source: str | None = None
+    target: str | None = None
+    tags: list[str] | None = None
+    metrics: dict[str, Any] | None = None
+    judge: dict[str, Any] | None = None
+    parts: dict[str, Any] | None = None
+
+
 def load(folder: str | Path) -> tuple[dict, list[dict]]:
-    """(scores, rows) of a bench folder; UserError if it is not a finished bench."""
-    folder = Path(folder)
+    """(scores, rows) of a bench folder; UserError if it is not a finished bench, or a damaged one."""
+    folder, file = Path(folder), "scores.json"
     try:
-        scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-        lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
+        scores = json.loads((folder / file).read_text(encoding="utf-8"))
+        _Scores.model_validate(scores)
+        _check_figures(scores)
+        file = "samples.jsonl"
+        lines = (folder / file).read_text(encoding="utf-8").split("\n")  # splitlines() would cut at U+2028 as well
+        rows = [json.loads(line) for line in lines if line.strip()]
+        for row in rows:
+            _Row.model_validate(row)
     except FileNotFoundError as error:
         raise UserError(
             f"{folder} holds no finished bench ({Path(error.filename).name} is missing); run "
             "`danceopd bench` with this output folder first."
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
+        what = f"{type(error).__name__}: {error}"
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False)[0]
+            what = f"{'.'.join(map(str, first['loc'])) or 'as a whole'}: {first['msg'].lower()}"
         raise UserError(
-            f"{folder} holds a damaged bench ({error}); run `danceopd bench` again into another folder."
+            f"{folder} holds a damaged bench ({file}, {what[:200]}); run `danceopd bench` again into another folder."
         ) from None
     return scores, rows
+
+
+def _check_figures(value: Any, place: str = "") -> None:
+    """ValueError for a figure (anything with a `mean`) whose numbers are none."""
+    if isinstance(value, dict):
+        for key in ("mean", "low", "high", "lower", "upper", "n", "failed") if "mean" in value else ():
+            number = value.get(key)
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+                raise ValueError(f"{place}.{key} is no number")
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        _check_figures(part, f"{place}.{key}".lstrip("."))
+
+
+def command_line() -> str:
+    """The command as it was typed, without a user's name or key in a URL: results are made to be shared."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "", " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+
+
+def unscored(rows: Sequence[dict]) -> list[dict]:
+    """Why rows have no score, the most frequent reason first: {reason, status, count}, the judge's own sentence."""
+    found = Counter(
+        (" ".join("".join(c if c.isprintable() else " " for c in row.get("reason") or "").split())[:REASON], status)
+        for row in rows
+        if (status := row.get("status") or "ok") != "ok" and row.get("reason") != NO_JUDGE
+    )
+    return [{"reason": why, "status": status, "count": n} for (why, status), n in found.most_common(UNSCORED_SHOWN)]
+
+
+def nothing_scored(scores: Mapping[str, Any]) -> bool:
+    """Whether the student should have been scored, and has no score at all."""
+    mine = [m for m in scores["models"] if m["name"] == scores["student"]]
+    figures = [of["overall"] for m in mine for c in CAPABILITIES if (of := m.get(c))]
+    return bool(scores.get("unscored")) and all(figure["mean"] is None for figure in figures)
 
 
 def versions() -> dict[str, str]:
@@ -77,10 +183,10 @@ def summarise(rows: Sequence[dict], lineup: Lineup, suite: Suite, settings: dict
     others = [m.name for m in shown if m.role != "student"]
     base = next((m.name for m in shown if m.role == "base"), None)
     student = lineup.student.name
-    return {
+    scores = {
         "format": FORMAT,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "suite": suite_facts(suite),
         "base": lineup.base and {"path": lineup.base.path, "sha256": lineup.base.sha256},
         "student": student,
@@ -102,9 +208,11 @@ def summarise(rows: Sequence[dict], lineup: Lineup, suite: Suite, settings: dict
         "metrics": _metrics(rows, [m.name for m in shown], capabilities),
         "blend_grid": _blend_grid(lineup, means, best),
         "probes": _probes(rows, kind),
+        "unscored": unscored(rows),
         "versions": versions(),
         **settings,
     }
+    return scores | {"verdict": verdict(scores, settings.get("margin", MARGIN))}
 
 
 def _about(model: Model, rows: Sequence[dict]) -> dict:

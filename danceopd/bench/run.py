@@ -21,8 +21,10 @@ from danceopd.bench.generate import Generated, GenerationLog, ImageGenerator, Mi
 from danceopd.bench.images import ImageStore
 from danceopd.bench.lineup import Lineup, add_image_folders, build_lineup
 from danceopd.bench.options import BlendOptions, JudgeOptions, SuiteOptions
+from danceopd.bench.report.card import add_to_card
 from danceopd.bench.report.report import report as write_report
-from danceopd.bench.report.training import monitor_summary, validation_error
+from danceopd.bench.report.training import monitor_summary, recipe_summary, validation_error
+from danceopd.bench.report.verdict import MARGIN, check_margin
 from danceopd.bench.results import summarise
 from danceopd.bench.scoring import Scoring
 from danceopd.bench.suites.protocol import ExactSuite, Item, JudgedSuite, Suite
@@ -90,7 +92,8 @@ class Bench:
 
     `limit`: items of each capability. `categories`: only these. `probes` adds held-out and compound items. `batch`:
     images generated at once, by default what their size allows. `only_score` generates nothing and loads no model.
-    `features`: networks for judge-free metrics (`features.load_networks`). Raises UserError for wrong input.
+    `features`: networks for judge-free metrics (`features.load_networks`). `margin`: the share of the scale that may be
+    lost and still counts as nothing (verdict.py). Raises UserError for wrong input.
     """
 
     student: str | Path | None = None
@@ -110,6 +113,7 @@ class Bench:
     suite_options: SuiteOptions = field(default_factory=SuiteOptions)
     judge: JudgeOptions = field(default_factory=JudgeOptions)
     features: Sequence[str] = ()
+    margin: float = MARGIN
     progress: Progress = _silent
 
     def __post_init__(self) -> None:
@@ -120,6 +124,7 @@ class Bench:
             if value is not None and value < least:
                 hint = ", or leave it out for the whole suite" if name == "limit" else ""
                 raise UserError(f"--{name} is {value}; give {least} or more{hint}")
+        check_margin(self.margin)
         if self.student is None and not self.images:
             raise UserError("there is nothing to score; give a student, or --images NAME=FOLDER")
 
@@ -299,7 +304,7 @@ class Bench:
         mark = self.folder / MARK
         if not mark.is_file():
             return
-        with suppress(ValueError):
+        with suppress(ValueError, TypeError):
             known, mine = json.loads(mark.read_text(encoding="utf-8")), self.identity
             other = [key for key in {**mine, **known} if known.get(key) != mine.get(key)]
             if not other:
@@ -358,7 +363,9 @@ class Bench:
             "judge": self.session and self.session.judge.identity,
             "judging": self.session and _judging(self.session),
             "pictures": self._image_sets(rows),
+            "margin": self.margin,
             "watch": monitor_summary(self.student),
+            "recipe": recipe_summary(self.student),
             "field_gap": validation_error(self.student),
             "ceiling": json.loads(ceiling.read_text(encoding="utf-8")) if ceiling.is_file() else None,
             "machine": describe_machine(str(processes.device)),
@@ -366,6 +373,7 @@ class Bench:
         }
         scores = summarise(rows, self.lineup, self.loaded_suite, settings)
         write_json(self.folder / "scores.json", scores, text=False)  # the report dashes None
+        add_to_card(self.student, scores)
         found = BenchResult(self.folder, scores, rows, write_report(self.folder))
         self.progress(1, 1, "report")
         return found

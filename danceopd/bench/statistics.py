@@ -1,4 +1,4 @@
-"""Statistics of scores: means with intervals, paired differences, the gap closed, the worst regression.
+"""Statistics of scores: means with intervals, paired differences, the gap closed.
 
 In: rows, one plain dict for each item and model, with `model`, `capability`, `category`, `key` and `score` (None where
 there is none: the image is missing, or the judge's answer unreadable). Out: figures, plain dicts with `mean`, `n`, a
@@ -208,7 +208,7 @@ def _difference(pairs: Mapping[str, list[tuple[float | None, float | None]]], sc
         "wins": wins,
         "losses": losses,
         "ties": len(every) - wins - losses,
-        "p": _number(sign_test(wins, losses)),
+        "p": _number(sign_test(wins, losses)) if len(every) else None,
     }
 
 
@@ -216,7 +216,8 @@ def difference(one: Scores, other: Scores, scale: Scale) -> dict | None:
     """`one` minus `other`, paired by item: a figure with wins, losses, ties and the sign test's p, and by category.
 
     Items of only one side are left out, None on either side counts in `failed`; None without a common item. A failure
-    can hide any difference that the scale allows, so `lower` and `upper` are far apart.
+    can hide any difference that the scale allows, so `lower` and `upper` are far apart. Without a pair, p is
+    None.
     """
     pairs = {
         category: found
@@ -285,15 +286,6 @@ def against_best(
     return found
 
 
-def worst_regression(found: Mapping[str, dict]) -> dict | None:
-    """Of `against_best`, the category in which the student is lowest: {category, teacher, mean, …}."""
-    known = [category for category in found if found[category]["mean"] is not None]
-    if not known:
-        return None
-    worst = min(known, key=lambda category: found[category]["mean"])
-    return {"category": worst} | {k: found[worst][k] for k in ("teacher", "mean", "low", "high", "n")}
-
-
 def heldout(
     rows: Sequence[dict], student: str, others: Sequence[str],
     capability: str, share: bool | None = None, scale: Scale | None = None,
@@ -339,7 +331,7 @@ def comparison(
     rows: Sequence[dict], student: str, base: str | None, teachers: Sequence[str], others: Sequence[str],
     capability: str, share: bool | None = None, scale: Scale | None = None,
 ) -> dict | None:  # fmt: skip
-    """The student in one capability: deltas, gaps closed, regressions, held-out items; None if it has no item."""
+    """The student in one capability: deltas, gaps closed, held-out items; None if it has no item."""
     if summary(rows, student, capability, share, scale) is None:
         return None
     sums = {name: summary(rows, name, capability, share, scale) for name in teachers}
@@ -347,13 +339,11 @@ def comparison(
     best = max(means, key=lambda name: means[name]) if means else None
     kind: dict[str, Any] = {"share": share, "scale": scale}
     gaps = {t: g for t in teachers if base and (g := gap_closed(rows, student, base, t, capability, **kind))}
-    against = against_best(rows, student, teachers, capability, **kind)
     return {
         "best_teacher": best,
         "deltas": {name: found for name in others if (found := delta(rows, student, name, capability, **kind))},
         "gap_closed": gaps.get(best) if best else None,
         "gaps": gaps,
-        "against_best": against,
-        "worst": worst_regression(against),
+        "against_best": against_best(rows, student, teachers, capability, **kind),
         "heldout": heldout(rows, student, others, capability, **kind),
     }

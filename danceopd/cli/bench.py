@@ -31,6 +31,11 @@ JudgeConcurrency = Annotated[int | None, typer.Option(help="Requests at once.", 
 PriceIn = Annotated[
     float | None, typer.Option(help="US dollars per million input tokens.", rich_help_panel=JUDGE)
 ]
+Margin = Annotated[
+    float | None, typer.Option(help="Share of the scale that may be lost and still counts as nothing; default: 0.05.")
+]
+NOTHING_SCORED = 3
+"""Exit status where a judge or program was asked and not one score, or vote, came of it."""
 PriceOut = Annotated[
     float | None, typer.Option(help="US dollars per million output tokens.", rich_help_panel=JUDGE)
 ]
@@ -117,15 +122,19 @@ def bench(
     blend_weights: Annotated[
         str, typer.Option(help="Weights of blend, such as generation=0.7,editing=0.9.", rich_help_panel=BLEND)
     ] = "",
+    margin: Margin = None,
 ) -> None:
     """Score a student, its base, its teachers and LoRA blends on the same items and noise; write a report.
 
-    The same command again continues. `accelerate launch --multi_gpu -m danceopd bench …` generates on several GPUs.
+    The exit status is 3 if the student got no score at all. The same command again continues.
+    `accelerate launch --multi_gpu -m danceopd bench …` generates on several GPUs.
     """
     folders = pairs(images or (), "--images", "mine=results/mine")
     weights = pairs(words(blend_weights), "--blend-weights", "generation=0.7")
     from danceopd.bench.options import BlendOptions, JudgeOptions, SuiteOptions
     from danceopd.bench.report.table import print_table
+    from danceopd.bench.report.verdict import MARGIN
+    from danceopd.bench.results import nothing_scored
     from danceopd.bench.run import Bench
     from danceopd.common.console import progress_bar
 
@@ -161,6 +170,7 @@ def bench(
             suite_options=SuiteOptions(data, language, official_prompts, samples),
             judge=JudgeOptions(judge, arguments, repeats, max_cost),
             features=words(features),
+            margin=MARGIN if margin is None else margin,
             progress=progress,
         )
         found = planned.estimate() if dry_run else planned.run()
@@ -171,6 +181,9 @@ def bench(
         if stopped := (found.scores["judging"] or {}).get("stopped"):
             typer.echo(f"judge: {stopped}")
         typer.echo(f"report: {found.report}")
+        if nothing_scored(found.scores):
+            typer.echo("error: nothing could be scored; the reason stands above", err=True)
+            raise typer.Exit(NOTHING_SCORED)
 
 
 def show_estimate(found: dict[str, Any]) -> None:
@@ -263,19 +276,26 @@ def compare(
     judge_concurrency: JudgeConcurrency = None,
     price_in: PriceIn = None,
     price_out: PriceOut = None,
+    margin: Margin = None,
 ) -> None:
     """Compare two finished benches item by item: differences and win/loss/tie; writes compare.json and compare.md.
 
+    The exit status is 3 if a judge was asked and no vote could be read.
     With two files of judge's answers (judge.jsonl), print the agreement of the judges instead.
     """
     from danceopd.bench.options import JudgeOptions
-    from danceopd.cli.compare import run, show, show_agreement
+    from danceopd.bench.report.verdict import MARGIN
+    from danceopd.cli.compare import no_vote, run, show, show_agreement
 
     if run_a.is_file() and run_b.is_file():
         return show_agreement(run_a, run_b)
     arguments: dict[str, Any] = {"key_file": judge_key_file, "codec": judge_codec, "concurrency": judge_concurrency}
     options = JudgeOptions(judge, arguments | {"price_in": price_in, "price_out": price_out}, repeats, max_cost)
-    found = run(run_a, run_b, output, words(models), anyway, options, limit, dry_run)
+    margin = MARGIN if margin is None else margin
+    found = run(run_a, run_b, output, words(models), anyway, options, limit, dry_run, margin)
     show(found)
     if not dry_run:
         typer.echo(f"comparison: {output}")
+        if no_vote(found):
+            typer.echo("error: no vote could be read; the reason stands above", err=True)
+            raise typer.Exit(NOTHING_SCORED)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from danceopd.bench.compare import compare, load_side, pairs
 from danceopd.bench.options import JudgeOptions
 from danceopd.bench.pairwise import Pair, questions, tally, vote
+from danceopd.bench.report.table import why_unscored
+from danceopd.bench.report.verdict import MARGIN, SIGN, check_margin
+from danceopd.bench.results import command_line, unscored
 from danceopd.common.console import progress_bar
 from danceopd.common.files import disk_errors, write_atomic, write_json
 from danceopd.errors import UserError
@@ -33,6 +35,7 @@ def run(
     judge: JudgeOptions = NO_JUDGE,
     limit: int | None = None,
     dry_run: bool = False,
+    margin: float = MARGIN,
 ) -> dict[str, Any]:
     """Compare a model of each bench (its student, or `models`: one name for both, or two), and write `output`.
 
@@ -47,15 +50,16 @@ def run(
     votes = judge.judge is not None
     if not votes and (dry_run or limit is not None or judge.repeats != 1 or judge.max_cost is not None):
         raise UserError("--dry-run, --limit, --repeats and --max-cost need the votes of a judge; add --judge")
+    check_margin(margin)
     names = [*models, *models][:2] if models else [None, None]
     a, b = load_side(run_a, names[0]), load_side(run_b, names[1])
-    found = compare(a, b, anyway)
+    found = compare(a, b, anyway, margin)
     _refuse_foreign(output, found)
     chosen = _first(pairs(a, b), limit) if votes else []
     if votes and dry_run:
         return found | {"estimate": vars(_session(judge, output).estimate(questions(chosen)))}
     found |= {"created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    found |= {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+    found |= {"command": command_line()}
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     if votes:
@@ -133,11 +137,19 @@ def _votes(session: JudgeSession, chosen: Sequence[Pair]) -> dict[str, Any]:
     votes = [vote(pair, answers) for pair in chosen]
     figures = {c: tally(votes, c) for c in dict.fromkeys(pair.capability for pair in chosen)}
     about = {"judge": session.judge.identity, "repeats": session.repeats, "capabilities": figures}
-    return about | {"usage": session.usage, "stopped": session.stopped, "items": votes}
+    given = [v | {"reason": reason} for v in votes for reason in v["reasons"] if reason and v["status"] != "ok"]
+    about |= {"usage": session.usage, "stopped": session.stopped, "unscored": unscored(given)}
+    return about | {"items": votes}
 
 
-def _p(value: float) -> str:
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
+def no_vote(found: dict) -> bool:
+    """Whether a judge was asked for votes and not one could be read."""
+    figures = (found.get("votes") or {}).get("capabilities") or {}
+    return bool(figures) and all(figure["n"] == 0 for figure in figures.values() if figure)
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _number(value: float | None, sign: bool = False) -> str:
@@ -194,6 +206,9 @@ def notes(found: dict) -> list[str]:
         if of and of["position"] is not None:
             order = f"{of['position']:.0%} changed with the order of the images"
             made.append(f"{capability} votes: {order}, {of['failed']} failed")
+        elif of:
+            made.append(f"{capability} votes: none of {of['failed']} could be read")
+    made += map(why_unscored, (votes or {}).get("unscored") or ())
     if votes and votes["stopped"]:
         made.append(votes["stopped"])
     return made + [f"different {note}" for note in found["notes"]]
@@ -203,10 +218,16 @@ def markdown(found: dict) -> str:
     """The text of compare.md."""
     text = [f"# {found['a']['model']} (A) against {found['b']['model']} (B)", ""]
     text += [f"**Not run alike: they differ in {warning}.**" for warning in found["warnings"]]
+    text += [f"**{verdict_line(found)}**"]
     for title, rows in tables(found):
         text += ["", f"## {title}", "", f"| {' | '.join(HEADS)} |", "|---" + "|---:" * (len(HEADS) - 1) + "|"]
         text += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([*text, "", *(f"- {line}" for line in notes(found))]) + "\n"
+
+
+def verdict_line(found: dict) -> str:
+    """The sign and the sentence of the verdict."""
+    return f"{SIGN[found['verdict']['kind']]} {found['verdict']['sentence']}"
 
 
 def show(found: dict) -> None:
@@ -234,5 +255,6 @@ def show(found: dict) -> None:
             table.add_row(*row, style="bold" if whole else "")
         console.print(table, highlight=False)
         console.print()
+    console.print(verdict_line(found), style="bold", highlight=False)
     for line in notes(found):
         console.print(line, style="dim", highlight=False, markup=False)

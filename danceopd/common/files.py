@@ -74,6 +74,15 @@ def fsync_path(path: Path) -> None:
         os.close(handle)
 
 
+def inside(folder: Path, name: str) -> Path | None:
+    """The path `name` below a folder; None where it leaves it (an absolute path, `..`, a link) or is no path."""
+    try:
+        path = (folder / name).resolve()
+        return path if path.is_relative_to(folder.resolve()) else None
+    except (OSError, ValueError, RuntimeError):  # NUL, a name that is too long, a circle of links
+        return None
+
+
 def partial_path(path: Path) -> Path:
     """The temporary name beside `path` that this process writes to before the rename."""
     return path.with_name(f".{path.name}.{os.getpid()}")

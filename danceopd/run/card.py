@@ -60,6 +60,31 @@ def write_card(
     return path
 
 
+def add_results(
+    folder: Path, bench: str, sentence: str, scores: Mapping[str, Mapping[str, float | str | None]], about: str,
+    results: Sequence[Mapping[str, Any]],
+) -> None:  # fmt: skip
+    """Write a bench into the card of `folder`: a section with its verdict and scores, and its `results` as
+    Hugging Face's `model-index`. The section and the results of the same `bench` are replaced; a file that is no
+    model card is left alone.
+    """
+    path = folder / "README.md"
+    parts = path.read_text(encoding="utf-8").split("---\n", 2)
+    fields = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    if not isinstance(fields, dict) or "danceopd" not in (fields.get("tags") or ()):
+        return
+    known = next(iter(fields.get("model-index") or ()), {"results": []})["results"]
+    kept = [result for result in known if result["dataset"]["name"] != bench]
+    fields["model-index"] = [{"name": _title(folder), "results": [*kept, *map(dict, results)]}]
+    head = f"## Scores: {bench}"
+    section = "\n\n".join([head, sentence, _score_table(scores), about]) + "\n\n"
+    text = re.sub(rf"^{re.escape(head)}\n.*?(?=^## |\Z)", "", parts[2], flags=re.S | re.M)
+    before, mark, after = text.partition("## Merged from")
+    front = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+    with disk_errors(path):
+        write_atomic(path, f"---\n{front}---\n{before}{section if mark else ''}{mark}{after}".encode())
+
+
 def load_snippet(base: str, call: Mapping[str, Any] | None = None, fused: bool = False) -> str:
     """Python that loads the student with stock diffusers, then draws, then edits. `call` has the recipe's keys
     (height, width, steps, max_sequence_length)."""

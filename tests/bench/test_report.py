@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageChops
 from report_folders import HOSTILE, judged, scenes, write
 
-from danceopd.bench.report import verdicts
+from danceopd.bench.report import facts
 from danceopd.bench.report.items import PAGE, items_of
 from danceopd.bench.report.report import report
 from danceopd.bench.results import load
@@ -115,7 +115,7 @@ def opened_edits(browser, edits: Path):
 
 def test_it_opens_offline_and_says_at_once_what_was_lost(folder: Path, opened: Opened) -> None:
     text = opened.page.locator(".lead").inner_text()
-    assert verdicts.verdict(load(folder)[0])["sentence"] in text
+    assert facts.verdict(load(folder)[0])["sentence"] in text
     assert "student" in opened.page.title()
     html = (folder / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)[^"']*""", html)
@@ -260,7 +260,7 @@ def test_failures_have_their_tab_with_the_raw_text(opened_edits: Opened, edits: 
     opened_edits.page.locator('#failures [data-control="model"]').select_option("student")
     assert seen.count() == sum(row["status"] == "refused" and row["model"] == "student" for row in lost)
     bounds = opened_edits.page.locator("#failures tr.mine td").last.inner_text()
-    overall = verdicts.student_of(load(edits)[0])["editing"]["overall"]
+    overall = facts.student_of(load(edits)[0])["editing"]["overall"]
     assert f"{overall['lower']:.2f}–{overall['upper']:.2f}" in bounds
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from report_folders import HOSTILE, judged, scenes
 
-from danceopd.bench.report import charts, verdicts
+from danceopd.bench.report import charts, facts
 from danceopd.bench.report.export import FIGURE, csv_of, export, figures, latex_of, markdown_of
 from danceopd.bench.results import load
 
@@ -42,7 +42,7 @@ def test_csv_has_every_figure_to_the_last_digit(which: str, request: pytest.Fixt
         for key in FIGURE:
             assert row[key] == ("" if figure.get(key) is None else str(figure[key])), (place, key)
 
-    for capability in verdicts.capabilities(scores):
+    for capability in facts.capabilities(scores):
         for model in scores["models"]:
             same(model[capability]["overall"], "score", capability, "overall", model["name"], "")
             for name, figure in model[capability]["categories"].items():
@@ -64,21 +64,21 @@ def test_csv_has_every_figure_to_the_last_digit(which: str, request: pytest.Fixt
 def test_markdown_prints_the_scores_and_the_best_bold(scores: dict) -> None:
     text = markdown_of(scores)
     lines = {line.split(" | ")[0].strip("| ").replace("\\", ""): line for line in text.splitlines() if line[:2] == "| "}
-    for line in verdicts.score_table(scores, "editing", 3)[:-1]:
+    for line in facts.score_table(scores, "editing", 3)[:-1]:
         cells = [cell.strip() for cell in lines[line["name"]].strip("|").split("|")[1:]]
         assert cells  # the last table with this name: differences
     table = text.split("## Editing, score from 0 to 10")[1].split("##")[0]
-    for line in verdicts.score_table(scores, "editing", 3):
+    for line in facts.score_table(scores, "editing", 3):
         row = next(r for r in table.splitlines() if r.replace("\\", "").startswith(f"| {line['name']} |"))
         cells = [cell.strip() for cell in row.strip("|").split("|")[1:]]
         for model, cell in zip(scores["models"], cells, strict=True):
             figure = line["cells"][model["name"]]
             words = f"{figure['mean']:.3f} \\[{figure['low']:.3f}, {figure['high']:.3f}\\]"
             assert cell == (f"**{words}**" if model["name"] in line["best"] else words)
-    best = verdicts.score_table(scores, "editing", 3)[-1]["best"]
+    best = facts.score_table(scores, "editing", 3)[-1]["best"]
     means = {m["name"]: m["editing"]["overall"]["mean"] for m in scores["models"]}
     assert max(means, key=lambda name: means[name]) in best
-    assert verdicts.verdict(scores)["sentence"].split(":")[0] in text
+    assert facts.verdict(scores)["sentence"].split(":")[0] in text
 
 
 def test_latex_is_whole_and_says_the_same(scores: dict) -> None:
@@ -89,7 +89,7 @@ def test_latex_is_whole_and_says_the_same(scores: dict) -> None:
     table = text.split("Editing, score from 0 to 10")[1].split(r"\end{table}")[0]
     row = next(r for r in table.splitlines() if r.startswith("overall &"))
     assert table.splitlines()[table.splitlines().index(row) - 1] == r"\midrule"
-    line = verdicts.score_table(scores, "editing", 3)[-1]
+    line = facts.score_table(scores, "editing", 3)[-1]
     for model, cell in zip(scores["models"], row.removesuffix(r" \\").split(" & ")[1:], strict=True):
         figure = line["cells"][model["name"]]
         mean = f"{figure['mean']:.3f}"
@@ -125,7 +125,7 @@ def test_a_radar_point_stands_where_its_mean_is(scores: dict) -> None:
     charts.assign_colours(scores["models"])
     found = charts.radar(scores, "editing")
     student = next(s for s in found["shapes"] if s["role"] == "student")
-    means = verdicts.student_of(scores)["editing"]["categories"]
+    means = facts.student_of(scores)["editing"]["categories"]
     assert [ray["name"] for ray in found["rays"]] == list(means)
     for (x, y), figure in zip(student["points"], means.values(), strict=True):
         assert (x * x + y * y) ** 0.5 == pytest.approx(charts.RADIUS * figure["mean"] / 10, abs=0.1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from report_folders import judged, scenes
 
-from danceopd.bench.report import verdicts
+from danceopd.bench.report import facts
 from danceopd.bench.report.items import PAGE, image_order, items_of
 from danceopd.bench.report.report import page
 from danceopd.bench.report.thumbnails import Thumbnails
@@ -64,13 +64,13 @@ def test_words_of_a_summary_follow_the_intervals(folder: Path) -> None:
                 figure |= {"mean": -0.005, "low": -0.02, "high": 0.01}
         for figure in found["against_best"].values():
             figure |= {"mean": -0.005, "low": -0.02, "high": 0.01}
-    assert verdicts.verdict(scores)["kind"] == "kept"
+    assert facts.verdict(scores)["kind"] == "kept"
     scores["comparison"]["editing"]["deltas"]["base"]["categories"]["style_change"] |= {
         "mean": -2,
         "low": -3,
         "high": -1,
     }
-    told = verdicts.verdict(scores)
+    told = facts.verdict(scores)
     assert told["kind"] == "lost"
     assert told["sentence"] == (
         "The student is significantly worse in 1 of 12 categories (95 % intervals): "
@@ -78,10 +78,10 @@ def test_words_of_a_summary_follow_the_intervals(folder: Path) -> None:
     )
     slight = {"mean": -0.05, "low": -0.06, "high": -0.04}
     scores["comparison"]["editing"]["deltas"]["base"]["categories"]["style_change"] |= slight
-    told = verdicts.verdict(scores)
+    told = facts.verdict(scores)
     assert told["kind"] == "kept"
     assert "by less than the margin of 1 % of the scale: style_change (editing)" in told["sentence"]
-    assert verdicts.verdict(scores | {"comparison": {}})["kind"] == "unknown"
+    assert facts.verdict(scores | {"comparison": {}})["kind"] == "unknown"
 
 
 def test_alarms_of_the_watch_stand_on_the_first_screen(folder: Path) -> None:

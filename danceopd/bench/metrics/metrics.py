@@ -24,6 +24,8 @@ from danceopd.data.images import picture
 if TYPE_CHECKING:
     from danceopd.bench.metrics.features import Network
 
+ASPECT = 0.04
+"""Aspect ratios that differ by less are equal: sizes are rounded to a multiple of the model's patches."""
 
 
 def sharpness(image: Image.Image) -> float:
@@ -54,8 +56,8 @@ def measure(
 
     `source` is the item's own when not given; `reference` is a teacher's image of the same item, from which the edited
     region is taken when the item has neither mask nor target (see `preservation`). Always: `sharpness`, `saturation`,
-    `constant` (1.0: one colour). With a source: `sharpness_drift` (octaves) and `saturation_drift` against it, and the
-    metrics of `preservation`. Each network adds its own.
+    `constant` (1.0: one colour). With a source: `aspect_changed` (1.0: another aspect ratio), `sharpness_drift`
+    (octaves) and `saturation_drift` against it, and the metrics of `preservation`. Each network adds its own.
     """
     image = picture(image)
     given = source if source is not None else item.source
@@ -64,6 +66,8 @@ def measure(
     sharp, chroma = sharpness(image), saturation(image)
     found = {"sharpness": sharp, "saturation": chroma, "constant": float(constant(image))}
     if before is not None:
+        stretch = image.width * before.height / (image.height * before.width)
+        found["aspect_changed"] = float(abs(math.log(stretch)) > ASPECT)
         if image.size != before.size:
             image = fitted(image, before)
             sharp, chroma = sharpness(image), saturation(image)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from danceopd.bench.report import verdicts
+from danceopd.bench.report import facts
 
 LEFT, WIDTH = 92, 118
 """Bar charts: where the bars begin, and the width of the scale."""
@@ -18,15 +18,14 @@ MIDDLE, HALF = 214, 88
 """Charts of differences: where zero is, and the width of each side."""
 RADIUS, TEXT = 100, 118
 """Radars: the outer ring, and the radius of the labels."""
-RADAR = ("base", "teacher", "blend", "student")
+RADAR = ("base", "teacher", "other", "blend", "student")
 """The roles that a radar shows, from back to front."""
 
 
 def assign_colours(models: Sequence[dict]) -> None:
-    """Sets `hue`, a model's colour in the style sheet, and `who`, its short name."""
+    """Sets `hue`, a model's colour in the style sheet."""
     count = {"teacher": 0, "other": 0}
     for model in models:
-        model["who"] = "student" if model["role"] == "student" else model["label"]
         if model["role"] in count:
             count[model["role"]] += 1
             model["hue"] = f"{model['role']}{(count[model['role']] - 1) % 3 + 1}"
@@ -35,9 +34,9 @@ def assign_colours(models: Sequence[dict]) -> None:
 
 
 def bars(scores: Mapping[str, Any], capability: str) -> list[dict]:
-    """A bar chart for the overall score and for each category: {title, bars, ceiling}, in SVG units."""
+    """A bar chart for the overall score and for each category: {title, items, bars, ceiling}, in SVG units."""
     models = [m for m in scores["models"] if m.get(capability)]
-    low, high = verdicts.scale(scores, capability)
+    low, high = facts.scale(scores, capability)
     ceiling = (scores.get("ceiling") or {}).get(capability)
 
     def at(value: float) -> float:
@@ -51,12 +50,13 @@ def bars(scores: Mapping[str, Any], capability: str) -> list[dict]:
             value = found["overall"] if category is None else found["categories"].get(category)
             if value and value.get("mean") is not None:
                 shown.append(
-                    {"label": model["who"], "hue": model["hue"], "mine": model["role"] == "student", "value": value}
+                    {"label": model["label"], "hue": model["hue"], "mine": model["role"] == "student", "value": value}
                     | {"end": at(value["mean"]), "from": at(value["low"]), "to": at(value["high"])}
                 )
+        items = max((bar["value"]["n"] + (bar["value"].get("failed") or 0) for bar in shown), default=0)
         top = ceiling and (ceiling["overall"] if category is None else ceiling["categories"].get(category))
         panels.append(
-            {"title": category or verdicts.OVERALL, "bars": shown}
+            {"title": category or facts.OVERALL, "items": items, "bars": shown}
             | {"ceiling": None if top is None else {"value": top, "x": at(top)}}
         )
     return panels
@@ -69,7 +69,7 @@ def categories(models: Sequence[dict], capability: str) -> list[str]:
 
 def differences(scores: Mapping[str, Any], capability: str) -> dict | None:
     """The student minus the best teacher and minus the base, overall and by category: {rows, limit}."""
-    rows = [row for row in verdicts.student_differences(scores, capability) if row["teacher"] or row["base"]]
+    rows = [row for row in facts.student_differences(scores, capability) if row["teacher"] or row["base"]]
     if not rows:
         return None
     ends = [abs(row[key][end]) for row in rows for key in ("teacher", "base") if row[key] for end in ("low", "high")]
@@ -85,7 +85,7 @@ def differences(scores: Mapping[str, Any], capability: str) -> dict | None:
             found = row[key]
             if found:
                 marks.append(
-                    {"kind": key, "value": found, "against": verdicts.label(scores, found["against"])}
+                    {"kind": key, "value": found, "against": facts.label(scores, found["against"])}
                     | {"x": at(found["mean"]), "from": at(found["low"]), "to": at(found["high"])}
                     | {"shift": shift if row["teacher"] and row["base"] else 0}
                 )
@@ -105,7 +105,7 @@ def radar(scores: Mapping[str, Any], capability: str) -> dict | None:
     """A radar of the category means: {rays, rings, shapes}; None with fewer than three categories."""
     models = [m for m in scores["models"] if m.get(capability) and m["role"] in RADAR]
     names = categories(models, capability)
-    low, high = verdicts.scale(scores, capability)
+    low, high = facts.scale(scores, capability)
     if len(names) < 3:
         return None
     turns = [2 * math.pi * n / len(names) - math.pi / 2 for n in range(len(names))]
@@ -116,7 +116,7 @@ def radar(scores: Mapping[str, Any], capability: str) -> dict | None:
             continue
         far = [RADIUS * min(1.0, max(0.0, (mean - low) / ((high - low) or 1.0))) for mean in means]
         points = [(round(r * math.cos(t), 1), round(r * math.sin(t), 1)) for r, t in zip(far, turns)]
-        shapes.append({"label": model["who"], "hue": model["hue"], "role": model["role"], "points": points})
+        shapes.append({"label": model["label"], "hue": model["hue"], "role": model["role"], "points": points})
     if not shapes:
         return None
     rays = []
@@ -145,7 +145,7 @@ def matrix(scores: Mapping[str, Any]) -> dict | None:
     rows = []
     for whole in found["teachers"]:
         place = (whole["capability"], whole["teacher"])
-        teacher = verdicts.label(scores, whole["teacher"])
+        teacher = facts.label(scores, whole["teacher"])
         own = [r for r in found["categories"] if (r["capability"], r["teacher"]) == place]
         for row in (whole, *own):
             head = row is whole
@@ -157,7 +157,7 @@ def matrix(scores: Mapping[str, Any]) -> dict | None:
                 if cell and mean is not None:
                     cells[model] = cell | {
                         "sign": SIGNS.get(cell["verdict"], ""),
-                        "share": mean / verdicts.span(scores, row["capability"]),
+                        "share": mean / facts.span(scores, row["capability"]),
                     }
             rows.append({"name": name, "head": head, "gain": row["gain"], "teacher": row["teacher"], "cells": cells})
     legend = {SIGNS[key]: text for key, text in found["verdicts"].items() if key in SIGNS}

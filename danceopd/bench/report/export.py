@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from danceopd.bench.report import charts, verdicts
+from danceopd.bench.report import charts, facts
+from danceopd.bench.report.verdict import verdict_of
 from danceopd.common.files import disk_errors, write_atomic
 
 DIGITS = 3
@@ -39,21 +40,21 @@ def figures(scores: Mapping[str, Any]) -> Iterator[dict]:
         place = dict(zip(COLUMNS, (kind, capability, name, model, against)))
         return place | {key: figure.get(key) for key in FIGURE}
 
-    for capability in verdicts.capabilities(scores):
+    for capability in facts.capabilities(scores):
         for model in scores["models"]:
             found = model.get(capability)
             if not found:
                 continue
             for kind, name, figure in (
-                ("score", verdicts.OVERALL, found["overall"]),
+                ("score", facts.OVERALL, found["overall"]),
                 *(("group", name, figure) for name, figure in (found.get("groups") or {}).items()),
                 *(("category", name, figure) for name, figure in found["categories"].items()),
             ):
                 yield record(kind, capability, name, model["name"], figure)
         comparison = (scores.get("comparison") or {}).get(capability) or {"deltas": {}}
-        student = verdicts.student_of(scores)["name"]
+        student = facts.student_of(scores)["name"]
         for other, found in comparison["deltas"].items():
-            yield record("difference", capability, verdicts.OVERALL, student, found, other)
+            yield record("difference", capability, facts.OVERALL, student, found, other)
             for name, figure in found["categories"].items():
                 yield record("difference", capability, name, student, figure, other)
     for name, by_capability in (scores.get("subsets") or {}).items():
@@ -67,7 +68,7 @@ def figures(scores: Mapping[str, Any]) -> Iterator[dict]:
     for row in (scores.get("interference") or {}).get("categories") or ():
         for model, cell in row["cells"].items():
             for against in ("teacher", "base"):
-                other = row["teacher"] if against == "teacher" else verdicts.base_of(scores) or ""
+                other = row["teacher"] if against == "teacher" else facts.base_of(scores) or ""
                 yield record("interference", row["capability"], row["category"], model, cell[against], other)
     for name, probe in (scores.get("probes") or {}).items():
         for model, figure in probe["models"].items():
@@ -101,32 +102,32 @@ class _Table:
 
 def _tables(scores: Mapping[str, Any]) -> Iterator[_Table]:
     """Every table that is printed."""
-    for capability in verdicts.capabilities(scores):
+    for capability in facts.capabilities(scores):
         models = [m for m in scores["models"] if m.get(capability)]
         rows = [
             (line["name"], [(_text(line["cells"][m["name"]]), m["name"] in line["best"]) for m in models])
-            for line in verdicts.score_table(scores, capability, DIGITS)
+            for line in facts.score_table(scores, capability, DIGITS)
         ]
-        title = f"{verdicts.CAPABILITIES[capability]}, {verdicts.measure(scores, capability)}"
+        title = f"{facts.CAPABILITIES[capability]}, {facts.measure(scores, capability)}"
         yield _Table(title, [m["label"] for m in models], rows)
         deltas = ((scores.get("comparison") or {}).get(capability) or {"deltas": {}})["deltas"]
         names = [name for name in deltas if deltas[name].get("mean") is not None]
         if names:
-            own = verdicts.student_of(scores)[capability]["categories"]
+            own = facts.student_of(scores)[capability]["categories"]
             rows = [
                 (category, [(_text(_difference(deltas[n], category), sign=True), False) for n in names])
-                for category in (*own, verdicts.OVERALL)
+                for category in (*own, facts.OVERALL)
             ]
-            title = f"{verdicts.CAPABILITIES[capability]}, student minus other models"
-            yield _Table(title, [verdicts.label(scores, n) for n in names], rows)
+            title = f"{facts.CAPABILITIES[capability]}, {facts.student_of(scores)['label']} minus other models"
+            yield _Table(title, [facts.label(scores, n) for n in names], rows)
     matrix = charts.matrix(scores)
     if matrix:
         names = matrix["columns"]
         rows = [(row["name"], [(_interference(row["cells"].get(n)), False) for n in names]) for row in matrix["rows"]]
         title = "Interference, difference from the teacher whose categories they are"
         note = "; ".join(f"{word}: {text}" for word, text in scores["interference"]["verdicts"].items())
-        yield _Table(title, [verdicts.label(scores, n) for n in names], rows, note)
-    apart = {"Subsets": verdicts.subsets(scores), "Held-out items and probes": verdicts.separate(scores)}
+        yield _Table(title, [facts.label(scores, n) for n in names], rows, note)
+    apart = {"Subsets": facts.subsets(scores), "Held-out items and probes": facts.separate(scores)}
     for title, found in apart.items():
         if found:
             names = [m["name"] for m in scores["models"]]
@@ -135,7 +136,7 @@ def _tables(scores: Mapping[str, Any]) -> Iterator[_Table]:
 
 
 def _difference(delta: Mapping[str, Any], category: str) -> Mapping[str, Any] | None:
-    return delta if category == verdicts.OVERALL else delta["categories"].get(category)
+    return delta if category == facts.OVERALL else delta["categories"].get(category)
 
 
 def _interference(cell: Mapping[str, Any] | None) -> str:
@@ -147,7 +148,7 @@ def _text(figure: Mapping[str, Any] | None, sign: bool = False) -> str:
     if not figure or figure.get("mean") is None:
         return "–"
     mean, low, high = (
-        verdicts.number(v, DIGITS, sign) if (v := figure.get(k)) is not None else "" for k in ("mean", "low", "high")
+        facts.number(v, DIGITS, sign) if (v := figure.get(k)) is not None else "" for k in ("mean", "low", "high")
     )
     missing = f" ({figure['failed']} failed)" if figure.get("failed") else ""
     return f"{mean} [{low}, {high}]{missing}" if low else f"{mean}{missing}"
@@ -157,9 +158,9 @@ def markdown_of(scores: Mapping[str, Any]) -> str:
     """The Markdown: the verdict and the tables."""
     suite = scores["suite"]
     parts = [
-        f"# {_md(verdicts.student_of(scores)['label'])} on {_md(suite['name'])} {_md(suite['version'])}",
-        _md(verdicts.verdict(scores)["sentence"]),
-        _md(verdicts.overall_sentence(scores)),
+        f"# {_md(facts.student_of(scores)['label'])} on {_md(suite['name'])} {_md(suite['version'])}",
+        _md(verdict_of(scores)["sentence"]),
+        _md(facts.overall_sentence(scores)),
     ]
     for table in _tables(scores):
         lines = [f"| | {' | '.join(map(_md, table.columns))} |", f"|---|{'---:|' * len(table.columns)}"]
@@ -200,13 +201,13 @@ def _tex_cell(text: str, best: bool) -> str:
 def latex_of(scores: Mapping[str, Any]) -> str:
     """The LaTeX: a `table` with booktabs rules for each table."""
     suite = scores["suite"]
-    about = f"{verdicts.student_of(scores)['label']!a} on {suite['name']!a} {suite['version']!a}"
+    about = f"{facts.student_of(scores)['label']!a} on {suite['name']!a} {suite['version']!a}"
     parts = [f"% {about}; needs \\usepackage{{booktabs}}"]
     name_of_suite = f"{_tex(suite['name'])} {_tex(suite['version'])}"
     for table in _tables(scores):
         body: list[str] = []
         for name, cells in table.rows:
-            if name == verdicts.OVERALL and body:
+            if name == facts.OVERALL and body:
                 body.append(r"\midrule")
             body.append(" & ".join([_tex(name), *(_tex_cell(*cell) for cell in cells)]) + r" \\")
         note = f" {_tex(table.note)}." if table.note else ""

@@ -1,7 +1,8 @@
 """The items of a bench as the report lists them: rows go in, one record for each item comes out, worst first.
 
 A record has every model's cell, and the student's gain: its score minus the base's, and minus that of the teacher that
-is best in the item's category. Images are embedded until a budget is spent: the worst items of all first and larger,
+is best in the item's category. The best, a typical and the worst item of each capability stand on the first tab
+(`highlights`). Images are embedded until a budget is spent: the worst items of all first and larger,
 then the categories in turn with their next worst items and, every fourth time, their best. Items beyond the budget
 stay in the list without images.
 """
@@ -12,7 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from danceopd.bench.report import verdicts
+from danceopd.bench.metrics.names import words_of
+from danceopd.bench.report import facts
 from danceopd.bench.statistics import in_subset
 
 PAGE = 20
@@ -37,21 +39,41 @@ def items_of(scores: Mapping[str, Any], rows: Sequence[dict]) -> list[dict]:
                 "heldout": bool(row.get("heldout")) or "held-out" in (row.get("probe") or ""),
             }
         found[place]["cells"][row["model"]] = _cell(row)
-    student, base = verdicts.student_of(scores)["name"], verdicts.base_of(scores)
+    student, base = facts.student_of(scores)["name"], facts.base_of(scores)
     for item in found.values():
         cells = item["cells"]
         mine = cells.get(student)
-        low, span = verdicts.scale(scores, item["capability"])[0], verdicts.span(scores, item["capability"])
-        teacher = verdicts.best_teacher(scores, item["capability"], item["category"])
+        low, span = facts.scale(scores, item["capability"])[0], facts.span(scores, item["capability"])
+        teacher = facts.best_teacher(scores, item["capability"], item["category"])
+        is_share = facts.is_share(scores, item["capability"])
         item["score"] = mine["score"] if mine else None
-        item["wrong"] = bool(mine) and mine["status"] == "ok" and not mine["correct"]
+        for cell in cells.values():
+            cell["share"] = None if cell["score"] is None else (cell["score"] - low) / span
+            cell["right"] = cell["correct"] if is_share else (cell["share"] or 0.0) >= 0.5
+        item["wrong"] = mine is not None and mine["share"] is not None and not mine["right"]
         item["unscored"] = [name for name, cell in cells.items() if cell["status"] != "ok"]
         for key, name in (("teacher", teacher), ("base", base)):
             other = cells[name]["score"] if name in cells and name != student else None
             gain = None if item["score"] is None or other is None else item["score"] - other
             item[key] = {"name": name, "gain": gain, "share": None if gain is None else gain / span}
-        item["share"] = None if item["score"] is None else (item["score"] - low) / span
+        item["share"] = mine["share"] if mine else None
     return sorted(found.values(), key=_worst_first)
+
+
+def highlights(scores: Mapping[str, Any], items: Sequence[dict]) -> dict[str, list[tuple[str, dict]]]:
+    """Capability -> the best, a typical and the worst ordinary item of those that the student has a scored image of."""
+    student, found = facts.student_of(scores)["name"], {}
+    for capability in facts.capabilities(scores):
+        kept = [
+            item
+            for item in items
+            if item["capability"] == capability and item["share"] is not None and item["cells"][student]["image"]
+            and not item["probe"] and not item["heldout"]
+        ]  # fmt: skip
+        places = {"best": -1, "typical": len(kept) // 2, "worst": 0} if len(kept) > 2 else {}
+        if places:
+            found[capability] = [(word, kept[at]) for word, at in places.items()]
+    return found
 
 
 def _subsets(scores: Mapping[str, Any], row: dict) -> list[str]:
@@ -62,14 +84,16 @@ def _subsets(scores: Mapping[str, Any], row: dict) -> list[str]:
 
 def _cell(row: dict) -> dict:
     status = row.get("status") or ("ok" if row.get("score") is not None else "missing")
+    parts, aspects = row.get("parts") or {}, [_aspect(name, found) for name, found in (row.get("judge") or {}).items()]
     return {
         "image": row.get("image"),
         "score": row.get("score") if status == "ok" else None,
         "status": status,
         "correct": bool(row.get("correct")),
-        "reason": row.get("reason") or "",
-        "aspects": [_aspect(name, found) for name, found in (row.get("judge") or {}).items()],
-        "metrics": {k: v for k, v in (row.get("metrics") or {}).items() if isinstance(v, int | float)},
+        "parts": {name.upper(): v for name in ("sc", "pq") if isinstance(v := parts.get(name), int | float)},
+        "reason": "" if any(a["reasoning"] for a in aspects) else row.get("reason") or "",  # each reason once
+        "aspects": aspects,
+        "metrics": {words_of(k).name: v for k, v in (row.get("metrics") or {}).items() if isinstance(v, int | float)},
         "raw": _raw(row),
     }
 
@@ -115,22 +139,29 @@ def image_order(items: Sequence[dict]) -> Iterator[dict]:
         turn += 1
 
 
-def embed_images(items: Sequence[dict], fetch: Callable[[list[str], int], int], budget: int) -> int:
+def embed_images(
+    items: Sequence[dict], fetch: Callable[[list[str], int], int], budget: int, twice: Sequence[dict] = ()
+) -> int:
     """Sets `item["images"]` of the items whose images fit into `budget` characters; returns how many do.
 
-    `fetch(paths, side)` makes thumbnails of at most `side` pixels and returns their characters.
+    `fetch(paths, side)` makes thumbnails of at most `side` pixels and returns their characters. `twice`: items that
+    stand on the first tab as well, whatever the budget.
     """
     for item in items:
         item["images"] = False
     embedded = 0
+    budget -= sum(fetch(_paths(item), LARGE) for item in twice)
     for item in image_order(items):
-        paths = [p for p in (item["source"], item["target"], *(c["image"] for c in item["cells"].values())) if p]
-        budget -= fetch(paths, LARGE if embedded < PAGE else SMALL)
+        budget -= fetch(_paths(item), LARGE if embedded < PAGE else SMALL)
         if budget < 0 and embedded:
             break
         item["images"] = True
         embedded += 1
     return embedded
+
+
+def _paths(item: Mapping[str, Any]) -> list[str]:
+    return [p for p in (item["source"], item["target"], *(c["image"] for c in item["cells"].values())) if p]
 
 
 def failures(items: Sequence[dict]) -> list[dict]:

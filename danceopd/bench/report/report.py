@@ -15,10 +15,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from danceopd.bench.report import charts, table, verdicts
+from danceopd.bench.report import charts, facts, table
 from danceopd.bench.report.export import export
-from danceopd.bench.report.items import PAGE, REASON, embed_images, failures, items_of
+from danceopd.bench.report.items import PAGE, REASON, embed_images, failures, highlights, items_of
 from danceopd.bench.report.thumbnails import Thumbnails
+from danceopd.bench.report.verdict import SIGN, subject, verdict_of
 from danceopd.bench.results import load
 from danceopd.common.files import disk_errors, write_atomic
 
@@ -28,7 +29,7 @@ FAILURES = 500
 """Failures that are listed in the page."""
 OPTIONAL = (
     *("judge", "judging", "subsets", "metrics", "pictures", "ceiling", "probes", "blend_grid", "base", "seed", "call"),
-    *("limit", "categories", "machine", "seconds", "versions", "command", "watch", "field_gap"),
+    *("limit", "categories", "machine", "seconds", "versions", "command", "watch", "field_gap", "recipe"),
 )
 """Keys of `scores.json` that older benches or other programs may have left out."""
 
@@ -57,51 +58,56 @@ def _interference(scores: dict, rows: Sequence[dict]) -> dict | None:
     def names(role: str) -> list[str]:
         return [m["name"] for m in scores["models"] if m["role"] == role]
 
-    suite, student = scores["suite"], verdicts.student_of(scores)["name"]
-    scales = {c: verdicts.scale(scores, c) for c in verdicts.CAPABILITIES}
+    suite, student = scores["suite"], facts.student_of(scores)["name"]
+    scales = {c: facts.scale(scores, c) for c in facts.CAPABILITIES}
     return interference(
-        rows, student, verdicts.base_of(scores), names("teacher"), names("blend"), suite.get("share"), scales
+        rows, student, facts.base_of(scores), names("teacher"), names("blend"), suite.get("share"), scales
     )
 
 
 def page(scores: dict, rows: Sequence[dict], thumbnails: Thumbnails, budget: int = BUDGET) -> str:
     """The report of a bench as HTML."""
     scores = dict.fromkeys(OPTIONAL) | scores
-    scores["models"] = [{c: None for c in verdicts.CAPABILITIES} | model for model in scores["models"]]
+    scores["models"] = [{c: None for c in facts.CAPABILITIES} | model for model in scores["models"]]
     charts.assign_colours(scores["models"])
-    capabilities = verdicts.capabilities(scores)
+    capabilities = facts.capabilities(scores)
     items = items_of(scores, rows)
-    embedded = embed_images(items, thumbnails.fetch, budget)
+    picked = highlights(scores, items)
+    twice = [item for found in picked.values() for _, item in found]
+    embedded = embed_images(items, thumbnails.fetch, budget, twice)
     failed = failures(items)
     gaps = {c: found for c in capabilities if (found := charts.differences(scores, c))}
     radars = {c: found for c in capabilities if (found := charts.radar(scores, c))}
     context = {
         "scores": scores,
-        "student": verdicts.student_of(scores),
+        "student": facts.student_of(scores),
+        "mine": subject(scores),
+        "noise": _noise(scores, rows),
+        "highlights": picked,
         "who": {m["name"]: m for m in scores["models"]},
-        "references": verdicts.references(scores),
         "capabilities": capabilities,
-        "titles": verdicts.CAPABILITIES,
-        "measure": {c: verdicts.measure(scores, c) for c in capabilities},
-        "shares": {c: verdicts.is_share(scores, c) for c in verdicts.CAPABILITIES},
+        "titles": facts.CAPABILITIES,
+        "measure": {c: facts.measure(scores, c) for c in capabilities},
+        "shares": {c: facts.is_share(scores, c) for c in facts.CAPABILITIES},
         "models": {c: [m for m in scores["models"] if m[c]] for c in capabilities},
-        "verdict": verdicts.verdict(scores),
-        "overall": verdicts.overall_sentence(scores),
-        "judge_name": _judge(scores["judge"]),
+        "verdict": verdict_of(scores),
+        "sign": SIGN,
+        "overall": facts.overall_sentence(scores),
+        "judge_name": facts.judge_name(scores["judge"]),
         "gaps": gaps,
         "comparisons": sum(len(row["marks"]) for found in gaps.values() for row in found["rows"][1:]),
         "radars": radars,
         "panels": {c: charts.bars(scores, c) for c in capabilities},
-        "lines": {c: verdicts.score_table(scores, c) for c in capabilities},
-        "unscored": {c: verdicts.unscored(scores, c) for c in capabilities},
+        "lines": {c: facts.score_table(scores, c) for c in capabilities},
+        "unscored": {c: facts.unscored(scores, c) for c in capabilities},
         "matrix": charts.matrix(scores),
         "validation": charts.validation_curve(scores["field_gap"]),
-        "subsets": verdicts.subsets(scores),
-        "separate": verdicts.separate(scores),
-        "metrics": [*verdicts.metrics(scores), *verdicts.image_sets(scores)],
+        "subsets": facts.subsets(scores),
+        "separate": facts.separate(scores),
+        "metrics": facts.metrics(scores),
         "items": items,
         "embedded": embedded,
-        "choices": _choices(items),
+        "choices": _choices(scores, items),
         "page": PAGE,
         "reason": REASON,
         "thumbnail": thumbnails,
@@ -114,14 +120,17 @@ def page(scores: dict, rows: Sequence[dict], thumbnails: Thumbnails, budget: int
     return _render(context)
 
 
-def _judge(judge: Any) -> str:
-    """The name of a judge, from its identity."""
-    if not isinstance(judge, Mapping):
-        return str(judge or "")
-    return str(next((judge[key] for key in ("name", "model", "kind") if judge.get(key)), "a judge"))
+def _noise(scores: Mapping[str, Any], rows: Sequence[dict]) -> str:
+    """Which models started an item from the same noise: those that generated here; "" where fewer than two did."""
+    made = {row["model"] for row in rows if row.get("seed") is not None}
+    here = [m["label"] for m in scores["models"] if m["name"] in made]
+    if len(here) < 2:
+        return ""
+    whose = "Every model" if len(here) == len(scores["models"]) else facts.listed(here)
+    return f"{whose} generated here, an item from the same noise."
 
 
-def _choices(items: Sequence[dict]) -> dict:
+def _choices(scores: Mapping[str, Any], items: Sequence[dict]) -> dict:
     """The choices of the filters: the values that occur, in the order of the suite."""
     ordered = sorted(items, key=lambda item: item["number"])
     return {
@@ -133,6 +142,7 @@ def _choices(items: Sequence[dict]) -> dict:
         "unscored": any(i["unscored"] for i in items),
         "teacher": any(i["teacher"]["gain"] is not None for i in items),
         "base": any(i["base"]["gain"] is not None for i in items),
+        "wrong": "wrong" if all(facts.is_share(scores, i["capability"]) for i in items) else "below the middle",
     }
 
 
@@ -153,7 +163,7 @@ def _render(context: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"number": verdicts.number, "percent": table.percent, "clip": _clip}
+    environment.globals |= {"number": facts.number, "percent": table.percent, "clip": _clip}
     script = environment.get_template("script.js.j2").render()
     style = "\n".join(environment.get_template(f"{name}.css.j2").render() for name in ("style", "charts", "images"))
     digest = base64.b64encode(sha256(script.encode()).digest()).decode()

@@ -1,8 +1,9 @@
 """The result in a terminal: models as rows, categories as columns, in as many tables as the width needs.
 
-The student's row is highlighted and the best of each column bold. Below the tables are the gap closed, the worst
-category, subsets, probes, images without a score, and the suite's ceiling. The output fits into 80 columns and has no
-colours when it is piped. Everything is read from `scores.json`, so a saved one prints the same table.
+The student's row is highlighted and the best of each column bold. Below the tables are the verdict, the gap closed, the
+worst category, subsets, probes, images without a score and why, edits of another shape, and the suite's ceiling. The
+output fits into 80 columns and has no colours when it is piped. Everything is read from `scores.json`, so a saved one
+prints the same table.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from danceopd.bench.report import verdicts
+from danceopd.bench.report import facts
+from danceopd.bench.report.verdict import SIGN, verdict_of, where
 from danceopd.common.console import wide_console
 
 SHORT = {
@@ -35,6 +37,7 @@ SHORT = {
     "text_change": "text",
     "tone_transfer": "tone",
 }
+SHAPE = "{} of the edits have another aspect ratio than their source; where the suite resizes, they are stretched"
 COLUMNS = 6
 """Categories in one table; more of them continue in another one below."""
 
@@ -69,7 +72,7 @@ def _tables(scores: dict, capability: str) -> list[RenderableType]:
     parts = -(-len(categories) // COLUMNS)
     size = -(-len(categories) // parts)
     cut = [categories[at : at + size] for at in range(0, len(categories), size)]
-    title = f"{verdicts.CAPABILITIES[capability]} ({verdicts.measure(scores, capability)})"
+    title = f"{facts.CAPABILITIES[capability]} ({facts.measure(scores, capability)})"
     made: list[RenderableType] = [Text(title, style="bold")]
     for part in cut:
         made += [_table(scores, capability, models, {c: every[c] for c in part}, last=part is cut[-1]), Text()]
@@ -99,7 +102,7 @@ def _table(scores: dict, capability: str, models: list[dict], columns: dict[str,
     best = [max((c for c in column if c != "-"), key=float, default=None) for column in zip(*rows)]
     for model, values in zip(models, rows):
         is_student = model["role"] == "student"
-        row = [Text("student" if is_student else model["label"], style="bold magenta" if is_student else "")]
+        row = [Text(model["label"], style="bold magenta" if is_student else "")]
         for value, top in zip(values, best):
             style = ("bold " if value == top else "") + ("magenta" if is_student else "")
             row.append(Text(value, style=style.strip()))
@@ -107,12 +110,21 @@ def _table(scores: dict, capability: str, models: list[dict], columns: dict[str,
             low, high = (model[capability]["overall"][end] for end in ("low", "high"))
             row.append(Text("-" if low is None else number((high - low) / 2)))
         table.add_row(*row, end_section=model is models[-1])
+    counts = [_count(facts.student_of(scores), capability, c) for c in (*columns, *([None] if last else []))]
+    table.add_row(*[Text(text, style="dim") for text in ("items", *counts, *([""] if last else []))])
     ceiling = (scores.get("ceiling") or {}).get(capability)
     if ceiling:
         tops = [*(ceiling["categories"].get(c) for c in columns), *([ceiling["overall"]] if last else [])]
         cells_of = [number(v) for v in tops]
         table.add_row(*[Text(text, style="dim") for text in ("ceiling", *cells_of, *([""] if last else []))])
     return table
+
+
+def _count(model: dict, capability: str, category: str | None) -> str:
+    """The items of a category (None: of all) of a model, scored or not."""
+    found = model.get(capability)
+    of = found and (found["overall"] if category is None else found["categories"].get(category))
+    return str(of["n"] + (of.get("failed") or 0)) if of else "-"
 
 
 def percent(value: float | None) -> str:
@@ -130,17 +142,6 @@ def gap_sentence(found: dict | None) -> str:
     return f"{percent(found['share'])} ({interval}) of the gap from base to {found['teacher']}"
 
 
-def worst_sentence(found: dict | None) -> str:
-    """The category in which the student is lowest against the best teacher, as a sentence."""
-    if not found:
-        return "no teacher to compare with"
-    low, high = (number(found.get(k), sign=True) for k in ("low", "high"))
-    return (
-        f"{found['category']} {number(found['mean'], sign=True)} ({low} to {high}) "
-        f"against {found['teacher']}"
-    )
-
-
 def unscored_sentence(found: dict) -> str:
     """How many images of a model have no score, and the bounds of its mean, as a sentence."""
     return (
@@ -149,22 +150,31 @@ def unscored_sentence(found: dict) -> str:
     )
 
 
+def why_unscored(found: dict) -> str:
+    """One reason of `results.unscored`, as a line."""
+    return f"no score: {found['reason'] or 'no reason was given'} ({found['status']}, {found['count']} times)"
+
+
 def table(scores: dict) -> RenderableType:
     """The tables and the lines below them."""
     parts: list[RenderableType] = []
-    for capability in verdicts.CAPABILITIES:
+    for capability in facts.CAPABILITIES:
         parts += _tables(scores, capability)
+    told = verdict_of(scores)
+    parts += [Text(f"{SIGN[told['kind']]} {told['sentence']}", style="bold"), Text()]
     lines = Table.grid(padding=(0, 2))
     lines.add_column(style="bold", no_wrap=True)
     lines.add_column(no_wrap=True)
     lines.add_column(overflow="fold")
-    for title, key in (("gap closed", "gap_closed"), ("worst category", "worst")):
-        for capability, found in scores["comparison"].items():
-            if found is None:
-                continue
-            words = gap_sentence(found[key]) if key == "gap_closed" else worst_sentence(found[key])
-            lines.add_row(title, capability, words)
+    title = "gap closed"
+    for capability, found in scores["comparison"].items():
+        if found is not None:
+            lines.add_row(title, capability, gap_sentence(found["gap_closed"]))
             title = ""
+    title = "worst category"
+    for capability, found in told["worst"].items():
+        lines.add_row(title, capability, where(found))
+        title = ""
     for name, found in (scores.get("subsets") or {}).items():
         for capability, by_model in found.items():
             if scores["student"] in by_model:
@@ -178,9 +188,14 @@ def table(scores: dict) -> RenderableType:
                 found["capability"],
                 f"{number(student['mean'])} (n={student['n']})",
             )
-    for capability in verdicts.CAPABILITIES:
-        for lost in verdicts.unscored(scores, capability):
+    for capability in facts.CAPABILITIES:
+        for lost in facts.unscored(scores, capability):
             lines.add_row("without a score", capability, unscored_sentence(lost))
+    for capability, by_model in (scores.get("metrics") or {}).items():
+        for model in scores["models"]:
+            share = ((by_model.get(model["name"]) or {}).get("aspect_changed") or {}).get("mean")
+            if share:
+                lines.add_row("another shape", capability, f"{model['label']}: {SHAPE.format(percent(share))}")
     parts.append(lines)
     if scores.get("ceiling"):
         parts.append(Text("ceiling: the score of correct images after the autoencoder's round trip", style="dim"))
@@ -189,4 +204,7 @@ def table(scores: dict) -> RenderableType:
 
 def print_table(scores: dict, console: Console | None = None) -> None:
     """Print the tables to a console, by default standard output."""
-    (console or wide_console(soft_wrap=False)).print(table(scores), highlight=False)
+    console = console or wide_console(soft_wrap=False)
+    console.print(table(scores), highlight=False)
+    for why in scores.get("unscored") or ():
+        console.print(why_unscored(why), highlight=False, soft_wrap=True)

@@ -1,7 +1,8 @@
 """Images as data URIs for the report: small ones exact, large ones as thumbnails.
 
 An image of at most 128 pixels a side is embedded losslessly as PNG; a larger one becomes a WebP of a given longest
-side. Each file is read once, by a few threads, since Pillow decodes outside of Python's lock.
+side. Each file is read once, by a few threads, since Pillow decodes outside of Python's lock. Only files inside the
+bench's folder are read: a report is made to be shared, and the folder may be a stranger's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+
+from danceopd.common.files import inside
 
 EXACT = 128
 """Longest side in pixels up to which an image is embedded losslessly."""
@@ -32,8 +35,10 @@ class Thumbnail:
     exact: bool
 
 
-def thumbnail(file: Path, side: int) -> Thumbnail | None:
+def thumbnail(file: Path | None, side: int) -> Thumbnail | None:
     """The thumbnail of a file, at most `side` pixels a side; None for a missing or unreadable image."""
+    if file is None:
+        return None
     try:
         with Image.open(file) as image:
             exact = max(image.size) <= EXACT
@@ -64,7 +69,7 @@ class Thumbnails:
         wanted = list(paths)
         new = [path for path in dict.fromkeys(wanted) if path not in self._found]
         with ThreadPoolExecutor(THREADS) as threads:
-            for path, found in zip(new, threads.map(lambda path: thumbnail(self.folder / path, side), new)):
+            for path, found in zip(new, threads.map(lambda path: thumbnail(inside(self.folder, path), side), new)):
                 self._found[path] = found
         return sum(len(found.uri) for path in wanted if (found := self._found[path]))
 

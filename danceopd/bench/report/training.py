@@ -1,6 +1,6 @@
-"""What a student's run folder says about its training, for the report: the monitor's alarms, the validation error.
+"""What a student's run folder says about its training, for the report: recipe, monitor's alarms, validation error.
 
-Both are None where the run had no monitor or validation, or where the student is not a run's folder.
+Each is None where the run does not have it, or where the student is not a run's folder.
 """
 
 from __future__ import annotations
@@ -11,8 +11,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 FAULTS = (OSError, ValueError, KeyError, TypeError)
 """Errors of a file that is missing, or not as a run writes it."""
+
+
+def recipe_summary(student: str | Path | None) -> dict[str, Any] | None:
+    """What was merged and how, from the run's recipe.yaml: {base, teachers, rank, steps}.
+
+    A teacher is {name, adapter, capability, scale, weight}; of paths only the last part, since reports are shared.
+    """
+    with suppress(*FAULTS, yaml.YAMLError):
+        found = yaml.safe_load((Path(student or "") / "recipe.yaml").read_text(encoding="utf-8"))
+        kept = ("name", "adapter", "capability", "scale", "weight")
+        teachers = [{key: t[key] for key in kept if t.get(key) is not None} for t in found["teachers"]]
+        for teacher in teachers:
+            teacher["adapter"] = Path(str(teacher.get("adapter", "base"))).name
+        about = {"base": Path(str(found["base"])).name, "teachers": teachers, "rank": found["student"]["rank"]}
+        return about | {"steps": found["steps"]}
+    return None
 
 
 def monitor_summary(student: str | Path | None) -> dict[str, Any] | None:

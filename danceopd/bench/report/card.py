@@ -1,0 +1,43 @@
+"""A bench in the student's model card: `scores.json` goes in, a table and Hugging Face's `model-index` come out.
+
+Only the card of a run's folder (run/card.py) is changed; the same bench again replaces its own numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from danceopd.bench.report import facts
+from danceopd.bench.report.verdict import verdict_of
+from danceopd.run.card import add_results
+
+TASKS = {"generation": "text-to-image", "editing": "image-to-image"}
+
+
+def add_to_card(student: str | Path | None, scores: Mapping[str, Any]) -> None:
+    """Write a bench's verdict and overall scores into `student`/README.md, where there is one."""
+    if student is None or not (Path(student) / "README.md").is_file():
+        return
+    suite, mine = scores["suite"], facts.student_of(scores)
+    columns = {c: f"{c}, {facts.measure(scores, c)}" for c in facts.capabilities(scores)}
+    table = {
+        m["label"]: {head: facts.score(m[c]["overall"]) if m.get(c) else None for c, head in columns.items()}
+        for m in scores["models"]
+    }
+    results = [
+        {
+            "task": {"type": TASKS[c], "name": facts.CAPABILITIES[c]},
+            "dataset": {"type": suite["name"], "name": f"{suite['name']} {suite['version']}"},
+            "metrics": [{"type": "score", "name": facts.measure(scores, c), "value": round(overall["mean"], 4)}],
+        }
+        for c in columns
+        if mine.get(c) and (overall := mine[c]["overall"])["mean"] is not None
+    ]
+    judge = facts.judge_name(scores.get("judge"))
+    about = f"Suite `{suite['name']}` {suite['version']}" + (f", judged by {judge}" if judge else "")
+    about += f"; at most {scores['limit']} items of each capability" if scores.get("limit") else ""
+    about += "; means with 95 % intervals."
+    sentence = verdict_of(scores)["sentence"]
+    add_results(Path(student), f"{suite['name']} {suite['version']}", sentence, table, about, results)
