@@ -150,8 +150,10 @@ def _verdict(a: Side, b: Side, found: Mapping[str, dict], kinds: Mapping[str, di
     compared = []
     for capability, parts in found.items():
         low, high = _ends(capability, **kinds[capability])
+        share = kinds[capability]["share"]
+        share = capability == "generation" if share is None else share
         figures = {OVERALL: parts["difference"], **parts["difference"]["categories"]}
-        compared += [Compared(capability, c, f"B ({b.model})", f, high - low) for c, f in figures.items()]
+        compared += [Compared(capability, c, f"B ({b.model})", f, high - low, share) for c, f in figures.items()]
     reasons = [] if compared else ["no ordinary item is in both benches"]
     return decide(compared, margin, f"A ({a.model})", reasons)
 

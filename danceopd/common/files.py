@@ -75,11 +75,11 @@ def fsync_path(path: Path) -> None:
 
 
 def inside(folder: Path, name: str) -> Path | None:
-    """The path `name` below a folder; None where it leaves it (an absolute path, `..`, a link) or is no path."""
+    """What exists as `name` below a folder; None for what leaves it (absolute, `..`, a link) or is not there."""
     try:
-        path = (folder / name).resolve()
+        path = (folder / name).resolve(strict=True)
         return path if path.is_relative_to(folder.resolve()) else None
-    except (OSError, ValueError, RuntimeError):  # NUL, a name that is too long, a circle of links
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: a circle of links
         return None
 
 

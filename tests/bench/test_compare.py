@@ -59,8 +59,8 @@ def test_the_numbers_of_earlier_benches_stand() -> None:
     delta = found["deltas"]["teacher"]
     assert [delta[k] for k in ("mean", "low", "high")] == [-1.246009, -2.24276, -0.214606]
     assert [delta[k] for k in ("wins", "losses", "ties")] == [8, 16, 0]
-    assert found["worst"] | {"n": 12} == found["worst"]
-    assert [found["worst"][k] for k in ("category", "mean", "low", "high")] == ["cut", -1.30728, -2.532278, -0.160388]
+    cut = found["against_best"]["cut"]
+    assert [cut[k] for k in ("n", "mean", "low", "high")] == [12, -1.30728, -2.532278, -0.160388]
 
 
 def test_failures_are_counted_bounded_and_in_no_mean() -> None:
@@ -146,7 +146,6 @@ def test_gaps_and_the_best_teacher_of_each_category() -> None:
     assert found["best_teacher"] == "painter" and found["gap_closed"] == found["gaps"]["painter"]
     best = found["against_best"]
     assert [(best[c]["teacher"], best[c]["mean"]) for c in ("cut", "paint")] == [("cutter", -1.0), ("painter", -6.0)]
-    assert (found["worst"]["category"], found["worst"]["mean"]) == ("paint", -6.0)
     assert found["heldout"] is None
 
 
@@ -336,7 +335,7 @@ def test_bad_input_is_one_sentence(two, tmp_path: Path) -> None:
     (tmp_path / "odd" / "samples.jsonl").write_text("")
     cases = [
         ((a, tmp_path / "empty"), {}, "holds no finished bench"),
-        ((a, tmp_path / "odd"), {}, "is not from `danceopd bench`"),
+        ((a, tmp_path / "odd"), {}, "damaged bench \\(scores.json, "),
         ((a, stranger), {}, "no item in common"),
         ((a, asked), {}, "no item in common"),
         ((a, a), {}, "both sides are 'student'"),
@@ -447,6 +446,86 @@ def test_a_judges_votes_are_recorded_and_counted(tmp_path: Path, capsys: pytest.
     assert "Votes of the judge, editing" in capsys.readouterr().out
     few = run(a, b, tmp_path / "few", judge=judge, limit=1)
     assert len(few["votes"]["items"]) == 3  # one of each category
+
+
+def test_votes_that_nobody_could_read_have_no_p(two, tmp_path: Path, danceopd) -> None:
+    unread = tally([vote(PAIR, answered(None, None))], "editing")
+    assert (unread["n"], unread["p"], unread["mean"]) == (0, None, None)
+    a, b = (finished(tmp_path / n, [5.0] * 6, [1] * 4, pictures=True) for n in ("c", "dd"))
+    answers = recorded(tmp_path / "answers.jsonl", {"pair/editing/nobody/ab": "A"})
+    done = danceopd("compare", a, b, "-o", "out", "--judge", f"replay:{answers}")
+    assert done.returncode == 3 and done.stderr.strip().endswith("no vote could be read; the reason stands above")
+    votes = done.stdout.partition("Votes of the judge")[2]
+    assert "1.000" not in votes and "editing votes: none of 6 could be read" in votes
+
+
+def test_the_verdict_of_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    a, b = (finished(tmp_path / n, [s] * 12, [1] * 6) for n, s in (("a", 3.0), ("b", 6.0)))
+    found = run(a, b, tmp_path / "out", margin=0.1)
+    told = found["verdict"]
+    assert told["kind"] == "lost" and told["margin"] == 0.1
+    worse = "Something got worse: overall (editing) −3.00 [−3.00 to −3.00] against B (student)"
+    assert told["sentence"].startswith(worse)
+    show(found)
+    assert told["sentence"][:60] in " ".join(capsys.readouterr().out.split())
+    assert told["sentence"] in (tmp_path / "out" / "compare.md").read_text()
+    assert run(b, a, tmp_path / "other")["verdict"]["kind"] == "unknown"  # six draws, all right: too few to be sure
+    with pytest.raises(UserError, match="--margin is 2"):
+        run(a, b, tmp_path / "out", margin=2.0)
+
+
+def test_a_judge_is_shown_no_picture_from_outside_a_bench(tmp_path: Path) -> None:
+    a, b = (finished(tmp_path / n, [5.0] * 6, [1] * 4, pictures=True) for n in ("a", "b"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (a / "link.png").symlink_to(tmp_path / "secret.png")
+    side = versus.load_side(a)
+    assert side.path(side.rows[0]["image"]) is not None
+    for path in ("../secret.png", str(tmp_path / "secret.png"), "link.png", "a\0b", "x" * 5000):
+        assert side.path(path) is None
+    assert versus.load_side(b).path("../b/" + side.rows[0]["image"]) is not None
+
+
+GOOD_ROW = {"model": "student", "capability": "editing", "category": "a", "key": "k", "prompt": "p", "score": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("scores.json", "[]", "scores.json, as a whole"),
+        ("scores.json", "{}", "scores.json, suite: field required"),
+        ("scores.json", "null", "scores.json"),
+        ("scores.json", '{"a', "scores.json"),
+        ("scores.json", "[" * 100_000, "scores.json"),
+        ("scores.json", b"\xff\xfe\x00", "scores.json"),
+        ("samples.jsonl", "5\n6\n", "samples.jsonl"),
+        ("samples.jsonl", bytes(range(256)), "samples.jsonl"),
+        ("samples.jsonl", '{"model": "student"}\n', "samples.jsonl, capability: field required"),
+        ("samples.jsonl", json.dumps(GOOD_ROW | {"score": "high"}), "samples.jsonl, score"),
+        ("samples.jsonl", json.dumps(GOOD_ROW | {"image": 5}), "samples.jsonl, image"),
+    ],
+)
+def test_a_damaged_bench_is_one_sentence(two, file: str, content: str | bytes, words: str) -> None:
+    (two[0] / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match="holds a damaged bench") as caught:
+        versus.load_side(two[0])
+    assert words in str(caught.value) and len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"models": []}, {"models": "abc"}, {"models": [{"name": "x"}]}])
+def test_a_figure_that_is_no_number_and_models_that_are_none_are_refused(two, change: dict) -> None:
+    file = two[0] / "scores.json"
+    scores = json.loads(file.read_text())
+    for damaged in (scores | change, scores | {"comparison": {"editing": {"deltas": {"base": {"mean": "x"}}}}}):
+        file.write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="holds a damaged bench"):
+            versus.load_side(two[0])
+
+
+def test_line_separators_in_words_cut_no_row(two) -> None:
+    lines = (two[0] / "samples.jsonl").read_text().splitlines()
+    row = json.loads(lines[0]) | {"reason": "one\u2028two\x85three"}
+    (two[0] / "samples.jsonl").write_text("\n".join([json.dumps(row, ensure_ascii=False), *lines[1:]]) + "\n")
+    assert len(versus.load_side(two[0]).rows) == 10
 
 
 def test_one_item_of_a_category_is_certain_of_nothing() -> None:

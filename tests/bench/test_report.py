@@ -16,6 +16,7 @@ from report_folders import HOSTILE, judged, scenes, write
 from danceopd.bench.report import facts
 from danceopd.bench.report.items import PAGE, items_of
 from danceopd.bench.report.report import report
+from danceopd.bench.report.verdict import verdict
 from danceopd.bench.results import load
 from danceopd.errors import UserError
 
@@ -115,7 +116,7 @@ def opened_edits(browser, edits: Path):
 
 def test_it_opens_offline_and_says_at_once_what_was_lost(folder: Path, opened: Opened) -> None:
     text = opened.page.locator(".lead").inner_text()
-    assert facts.verdict(load(folder)[0])["sentence"] in text
+    assert verdict(load(folder)[0])["sentence"] in text
     assert "student" in opened.page.title()
     html = (folder / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)[^"']*""", html)

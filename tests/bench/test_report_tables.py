@@ -12,6 +12,7 @@ from report_folders import HOSTILE, judged, scenes
 
 from danceopd.bench.report import charts, facts
 from danceopd.bench.report.export import FIGURE, csv_of, export, figures, latex_of, markdown_of
+from danceopd.bench.report.verdict import verdict
 from danceopd.bench.results import load
 
 
@@ -78,7 +79,7 @@ def test_markdown_prints_the_scores_and_the_best_bold(scores: dict) -> None:
     best = facts.score_table(scores, "editing", 3)[-1]["best"]
     means = {m["name"]: m["editing"]["overall"]["mean"] for m in scores["models"]}
     assert max(means, key=lambda name: means[name]) in best
-    assert facts.verdict(scores)["sentence"].split(":")[0] in text
+    assert verdict(scores)["sentence"].split(":")[0] in text
 
 
 def test_latex_is_whole_and_says_the_same(scores: dict) -> None:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
-from report_folders import judged, scenes
+import yaml
+from PIL import Image
+from report_folders import judged, scenes, write
 
-from danceopd.bench.report import facts
-from danceopd.bench.report.items import PAGE, image_order, items_of
-from danceopd.bench.report.report import page
+from danceopd.bench.metrics.names import METRICS
+from danceopd.bench.report.card import add_to_card
+from danceopd.bench.report.items import PAGE, highlights, image_order, items_of
+from danceopd.bench.report.report import page, report
 from danceopd.bench.report.thumbnails import Thumbnails
-from danceopd.bench.report.training import monitor_summary, validation_error
+from danceopd.bench.report.training import monitor_summary, recipe_summary, validation_error
+from danceopd.bench.report.verdict import verdict
 from danceopd.bench.results import load
+from danceopd.run.card import write_card
 
 
 @pytest.fixture(scope="module")
@@ -54,34 +62,6 @@ def test_600_items_of_a_megapixel_stay_below_25_megabytes(tmp_path: Path) -> Non
     assert 12_000_000 < len(html.encode()) < 25_000_000
     assert html.count('<article class="item') == 640
     assert {max(t.width, t.height) for found in stand.made.values() for t in found} == {512, 256}
-
-
-def test_words_of_a_summary_follow_the_intervals(folder: Path) -> None:
-    scores, _ = load(folder)
-    for found in scores["comparison"].values():
-        for delta in found["deltas"].values():
-            for figure in delta["categories"].values():
-                figure |= {"mean": -0.005, "low": -0.02, "high": 0.01}
-        for figure in found["against_best"].values():
-            figure |= {"mean": -0.005, "low": -0.02, "high": 0.01}
-    assert facts.verdict(scores)["kind"] == "kept"
-    scores["comparison"]["editing"]["deltas"]["base"]["categories"]["style_change"] |= {
-        "mean": -2,
-        "low": -3,
-        "high": -1,
-    }
-    told = facts.verdict(scores)
-    assert told["kind"] == "lost"
-    assert told["sentence"] == (
-        "The student is significantly worse in 1 of 12 categories (95 % intervals): "
-        "style_change (editing) −2.00 [−3.00 to −1.00] against the base."
-    )
-    slight = {"mean": -0.05, "low": -0.06, "high": -0.04}
-    scores["comparison"]["editing"]["deltas"]["base"]["categories"]["style_change"] |= slight
-    told = facts.verdict(scores)
-    assert told["kind"] == "kept"
-    assert "by less than the margin of 1 % of the scale: style_change (editing)" in told["sentence"]
-    assert facts.verdict(scores | {"comparison": {}})["kind"] == "unknown"
 
 
 def test_alarms_of_the_watch_stand_on_the_first_screen(folder: Path) -> None:
@@ -130,3 +110,129 @@ def test_a_runs_files_are_read_by_their_current_names_first(tmp_path: Path) -> N
     assert monitor_summary(tmp_path)["checks"] == 1
     (tmp_path / "monitor.json").write_text(json.dumps(monitor | {"checks": [{}, {}]}))
     assert monitor_summary(tmp_path)["checks"] == 2 and monitor_summary(None) is None
+
+
+@pytest.fixture(scope="module")
+def edits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return judged(tmp_path_factory.mktemp("edits"), items=24, size=(64, 48), files=2)
+
+
+def test_the_first_tab_has_the_best_a_typical_and_the_worst_item(folder: Path) -> None:
+    scores, rows = load(folder)
+    items = items_of(scores, rows)
+    for capability, found in highlights(scores, items).items():
+        kept = [item for item in items if item["capability"] == capability]
+        assert [word for word, _ in found] == ["best", "typical", "worst"]
+        assert [item for _, item in found] == [kept[-1], kept[9], kept[0]]
+    html = page(scores, rows, Thumbnails(folder))
+    first = html[html.index('id="summary"') : html.index('id="images"')]
+    assert first.count('class="pick"') == 6 and first.count("<img") == 3 * 5 + 3 * 7
+    assert page(scores, rows, Thumbnails(folder), 0).count('<article class="pick"') == 6
+
+
+def test_no_picture_from_outside_the_bench_is_in_a_report(folder: Path, tmp_path: Path) -> None:
+    made = shutil.copytree(folder, tmp_path / "foreign" / "bench")
+    Image.new("RGB", (97, 101), (1, 2, 3)).save(tmp_path / "foreign" / "secret.png")
+    secret = base64.b64encode((tmp_path / "foreign" / "secret.png").read_bytes()).decode()
+    (made / "link.png").symlink_to("../secret.png")
+    scores, rows = load(made)
+    outside = ("../secret.png", str(tmp_path / "foreign" / "secret.png"), "link.png", "images/../../secret.png", "a\0")
+    for n, row in enumerate(rows):
+        row["image"] = outside[n % len(outside)]
+        row["source"] = row["target"] = row.get("source") and outside[0]
+    write(made, scores, rows)
+    html = report(made).read_text(encoding="utf-8")
+    assert "data:image" not in html and secret not in html and "no image</div>" in html
+
+
+def test_only_shares_have_a_tick_and_a_cross(folder: Path, edits: Path) -> None:
+    html = page(*load(edits), Thumbnails(edits))
+    body = html[html.index("<body") :]
+    assert "✗" not in body and 'class="shot scored mine" data-name="student" style="--at: ' in body
+    exact = page(*load(folder), Thumbnails(folder))
+    assert "✗" in exact and 'class="shot wrong' in exact and 'class="shot scored' in exact
+    wrong = [item["wrong"] for item in items_of(*load(edits)) if item["score"] is not None]
+    scored = [item["score"] < 5 for item in items_of(*load(edits)) if item["score"] is not None]
+    assert wrong == scored and True in wrong and False in wrong
+
+
+def test_reasons_stand_once_and_behind_the_two_numbers(edits: Path) -> None:
+    scores, rows = load(edits)
+    for row in rows:
+        row["parts"] = {"sc": 7.0, "pq": 6.5}
+        row["reason"] = "SC: the judge's words; PQ: more of them"
+        row["judge"] = {"SC": {"numbers": [7, 8], "reasoning": "the judge's words"}} if row["status"] == "ok" else {}
+    html = page(scores, rows, Thumbnails(edits))
+    caption = html[html.index('class="parts"', html.index('id="images"')) :].partition("</figcaption>")[0]
+    assert caption.startswith('class="parts">SC 7 · PQ 6.5<') and caption.count("the judge&#39;s words") == 1
+
+
+def test_the_same_noise_is_claimed_of_what_was_generated_here_only(edits: Path) -> None:
+    scores, rows = load(edits)
+    assert "Every model generated here, an item from the same noise." in page(scores, rows, Thumbnails(edits), 0)
+    for row in rows:
+        row["seed"] = row["seed"] if row["model"] in ("blend", "student") else None
+    html = page(scores, rows, Thumbnails(edits), 0)
+    assert "blend and student generated here, an item from the same noise" in html and "Every model" not in html
+    elsewhere = page(scores, [row | {"seed": None} for row in rows], Thumbnails(edits), 0)
+    assert "same noise" not in elsewhere
+
+
+def test_the_name_that_was_given_stands_everywhere(edits: Path) -> None:
+    scores, rows = load(edits)
+    scores["models"][-1]["label"] = "mine"
+    html = page(scores, rows, Thumbnails(edits), 0)
+    assert "mine minus the best teacher" in html and "The student" not in html and html.count(">student<") == 1  # its role
+    assert "<h1>mine</h1>" in html and 'aria-label="Editing' in html
+
+
+def test_metrics_have_plain_names_and_a_direction(edits: Path) -> None:
+    scores, rows = load(edits)
+    given = {m: of["psnr"] for m, of in scores["metrics"]["editing"].items()}
+    scores["metrics"] = {"editing": {m: {"psnr_outside": of, "new_one": of} for m, of in given.items()}}
+    html = page(scores, rows, Thumbnails(edits), 0)
+    assert f"editing: {METRICS['psnr_outside'].name} ↑ <small>likeness to the source" in html
+    assert "psnr_outside" not in html and "new_one" in html and "all images: near-duplicates, share ↓" in html
+
+
+def test_a_category_says_how_many_items_it_has(edits: Path) -> None:
+    html = page(*load(edits), Thumbnails(edits), 0)
+    assert re.search(r"style_change <small>n = 6</small>", html) and "overall <small>n = 21</small>" in html
+
+
+def test_the_recipe_stands_in_the_report(edits: Path, tmp_path: Path) -> None:
+    teachers = [{"name": "draws", "adapter": "/home/me/draws", "capability": "generation", "weight": 2.0, "scale": 0.8}]
+    recipe = {"base": "/home/me/klein", "teachers": teachers, "student": {"rank": 32}, "steps": 180}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    scores, rows = load(edits)
+    html = page(scores | {"recipe": recipe_summary(tmp_path)}, rows, Thumbnails(edits), 0)
+    card = html[html.index('id="recipe"') :].partition("</article>")[0]
+    assert "<b>draws</b>: draws, for generation, weight 2, strength 0.8" in card
+    assert "on klein; rank 32, 180 steps" in card and "/home" not in card
+    (tmp_path / "recipe.yaml").write_text("steps: [")
+    assert recipe_summary(tmp_path) is None and recipe_summary(None) is None
+
+
+def test_a_bench_goes_into_the_model_card_once(edits: Path, tmp_path: Path) -> None:
+    scores, _ = load(edits)
+    add_to_card(tmp_path, scores)
+    assert not list(tmp_path.iterdir())  # no card, none made
+    write_card(tmp_path, {"base": "base", "teachers": [{"name": "t", "capability": "editing"}], "steps": 3})
+    before = (tmp_path / "README.md").read_text(encoding="utf-8")
+    for _ in range(2):
+        add_to_card(tmp_path, scores)
+    add_to_card(tmp_path, scores | {"suite": scores["suite"] | {"name": "other"}})
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    front = yaml.safe_load(card.split("---\n")[1])
+    results = front["model-index"][0]["results"]
+    assert [r["dataset"]["name"] for r in results] == ["gedit 1", "other 1"]
+    assert results[0]["task"]["type"] == "image-to-image"
+    mine = scores["models"][-1]["editing"]["overall"]
+    assert results[0]["metrics"][0]["value"] == round(mine["mean"], 4)
+    assert card.count("## Scores: gedit 1") == 1 and verdict(scores)["sentence"] in card
+    assert card.index("## Scores: other 1") < card.index("## Merged from")
+    rest = re.sub(r"^## Scores: .*?(?=^## Merged)", "", card.split("---\n", 2)[2], flags=re.S | re.M)
+    assert rest == before.split("---\n", 2)[2]
+    (tmp_path / "README.md").write_text("my own words")
+    add_to_card(tmp_path, scores)
+    assert (tmp_path / "README.md").read_text() == "my own words"

@@ -34,7 +34,7 @@ def assign_colours(models: Sequence[dict]) -> None:
 
 
 def bars(scores: Mapping[str, Any], capability: str) -> list[dict]:
-    """A bar chart for the overall score and for each category: {title, items, bars, ceiling}, in SVG units."""
+    """A bar chart for the overall score and for each category: {title, count, bars, ceiling}, in SVG units."""
     models = [m for m in scores["models"] if m.get(capability)]
     low, high = facts.scale(scores, capability)
     ceiling = (scores.get("ceiling") or {}).get(capability)
@@ -53,10 +53,10 @@ def bars(scores: Mapping[str, Any], capability: str) -> list[dict]:
                     {"label": model["label"], "hue": model["hue"], "mine": model["role"] == "student", "value": value}
                     | {"end": at(value["mean"]), "from": at(value["low"]), "to": at(value["high"])}
                 )
-        items = max((bar["value"]["n"] + (bar["value"].get("failed") or 0) for bar in shown), default=0)
+        count = max((bar["value"]["n"] + (bar["value"].get("failed") or 0) for bar in shown), default=0)
         top = ceiling and (ceiling["overall"] if category is None else ceiling["categories"].get(category))
         panels.append(
-            {"title": category or facts.OVERALL, "items": items, "bars": shown}
+            {"title": category or facts.OVERALL, "count": count, "bars": shown}
             | {"ceiling": None if top is None else {"value": top, "x": at(top)}}
         )
     return panels

@@ -180,7 +180,7 @@ def unscored(scores: Mapping[str, Any], capability: str) -> list[dict]:
 
 
 def score_table(scores: Mapping[str, Any], capability: str, digits: int = 2) -> list[dict]:
-    """A table of means, a line for each category and one overall: {name, items, cells: model -> figure or None, best}.
+    """A table of means, a line for each category and one overall: {name, count, cells: model -> figure or None, best}.
 
     `best` names the models with the highest mean when it is printed with so many digits.
     """
@@ -194,9 +194,9 @@ def score_table(scores: Mapping[str, Any], capability: str, digits: int = 2) -> 
         }
         means = {m: round(v["mean"], digits) for m, v in cells.items() if v and v.get("mean") is not None}
         top = max(means.values(), default=None)
-        items = max((v["n"] + (v.get("failed") or 0) for v in cells.values() if v), default=0)
+        count = max((v["n"] + (v.get("failed") or 0) for v in cells.values() if v), default=0)
         best = {m for m, mean in means.items() if mean == top}
-        found.append({"name": name, "items": items, "cells": cells, "best": best})
+        found.append({"name": name, "count": count, "cells": cells, "best": best})
     return found
 
 

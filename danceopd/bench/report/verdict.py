@@ -5,8 +5,8 @@ category. Out: a `kind` and a sentence. "kept": every interval ends above minus 
 an interval is below zero and may be below minus the margin. "unknown": neither, and why. Items without a score count
 as the largest loss and the largest gain that the scale allows; fewer than `LEAST_ITEMS` items decide nothing.
 
-Two corrections keep it honest. "kept": a few equal differences have an interval of width zero, so two items are added,
-one with the largest possible gain and one with the largest possible loss (Bonett and Price 2012, for paired shares).
+Two corrections keep it honest. "kept": a few equal differences have an interval of width zero, so one gain and one loss
+are added to the items, of the whole scale for shares (Bonett and Price 2012) and of half the scale for other scores.
 "lost": of many categories some interval is below zero by chance, so the intervals of categories are widened for their
 number (Bonferroni). The printed intervals are the plain 95 % ones, with the bounds of items without a score.
 """
@@ -35,13 +35,14 @@ _ORDER = ("lost", "open", "kept", "few")
 
 @dataclass(frozen=True)
 class Compared:
-    """One paired difference: a figure of `statistics.difference`, and the width of the scale that it is on."""
+    """One paired difference: a figure of `statistics.difference`, the width of its scale, whether scores are 0 or 1."""
 
     capability: str
     category: str  # or OVERALL
     against: str  # as a sentence names it
     figure: Mapping[str, Any]
     width: float
+    share: bool
 
 
 def check_margin(margin: float) -> None:
@@ -95,7 +96,7 @@ def decide(compared: Sequence[Compared], margin: float, subject: str, reasons: S
     named: list[dict] = []
     if not reasons and lost:
         kind, named = "lost", sorted(lost, key=lambda e: e["category"] != OVERALL)[:SHOWN]
-        text = f"Something got worse: {', '.join(_where(e, several) for e in named)}"
+        text = f"Something got worse: {', '.join(where(e, several) for e in named)}"
         text += f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
     elif not reasons and all(e["state"] == "kept" for e in found):
         whom = listed(list(dict.fromkeys(_kind_of(e["against"]) for e in found)))
@@ -131,13 +132,21 @@ def _state(compared: Compared, margin: float, tests: int) -> dict[str, Any]:
     hidden = failed * width / (n + failed)
     below = mean - of.get("lower", mean - hidden) if failed else 0.0
     above = of.get("upper", mean + hidden) - mean if failed else 0.0
-    floor = mean - math.hypot(mean - of["low"], Z * math.sqrt(2) * width / (n + 2)) - below
-    wider = NormalDist().inv_cdf(1 - 0.025 / tests) / Z if tests > 1 else 1.0
-    top = mean + (of["high"] - mean) * wider + above
+    added = Z * math.sqrt(2) * (width if compared.share else width / 2) / (n + 2)
+    floor = mean - math.hypot(mean - of["low"], added) - below
+    top = mean + (of["high"] - mean) * (_wider(n, tests) if tests > 1 else 1.0) + above
     low, high, least = of["low"] - below, of["high"] + above, -margin * width
     state = "kept" if floor > least else "lost" if top < -TIE and low <= least else "open"
     ends = {"low": round(low, 6), "high": round(high, 6), "floor": round(floor, 6)}
     return entry | ends | {"share": round(mean / width, 6), "state": state}
+
+
+def _wider(n: int, tests: int) -> float:
+    """How much wider a 95 % interval becomes for so many tests: Student's t of n items, since a bootstrap of few items
+    is too narrow far out, by its expansion in 1/(n - 1) (Abramowitz and Stegun 26.7.5)."""
+    z, v = NormalDist().inv_cdf(1 - 0.025 / tests), n - 1
+    t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v * v)
+    return t / Z * math.sqrt(n / v)
 
 
 def _worst_first(entry: Mapping[str, Any]) -> tuple:
@@ -190,9 +199,9 @@ def _compared(scores: Mapping[str, Any]) -> list[Compared]:
     """The student's differences from the base and from the best teacher, overall first, then by category."""
     found = []
     for capability in facts.capabilities(scores):
-        width = facts.span(scores, capability)
+        width, share = facts.span(scores, capability), facts.is_share(scores, capability)
         for category, name, figure in facts.differences_from_references(scores, capability):
-            found.append(Compared(capability, category, facts.who(scores, name), figure, width))
+            found.append(Compared(capability, category, facts.who(scores, name), figure, width, share))
     return found
 
 
