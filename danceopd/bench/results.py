@@ -21,11 +21,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from danceopd.bench import statistics
 from danceopd.bench.interference import interference
 from danceopd.bench.metrics.metrics import metric_means
+from danceopd.bench.report.schema import check_row, check_scores
 from danceopd.bench.report.verdict import MARGIN, verdict
 from danceopd.errors import UserError
 from danceopd.recipe.recipe import CAPABILITIES
@@ -43,96 +42,27 @@ UNSCORED_SHOWN, REASON = 3, 400
 """Reasons that are kept, and characters of each."""
 
 
-class _Part(BaseModel):
-    """A part of a bench folder, of which the named fields must be as they are here; others may follow."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-
-class _Model(_Part):
-    name: str
-    label: str
-    role: str
-    path: str | None = None
-    sha256: str | None = None
-    generation: dict[str, Any] | None = None
-    editing: dict[str, Any] | None = None
-
-
-class _Suite(_Part):
-    name: str
-    version: str
-    protocol: str
-    scale: dict[str, list[float]] | None = None
-    share: dict[str, bool] | None = None
-    subsets: dict[str, list[str]] | None = None
-
-
-class _Scores(_Part):
-    suite: _Suite
-    models: list[_Model] = Field(min_length=1)
-    comparison: dict[str, dict[str, Any] | None] | None = None
-    created: str | None = None
-    student: str | None = None
-
-
-class _Row(_Part):
-    model: str
-    capability: str
-    category: str
-    key: str
-    prompt: str
-    score: float | None
-    status: str | None = None
-    reason: str | None = None
-    probe: str | None = None
-    image: str | None = None
-    source: str | None = None
-    target: str | None = None
-    tags: list[str] | None = None
-    metrics: dict[str, Any] | None = None
-    judge: dict[str, Any] | None = None
-    parts: dict[str, Any] | None = None
-
-
 def load(folder: str | Path) -> tuple[dict, list[dict]]:
     """(scores, rows) of a bench folder; UserError if it is not a finished bench, or a damaged one."""
     folder, file = Path(folder), "scores.json"
     try:
         scores = json.loads((folder / file).read_text(encoding="utf-8"))
-        _Scores.model_validate(scores)
-        _check_figures(scores)
+        check_scores(scores)
         file = "samples.jsonl"
         lines = (folder / file).read_text(encoding="utf-8").split("\n")  # splitlines() would cut at U+2028 as well
         rows = [json.loads(line) for line in lines if line.strip()]
         for row in rows:
-            _Row.model_validate(row)
+            check_row(row)
     except FileNotFoundError as error:
         raise UserError(
             f"{folder} holds no finished bench ({Path(error.filename).name} is missing); run "
             "`danceopd bench` with this output folder first."
         ) from None
     except (ValueError, RecursionError, OSError) as error:
-        what = f"{type(error).__name__}: {error}"
-        if isinstance(error, ValidationError):
-            first = error.errors(include_url=False)[0]
-            what = f"{'.'.join(map(str, first['loc'])) or 'as a whole'}: {first['msg'].lower()}"
         raise UserError(
-            f"{folder} holds a damaged bench ({file}, {what[:200]}); run `danceopd bench` again into another folder."
+            f"{folder} holds a damaged bench ({file}, {str(error)[:200]}); run `danceopd bench` again into another one."
         ) from None
     return scores, rows
-
-
-def _check_figures(value: Any, place: str = "") -> None:
-    """ValueError for a figure (anything with a `mean`) whose numbers are none."""
-    if isinstance(value, dict):
-        for key in ("mean", "low", "high", "lower", "upper", "n", "failed") if "mean" in value else ():
-            number = value.get(key)
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
-                raise ValueError(f"{place}.{key} is no number")
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, part in parts:
-        _check_figures(part, f"{place}.{key}".lstrip("."))
 
 
 def command_line() -> str:

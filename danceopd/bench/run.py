@@ -304,7 +304,7 @@ class Bench:
         mark = self.folder / MARK
         if not mark.is_file():
             return
-        with suppress(ValueError, TypeError):
+        with suppress(ValueError):
             known, mine = json.loads(mark.read_text(encoding="utf-8")), self.identity
             other = [key for key in {**mine, **known} if known.get(key) != mine.get(key)]
             if not other:

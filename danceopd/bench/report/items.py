@@ -112,7 +112,8 @@ def _raw(row: dict) -> str:
     """The raw text of a judge's unusable answers, or else the row's reason."""
     texts = []
     for name, found in (row.get("judge") or {}).items():
-        parts = [found, *(found.get("repeats") or ())] if isinstance(found, Mapping) else []
+        repeats = found.get("repeats") if isinstance(found, Mapping) else None
+        parts = [found, *(repeats if isinstance(repeats, list) else ())]
         seen = dict.fromkeys(str(p["text"]) for p in parts if isinstance(p, Mapping) and p.get("text"))
         texts += [f"{name}: {text}" for text in seen]
     return ("\n".join(texts) or str(row.get("text") or row.get("reason") or ""))[:RAW]

@@ -29,7 +29,7 @@ FAILURES = 500
 """Failures that are listed in the page."""
 OPTIONAL = (
     *("judge", "judging", "subsets", "metrics", "pictures", "ceiling", "probes", "blend_grid", "base", "seed", "call"),
-    *("limit", "categories", "machine", "seconds", "versions", "command", "watch", "field_gap", "recipe"),
+    *("limit", "categories", "machine", "seconds", "versions", "command", "watch", "field_gap", "recipe", "comparison"),
 )
 """Keys of `scores.json` that older benches or other programs may have left out."""
 

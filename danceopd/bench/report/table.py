@@ -167,9 +167,9 @@ def table(scores: dict) -> RenderableType:
     lines.add_column(no_wrap=True)
     lines.add_column(overflow="fold")
     title = "gap closed"
-    for capability, found in scores["comparison"].items():
+    for capability, found in (scores.get("comparison") or {}).items():
         if found is not None:
-            lines.add_row(title, capability, gap_sentence(found["gap_closed"]))
+            lines.add_row(title, capability, gap_sentence(found.get("gap_closed")))
             title = ""
     title = "worst category"
     for capability, found in told["worst"].items():
