@@ -6,7 +6,7 @@ Fields that are not named here are left as they are; those of newer or older ben
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -29,7 +29,7 @@ class _Counted(_Figure):
     n: int
 
     @model_validator(mode="after")
-    def _has_interval(self) -> Self:
+    def _has_interval(self) -> _Counted:
         if self.mean is not None and (self.low is None or self.high is None):
             raise ValueError("a mean needs an interval")
         return self

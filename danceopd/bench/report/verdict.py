@@ -100,7 +100,9 @@ def decide(compared: Sequence[Compared], margin: float, subject: str, reasons: S
         text += f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
     elif not reasons and all(e["state"] == "kept" for e in found):
         whom = listed(list(dict.fromkeys(_kind_of(e["against"]) for e in found)))
-        kind, text = "kept", "Nothing lost within the margin: overall and in every category, "
+        names = {(e["capability"], e["category"]) for e in found if e["category"] != OVERALL}
+        each = f"each of {len(names)} categories" if len(names) > 1 else "its category"
+        kind, text = "kept", f"Nothing lost within the margin: overall and in {each}, "
         text += f"{subject} is at most {_percent(margin)} of the scale below {whom} (95 % confidence)"
     else:
         doubts = [*reasons, *_doubts(found, margin, several)]
