@@ -99,6 +99,8 @@ def test_one_item_decides_nothing_and_is_no_loss() -> None:
     assert told["kind"] == "unknown" and "+1.00" not in told["sentence"]
     assert "fewer than 6 scored items: lone (1)" in told["sentence"]
     assert told["worst"]["editing"]["category"] == "add"
+    lost = verdict(scores_of(base={"add": [8.0] * 8, "lone": [8.0]}, mine={"add": [8.0] * 8, "lone": [5.0]}))
+    assert lost["kind"] == "unknown" and "Worst category: lone −3.00 [−10.00 to +10.00] against" in lost["sentence"]
 
 
 @pytest.mark.parametrize(("n", "kind"), [(16, "unknown"), (300, "kept")])

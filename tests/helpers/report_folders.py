@@ -66,6 +66,8 @@ def scenes(folder: Path, each: int = 3, noise: float = 6.0, seed: int = 0) -> Pa
         rows, list(SKILL), ("generation", "editing"), {"name": "scenes", "version": "1", "protocol": "ab" * 32}
     )
     scores["ceiling"] = {
+        "read": 1.0,
+        "n": 2 * each * len(TAGS),
         "generation": {"overall": 0.98, "categories": dict.fromkeys(TAGS, 0.98)},
         "editing": {"overall": 9.6, "categories": dict.fromkeys(TASKS, 9.6)},
     }

@@ -160,6 +160,45 @@ class _Recipe(_Part):
     steps: int
 
 
+class _Ceiling(_Part):
+    overall: float | None
+    categories: dict[str, float | None]
+
+
+class _Ceilings(_Part):
+    generation: _Ceiling | None = None
+    editing: _Ceiling | None = None
+
+
+class _Alarm(_Part):
+    step: int
+    sentence: str
+
+
+class _Monitor(_Part):
+    judge: str
+    alarms: list[_Alarm]
+    rolled_back: list[Any] | bool | None
+    checks: int
+
+
+class _Check(_Part):
+    step: int
+    gap: float | None
+    teachers: dict[str, float | None]
+
+
+class _Validation(_Part):
+    checks: list[_Check] = Field(min_length=1)
+    exported: int
+
+    @model_validator(mode="after")
+    def _has_exported(self) -> _Validation:
+        if all(check.step != self.exported for check in self.checks):
+            raise ValueError("the exported step was not checked")
+        return self
+
+
 class _Scores(_Part):
     suite: _Suite
     models: list[_Model] = Field(min_length=1)
@@ -168,7 +207,9 @@ class _Scores(_Part):
     subsets: dict[str, dict[str, dict[str, _Counted]]] | None = None
     metrics: dict[str, dict[str, dict[str, _Figure]]] | None = None
     pictures: dict[str, _Images | None] | None = None
-    ceiling: dict[str, dict[str, Any] | None] | None = None
+    ceiling: _Ceilings | None = None
+    watch: _Monitor | None = None
+    field_gap: _Validation | None = None
     probes: dict[str, _Probe] | None = None
     blend_grid: list[_Blend] | None = None
     unscored: list[_Reason] | None = None

@@ -30,7 +30,7 @@ MARGIN = 0.05
 SIGN = {"lost": "▼", "kept": "✓", "unknown": "?"}
 SHOWN = 3
 """Names in one sentence."""
-_ORDER = ("lost", "open", "kept", "few")
+_RANK = {"lost": 0, "open": 1, "few": 1, "kept": 2}
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,9 @@ def decide(compared: Sequence[Compared], margin: float, subject: str, reasons: S
     """{kind, sentence, margin, against, worst, comparisons} of paired differences; `reasons` make it "unknown".
 
     `against`: capability -> whom. `worst`: capability -> its worst category: significant losses first, then what is
-    not ruled out, the lowest mean first. `comparisons`: every difference with its interval, widened for items without
-    a score, `floor` (the lower end that must be above minus the margin) and `state`: lost, open, kept or few.
+    not ruled out, then the others, the lowest mean first; a few items that gained are none. `comparisons`: every
+    difference with its interval, widened for items without a score, `floor` (the lower end that must be above minus
+    the margin) and `state`: lost, open, kept or few.
     """
     categories = sum(c.category != OVERALL and _items(c) >= LEAST_ITEMS for c in compared)
     found = [_state(c, margin, 1 if c.category == OVERALL else categories) for c in compared]
@@ -89,7 +90,7 @@ def decide(compared: Sequence[Compared], margin: float, subject: str, reasons: S
     ordered = sorted(found, key=_worst_first)
     worst: dict[str, dict] = {}
     for entry in ordered:
-        if entry["category"] != OVERALL and entry["state"] != "few":
+        if entry["category"] != OVERALL and (entry["state"] != "few" or entry.get("share", 0.0) < 0):
             worst.setdefault(entry["capability"], entry)
     deepest = min(worst.values(), key=_worst_first, default=None)
     lost = [e for e in ordered if e["state"] == "lost"]
@@ -129,16 +130,16 @@ def _state(compared: Compared, margin: float, tests: int) -> dict[str, Any]:
     mean, failed = of.get("mean"), int(of.get("failed") or 0)
     entry = {"capability": compared.capability, "category": compared.category, "against": compared.against}
     entry |= {"mean": mean, "low": of.get("low"), "high": of.get("high"), "n": n, "failed": failed}
-    if mean is None or n < LEAST_ITEMS:
+    if mean is None:
         return entry | {"floor": None, "state": "few"}
     hidden = failed * width / (n + failed)
     below = mean - of.get("lower", mean - hidden) if failed else 0.0
     above = of.get("upper", mean + hidden) - mean if failed else 0.0
     added = Z * math.sqrt(2) * (width if compared.share else width / 2) / (n + 2)
     floor = mean - math.hypot(mean - of["low"], added) - below
-    top = mean + (of["high"] - mean) * (_wider(n, tests) if tests > 1 else 1.0) + above
+    top = mean + (of["high"] - mean) * (_wider(n, tests) if tests > 1 and n > 1 else 1.0) + above
     low, high, least = of["low"] - below, of["high"] + above, -margin * width
-    state = "kept" if floor > least else "lost" if top < -TIE and low <= least else "open"
+    state = "few" if n < LEAST_ITEMS else "kept" if floor > least else "lost" if top < -TIE and low <= least else "open"
     ends = {"low": round(low, 6), "high": round(high, 6), "floor": round(floor, 6)}
     return entry | ends | {"share": round(mean / width, 6), "state": state}
 
@@ -152,7 +153,7 @@ def _wider(n: int, tests: int) -> float:
 
 
 def _worst_first(entry: Mapping[str, Any]) -> tuple:
-    return _ORDER.index(entry["state"]), entry.get("share", 0.0)
+    return _RANK[entry["state"]], entry.get("share", 0.0)
 
 
 def _doubts(found: Sequence[dict], margin: float, several: bool) -> list[str]:
