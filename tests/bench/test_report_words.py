@@ -70,7 +70,7 @@ def test_alarms_of_the_watch_stand_on_the_first_screen(folder: Path) -> None:
     alarms = [{"step": 30 * n, "sentence": f"editing: <b>alarm</b> {n}"} for n in range(1, 7)]
     watch = {"judge": "the exact scorer", "alarms": alarms, "rolled_back": [{"step": 180}], "checks": 9}
     html = page({**scores, "watch": watch}, rows, Thumbnails(folder), 0)
-    card = html[html.index('id="monitor"') : html.index("judged by the exact scorer")]
+    card = html[html.index('id="monitor"') : html.index("scored by the exact scorer")]
     assert "6<small> alarms, 9 checks" in card and "step 120: editing: &lt;b&gt;alarm&lt;/b&gt; 4" in card
     assert "step 150" not in card and "and 2 more" in card and "rolled back" in card
     quiet = page({**scores, "watch": {**watch, "alarms": [], "rolled_back": []}}, rows, Thumbnails(folder), 0)
