@@ -1,14 +1,9 @@
 """The verdict: one answer to "did anything get worse?", computed once, in the same words wherever it is printed.
 
-In: paired differences (the student minus the base, and minus the best teacher of each category), overall and by
-category. Out: a `kind` and a sentence. "kept": every interval ends above minus the margin (non-inferiority). "lost":
-an interval is below zero and may be below minus the margin. "unknown": neither, and why. Items without a score count
-as the largest loss and the largest gain that the scale allows; fewer than `LEAST_ITEMS` items decide nothing.
-
-Two corrections keep it honest. "kept": a few equal differences have an interval of width zero, so one gain and one loss
-are added to the items, of the whole scale for shares (Bonett and Price 2012) and of half the scale for other scores.
-"lost": of many categories some interval is below zero by chance, so the intervals of categories are widened for their
-number (Bonferroni). The printed intervals are the plain 95 % ones, with the bounds of items without a score.
+In: paired differences of the student from the base and from the best teacher of each category, overall and by category.
+"kept": every interval ends above minus the margin (non-inferiority). "lost": an interval is below zero and reaches
+beyond the margin. "unknown": neither, and why. Items without a score count as the largest loss and the largest gain
+that the scale allows; fewer than `LEAST_ITEMS` decide nothing. `_state` has two corrections that keep it honest.
 """
 
 from __future__ import annotations
@@ -125,7 +120,13 @@ def _items(compared: Compared) -> int:
 
 
 def _state(compared: Compared, margin: float, tests: int) -> dict[str, Any]:
-    """One difference with its `state`; of so many `tests` none may be "lost" by chance."""
+    """One difference with its `state`, one of so many `tests`.
+
+    For "kept", one gain and one loss are added, of the whole scale for shares (Bonett and Price 2012) and of half of it
+    for other scores, since a few equal differences have an interval of width zero. For "lost", the intervals of many
+    categories are widened for their number (Bonferroni), since one of forty is below zero by chance. What is printed
+    is the plain 95 % interval, with the bounds of items without a score.
+    """
     of, n, width = compared.figure, _items(compared), compared.width
     mean, failed = of.get("mean"), int(of.get("failed") or 0)
     entry = {"capability": compared.capability, "category": compared.category, "against": compared.against}
