@@ -147,7 +147,7 @@ def compare(a: Side, b: Side, anyway: bool = False, margin: float = MARGIN) -> d
 
 def _verdict(a: Side, b: Side, found: Mapping[str, dict], kinds: Mapping[str, dict], margin: float) -> dict[str, Any]:
     """The verdict on A, measured against B."""
-    compared = []
+    compared: list[Compared] = []
     for capability, parts in found.items():
         low, high = _ends(capability, **kinds[capability])
         share = kinds[capability]["share"]

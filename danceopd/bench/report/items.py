@@ -62,7 +62,8 @@ def items_of(scores: Mapping[str, Any], rows: Sequence[dict]) -> list[dict]:
 
 def highlights(scores: Mapping[str, Any], items: Sequence[dict]) -> dict[str, list[tuple[str, dict]]]:
     """Capability -> the best, a typical and the worst ordinary item of those that the student has a scored image of."""
-    student, found = facts.student_of(scores)["name"], {}
+    student = facts.student_of(scores)["name"]
+    found: dict[str, list[tuple[str, dict]]] = {}
     for capability in facts.capabilities(scores):
         kept = [
             item

@@ -48,8 +48,7 @@ def check_margin(margin: float) -> None:
 
 def verdict_of(scores: Mapping[str, Any]) -> dict[str, Any]:
     """The verdict that `scores.json` holds; computed for a bench that is older than verdicts."""
-    found = scores.get("verdict")
-    return found if isinstance(found, dict) and {"kind", "sentence", "worst"} <= found.keys() else verdict(scores)
+    return scores.get("verdict") or verdict(scores)
 
 
 def verdict(scores: Mapping[str, Any], margin: float = MARGIN) -> dict[str, Any]:
@@ -159,7 +158,8 @@ def _worst_first(entry: Mapping[str, Any]) -> tuple:
 
 def _doubts(found: Sequence[dict], margin: float, several: bool) -> list[str]:
     """Why it cannot be told: items without a score, too few items, losses that are not ruled out."""
-    doubtful, reasons = [e for e in found if e["state"] in ("open", "few")], []
+    doubtful = [e for e in found if e["state"] in ("open", "few")]
+    reasons: list[str] = []
     if any(e["failed"] for e in doubtful):
         most = max(doubtful, key=lambda e: e["failed"])
         where = f" ({most['capability']})" if several else ""
