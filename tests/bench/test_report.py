@@ -290,12 +290,32 @@ def test_the_table_of_everything_sorts(opened: Opened) -> None:
     assert values == sorted(values, reverse=True) and len(values) == 18
 
 
+def test_the_first_tab_shows_pictures_that_can_be_compared(opened: Opened) -> None:
+    picks = opened.page.locator("#summary .pick")
+    assert picks.count() == 6 and picks.first.is_visible()
+    picks.nth(2).locator(".shot.mine .zoom").click()
+    box = opened.page.locator("#compare")
+    assert box.is_visible() and box.locator(".what").inner_text() in picks.nth(2).locator("h3").inner_text()
+    opened.page.keyboard.press("Escape")
+
+
+CUT_LABELS = """() => [...document.querySelectorAll('svg text')].filter(t => {
+    const a = t.getBoundingClientRect(), b = t.ownerSVGElement.getBoundingClientRect();
+    return a.width && b.width && (a.left < b.left - 1 || a.right > b.right + 1) }).map(t => t.textContent)"""
+
+
 @pytest.mark.parametrize("which", ["folder", "edits"])
 def test_it_fits_on_a_phone(which: str, browser, request: pytest.FixtureRequest) -> None:
     made = Opened(browser, request.getfixturevalue(which) / "report.html", viewport={"width": 360, "height": 740})
     for name in ("summary", "images", "failures", "everything", "made"):
         made.tab(name)
         assert made.page.evaluate("document.documentElement.scrollWidth") <= 360, name
+    made.tab("everything")
+    assert "more columns" in made.page.eval_on_selector(".scroll.cut", "b => getComputedStyle(b, '::before').content")
+    column = made.page.locator("#everything th.mine").first.bounding_box()
+    assert column["x"] >= 0 and column["x"] + column["width"] <= 360  # the student's column stays in sight
+    made.tab("summary")
+    assert made.page.evaluate(CUT_LABELS) == []
     made.tab("images")
     made.page.locator(".item:not([hidden]) .zoom").first.click()
     place = made.page.locator(".slider").bounding_box()
@@ -334,7 +354,8 @@ def test_a_lost_picture_is_said_and_a_lost_bench_refused(folder: Path, tmp_path:
     scores, rows = load(lost)
     rows[-1]["image"] = "images/source/broken.png"
     write(lost, scores, rows)
-    assert report(lost).read_text(encoding="utf-8").count("no image</div>") == 36 + 1
+    html = report(lost).read_text(encoding="utf-8")
+    assert html[html.index('id="images"') :].count("no image</div>") == 36 + 1
     with pytest.raises(UserError, match="no finished bench"):
         report(tmp_path / "nowhere")
     (lost / "scores.json").write_text("{")
