@@ -173,7 +173,7 @@ def _doubts(found: Sequence[dict], margin: float, several: bool) -> list[str]:
     if counts:
         of = f"in {len(counts)} of {len(found)} comparisons a loss of more than {_percent(margin)} of the scale"
         items = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-        reasons.append(f"{of} is not ruled out ({items} items)")
+        reasons.append(f"{of} is not ruled out, with {items} items each")
     return reasons
 
 
