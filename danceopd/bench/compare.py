@@ -52,7 +52,7 @@ def load_side(folder: str | Path, model: str | None = None) -> Side:
     scores, rows = load(folder)
     names = [m["name"] for m in scores["models"]]
     chosen = model or scores.get("student")
-    if chosen not in names:
+    if chosen is None or chosen not in names:
         what = "student" if chosen is None else f"model {chosen!r}"
         raise UserError(f"bench {folder} has no {what}{did_you_mean(chosen or '', names)}; choose one with --models")
     mine = [row for row in rows if row["model"] == chosen]

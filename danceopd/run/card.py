@@ -73,7 +73,7 @@ def add_results(
     fields = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
     if not isinstance(fields, dict) or "danceopd" not in (fields.get("tags") or ()):
         return
-    known = next(iter(fields.get("model-index") or ()), {"results": []})["results"]
+    known: list[dict] = next((index["results"] for index in fields.get("model-index") or ()), [])
     kept = [result for result in known if result["dataset"]["name"] != bench]
     fields["model-index"] = [{"name": _title(folder), "results": [*kept, *map(dict, results)]}]
     head = f"## Scores: {bench}"

@@ -128,8 +128,9 @@ def _state(compared: Compared, margin: float, tests: int) -> dict[str, Any]:
     """
     of, n, width = compared.figure, _items(compared), compared.width
     mean, failed = of.get("mean"), int(of.get("failed") or 0)
-    entry = {"capability": compared.capability, "category": compared.category, "against": compared.against}
-    entry |= {"mean": mean, "low": of.get("low"), "high": of.get("high"), "n": n, "failed": failed}
+    entry: dict[str, Any] = {"capability": compared.capability, "category": compared.category}
+    entry |= {"against": compared.against, "mean": mean, "low": of.get("low"), "high": of.get("high")}
+    entry |= {"n": n, "failed": failed}
     if mean is None:
         return entry | {"floor": None, "state": "few"}
     hidden = failed * width / (n + failed)
@@ -218,7 +219,7 @@ def _without_references(scores: Mapping[str, Any]) -> str:
         )
         for capability in facts.capabilities(scores)
         for name, delta in ((scores.get("comparison") or {}).get(capability) or {"deltas": {}})["deltas"].items()
-        if delta.get("mean") is not None
+        if delta.get("mean") is not None and name in {m["name"] for m in scores["models"]}
     ]
     why = "there is no base and no teacher to compare with"
     return f"{why} ({listed(parts)})" if parts else why
