@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from danceopd.cli.flags import number, pairs, words
+from danceopd.errors import UserError
 
 if TYPE_CHECKING:
     from danceopd.bench.suites.protocol import Suite
@@ -34,8 +35,6 @@ PriceIn = Annotated[
 Margin = Annotated[
     float | None, typer.Option(help="Share of the scale that may be lost and still counts as nothing; default: 0.05.")
 ]
-NOTHING_SCORED = 3
-"""Exit status where a judge or program was asked and not one score, or vote, came of it."""
 PriceOut = Annotated[
     float | None, typer.Option(help="US dollars per million output tokens.", rich_help_panel=JUDGE)
 ]
@@ -126,7 +125,7 @@ def bench(
 ) -> None:
     """Score a student, its base, its teachers and LoRA blends on the same items and noise; write a report.
 
-    The exit status is 3 if the student got no score at all. The same command again continues.
+    The exit status is 2 if the student got no score at all. The same command again continues.
     `accelerate launch --multi_gpu -m danceopd bench …` generates on several GPUs.
     """
     folders = pairs(images or (), "--images", "mine=results/mine")
@@ -181,9 +180,14 @@ def bench(
         if stopped := (found.scores["judging"] or {}).get("stopped"):
             typer.echo(f"judge: {stopped}")
         typer.echo(f"report: {found.report}")
-        if nothing_scored(found.scores):
-            typer.echo("error: nothing could be scored; the reason stands above", err=True)
-            raise typer.Exit(NOTHING_SCORED)
+        refuse_nothing("score", found.scores["unscored"] if nothing_scored(found.scores) else [])
+
+
+def refuse_nothing(what: str, reasons: list[dict[str, Any]]) -> None:
+    """UserError with the judge's own sentence where it was asked and not one score, or vote, came of it."""
+    if reasons:
+        why = reasons[0]["reason"][:200] or "it gave no reason"
+        raise UserError(f"there is not one {what} ({why}); mend that and run the same command again")
 
 
 def show_estimate(found: dict[str, Any]) -> None:
@@ -280,7 +284,7 @@ def compare(
 ) -> None:
     """Compare two finished benches item by item: differences and win/loss/tie; writes compare.json and compare.md.
 
-    The exit status is 3 if a judge was asked and no vote could be read.
+    The exit status is 2 if a judge was asked and no vote could be read.
     With two files of judge's answers (judge.jsonl), print the agreement of the judges instead.
     """
     from danceopd.bench.options import JudgeOptions
@@ -296,6 +300,4 @@ def compare(
     show(found)
     if not dry_run:
         typer.echo(f"comparison: {output}")
-        if no_vote(found):
-            typer.echo("error: no vote could be read; the reason stands above", err=True)
-            raise typer.Exit(NOTHING_SCORED)
+        refuse_nothing("vote", found["votes"]["unscored"] if no_vote(found) else [])

@@ -137,8 +137,8 @@ def _votes(session: JudgeSession, chosen: Sequence[Pair]) -> dict[str, Any]:
     votes = [vote(pair, answers) for pair in chosen]
     figures = {c: tally(votes, c) for c in dict.fromkeys(pair.capability for pair in chosen)}
     about = {"judge": session.judge.identity, "repeats": session.repeats, "capabilities": figures}
-    given = [v | {"reason": reason} for v in votes for reason in v["reasons"] if reason and v["status"] != "ok"]
-    about |= {"usage": session.usage, "stopped": session.stopped, "unscored": unscored(given)}
+    unread = [v | {"reason": next(filter(None, v["reasons"]), "")} for v in votes if v["status"] != "ok"]
+    about |= {"usage": session.usage, "stopped": session.stopped, "unscored": unscored(unread)}
     return about | {"items": votes}
 
 

@@ -454,7 +454,8 @@ def test_votes_that_nobody_could_read_have_no_p(two, tmp_path: Path, danceopd) -
     a, b = (finished(tmp_path / n, [5.0] * 6, [1] * 4, pictures=True) for n in ("c", "dd"))
     answers = recorded(tmp_path / "answers.jsonl", {"pair/editing/nobody/ab": "A"})
     done = danceopd("compare", a, b, "-o", "out", "--judge", f"replay:{answers}")
-    assert done.returncode == 3 and done.stderr.strip().endswith("no vote could be read; the reason stands above")
+    assert done.returncode == 2 and done.stderr.startswith("error: there is not one vote (")
+    assert "run the same command again" in done.stderr
     votes = done.stdout.partition("Votes of the judge")[2]
     assert "1.000" not in votes and "editing votes: none of 6 could be read" in votes
 
