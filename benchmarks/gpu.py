@@ -48,7 +48,6 @@ class Bench:
     rows: list[list[str]] = field(default_factory=list)
     rollout_steps: list[str] = field(default_factory=list)
     attention: list[str] = field(default_factory=list)
-    prologues: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     share: float = 1.0
@@ -143,7 +142,6 @@ def copy_speed(bench: Bench) -> float:
 # What runs, and the share of the time at which it begins nothing new; the cheap first: compilers eat what they get.
 PARTS: tuple[tuple[Callable[..., None], float], ...] = (
     (gpu_attention.measure, 0.12),
-    (gpu_attention.prologues, 0.14),
     (gpu_segments.norms, 0.2),
     (gpu_segments.segments, 0.6),
     (gpu_forwards.forwards, 0.9),
@@ -172,8 +170,6 @@ def write(bench: Bench, output: Path, device: str, ceiling: float) -> None:
         *_table(gpu_forwards.HEAD, bench.rollout_steps),
         "",
         *_table(gpu_attention.HEAD, bench.attention),
-        "",
-        *_table(gpu_attention.PROLOGUE, bench.prologues),
         *(["", "Not measured:", "", *(f"- {line}" for line in bench.failures)] if bench.failures else []),
     ]
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,6 @@
 """The attention backends side by side, for `benchmarks/gpu.py`: dense, ragged and with a cached source; forward only.
 
 Times are of calls, launches included, because packing rows takes launches. A backend that refuses a shape says why.
-Below, norm and rotation in the attention kernel's prologue against a separate pass before it, for the rows of Z-Image's
-text refiner; these are replays of CUDA graphs, without launch gaps.
 """
 
 from __future__ import annotations
@@ -15,12 +13,10 @@ from rich.console import Console
 
 from danceopd.kernels import attention, using
 from danceopd.kernels.attention_backends import AttentionCall, CachedKV, candidates, unavailable
-from danceopd.kernels.inputs import Stream
 from danceopd.kernels.masks import unpad
-from danceopd.kernels.prologue import MAX_BLOCKS, QUERY_BLOCK, joint_attention
 
-NAMES = ("sdpa", "cudnn", "flash4", "varlen", "ours")
-HEAD = f"attention, ms | {' | '.join(NAMES)} | ours against sdpa | chosen"
+NAMES = ("sdpa", "cudnn", "flash4", "varlen")
+HEAD = f"attention, ms | {' | '.join(NAMES)} | chosen"
 # label, heads, head dim, text tokens (half of them hidden in the second of two rows), source tokens for each picture
 MODELS = (
     ("Qwen-Image, two prompts", 24, 128, 256, 0),
@@ -29,7 +25,6 @@ MODELS = (
     ("klein KV, one source", 32, 128, 512, 1),
     ("klein-4B, dense", 24, 128, 0, 0),
 )
-PROLOGUE = "prologue, us | a pass before | in one kernel | gain | default"
 
 
 def measure(bench: Any, sizes: Sequence[int], smoke: bool) -> None:
@@ -59,36 +54,6 @@ def _call(bench: Any, image: int, heads: int, dim: int, text: int, sources: int)
     return AttentionCall(q, k, v)
 
 
-def prologues(bench: Any, sizes: Sequence[int], smoke: bool) -> None:
-    """The rows under `PROLOGUE`."""
-    for tokens in (64, 128) if smoke else (64, 128, 192, 256, 512, 1024):
-        if bench.late:
-            return
-        label = f"two captions, {tokens} tokens"
-        cells = bench.attempt(label, lambda tokens=tokens: _prologue(bench, tokens, smoke))
-        if cells is not None:
-            bench.prologues.append(f"| {label} | {' | '.join(cells)} |")
-            Console().print(bench.prologues[-1], highlight=False, markup=False)
-
-
-@torch.no_grad()
-def _prologue(bench: Any, tokens: int, smoke: bool) -> list[str]:
-    heads, dim, kind = 1 if smoke else 30, 128, {"device": bench.device, "dtype": torch.bfloat16}
-    table = torch.randn(tokens, dim, device=bench.device)
-    x, weights = torch.randn(2, tokens, 3 * heads * dim, **kind), torch.ones(2, dim, **kind)
-    stream = Stream(x, None, None, weights[0], weights[1], table, None)
-    mask = torch.arange(tokens, device=bench.device) < torch.tensor([[tokens], [tokens // 2]], device=bench.device)
-
-    def seconds(prologue: bool) -> float:
-        given = {"head_dim": dim, "eps": 1e-5, "round_first": True, "prologue": prologue}
-        return bench.graph(lambda i: joint_attention(stream, None, mask, **given), 1)
-
-    with using("op") if smoke else using("cuda"), attention.forced("ours"):
-        apart, one = seconds(False), seconds(True)
-    rule = "in one kernel" if tokens <= MAX_BLOCKS * QUERY_BLOCK else "a pass before"
-    return [f"{1e6 * apart:.1f}", f"{1e6 * one:.1f}", f"{apart / one:.2f}x", rule]
-
-
 @torch.no_grad()
 def _row(bench: Any, call: AttentionCall, smoke: bool) -> list[str]:
     times: dict[str, float] = {}
@@ -103,4 +68,4 @@ def _row(bench: Any, call: AttentionCall, smoke: bool) -> list[str]:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:60]
             cells.append(reason.replace("|", "/") or f"{1e3 * times[name]:.3f}")
         chosen = "sdpa" if smoke else attention.measure(call).backend
-    return [*cells, f"{times['sdpa'] / times['ours']:.2f}x" if "ours" in times else "", chosen]
+    return [*cells, chosen]

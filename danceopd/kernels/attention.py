@@ -16,8 +16,8 @@ import hashlib
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,24 +49,14 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 
 class Choice(NamedTuple):
-    """The attention backend for a shape, and the measurements that decided it, as text."""
+    """The attention backend for a shape, the measurements that decided it, as text, and whether to keep it on disk."""
 
     backend: str
     reason: str
+    keep: bool = True
 
 
 _chosen: dict[str, Choice] = {}
-_forced: list[str] = []
-
-
-@contextmanager
-def forced(name: str) -> Iterator[None]:
-    """Inside, use this attention backend wherever it can run, whatever was measured; also on a CPU."""
-    _forced.append(name)
-    try:
-        yield
-    finally:
-        _forced.pop()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, source: CachedKV | None = None) -> Tensor:
@@ -87,7 +77,7 @@ def _attend(call: AttentionCall) -> Tensor:
     try:
         return ATTENTION_BACKENDS[name](call)
     except (RuntimeError, ImportError) as error:
-        if name == "sdpa" or _forced or isinstance(error, torch.cuda.OutOfMemoryError):
+        if name == "sdpa" or isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         _chosen[shape_key(call)] = Choice("sdpa", f"{name} failed: {_first_line(error)}")
         backend.warn_once(f"attention backend {name} failed, using SDPA for {shape_key(call)}: {_first_line(error)}")
@@ -104,25 +94,12 @@ def simplified(call: AttentionCall) -> AttentionCall:
     return call if uses_plain_sdpa(call) else call._replace(unpadded=unpad(mask, call.k.shape[1]))
 
 
-def known_backend(call: AttentionCall) -> str:
-    """The attention backend of a call if it is known without measuring, else ""."""
-    if uses_plain_sdpa(call):
-        return "sdpa"
-    return _forced[-1] if _forced else _chosen.get(shape_key(call), Choice("", "")).backend
-
-
 def uses_plain_sdpa(call: AttentionCall) -> bool:
     """Whether there is nothing to choose: under a trace, and on a CPU."""
-    return torch.compiler.is_compiling() or not (call.q.is_cuda or _forced)
+    return torch.compiler.is_compiling() or not call.q.is_cuda
 
 
 def _select(call: AttentionCall) -> str:
-    if _forced:
-        name = _forced[-1]
-        reason = unavailable(name, call) if name in candidates(call) else "not for this form"
-        if reason:
-            backend.warn_once(f"attention backend {name} cannot run, using SDPA: {reason}")
-        return "sdpa" if reason else name
     key = shape_key(call)
     if key not in _chosen:
         kept = _load().get(key)
@@ -158,25 +135,29 @@ def measure(call: AttentionCall, seconds: Callable[[Callable[[], object]], float
     call = AttentionCall(leaves[0], leaves[1], leaves[2], call.mask, call.unpadded, call.source)
 
     def run(name: str) -> Tensor:
-        out = ATTENTION_BACKENDS[name](call)
-        if gradient:
-            torch.autograd.grad(out, leaves, torch.ones_like(out))
+        # Inside a checkpointed block, hooks would pack what is saved here, and recompute the block to unpack it.
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            out = ATTENTION_BACKENDS[name](call)
+            if gradient:
+                torch.autograd.grad(out, leaves, torch.ones_like(out))
         return out.detach()
 
-    expected, times = run("sdpa"), {}
+    expected, times, keep = run("sdpa"), {}, True
     for name, reason in refused.items():
         try:
             if not reason and name != "sdpa":
                 reason = _differs(run(name), expected, call)
             if not reason:
                 times[name] = seconds(functools.partial(run, name))
+        except torch.cuda.OutOfMemoryError as error:  # says nothing about the next run
+            reason, keep = _first_line(error), False
         except Exception as error:  # libraries refuse a shape with errors of their own: Triton's, FlashAttention-4's
             reason = _first_line(error)
         refused[name] = reason
     best = min(times, key=lambda name: times[name] * (1 if name == "sdpa" else MARGIN))
     found = [f"{name} {1e3 * times[name]:.3f} ms" for name in sorted(times, key=times.__getitem__)]
     found += [f"{name}: {reason}" for name, reason in refused.items() if reason]
-    return Choice(best, ", ".join(found))
+    return Choice(best, ", ".join(found), keep)
 
 
 def _differs(out: Tensor, expected: Tensor, call: AttentionCall) -> str:
@@ -224,14 +205,16 @@ def choices() -> dict[str, Choice]:
 def _load() -> dict[str, Choice]:
     with suppress(OSError, ValueError, TypeError, AttributeError):  # nothing there, or damaged: measured again
         found = json.loads(cache_file().read_text(encoding="utf-8"))
-        return {key: Choice(*value) for key, value in found.items() if value[0] in ATTENTION_BACKENDS}
+        return {key: Choice(*value[:2]) for key, value in found.items() if value[0] in ATTENTION_BACKENDS}
     return {}
 
 
 def _store(key: str, choice: Choice) -> Choice:
+    if not choice.keep:
+        return choice
     with suppress(OSError, UserError):  # no place for a cache: measured again by the next process
         file = cache_file()
         file.parent.mkdir(parents=True, exist_ok=True)
         everything = {**_load(), key: choice}
-        write_json(file, dict(sorted(everything.items())))
+        write_json(file, {key: one[:2] for key, one in sorted(everything.items())})
     return choice

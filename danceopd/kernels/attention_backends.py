@@ -1,9 +1,8 @@
 """The attention backends that `attention.py` chooses from, behind one signature: `backend(call) -> (B, S, H, D)`.
 
-`sdpa` and `cudnn` (torch), `flash4` (FlashAttention-4), `varlen` (torch's flash attention for packed rows) and `ours`
-(the `ragged_attention` kernel). All take the same `AttentionCall`. A backend that reads unpadded rows leaves zeros at
-the queries that a mask hides; nothing reads those. `unavailable` says in words why a backend cannot run, before it is
-tried.
+`sdpa` and `cudnn` (torch), `flash4` (FlashAttention-4), `varlen` (torch's flash attention for packed rows). All take
+the same `AttentionCall`. A backend that reads unpadded rows leaves zeros at the queries that a mask hides; nothing
+reads those. `unavailable` says in words why a backend cannot run, before it is tried.
 """
 
 from __future__ import annotations
@@ -18,9 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from danceopd.kernels import backend
 from danceopd.kernels.masks import Unpadded, extend
-from danceopd.kernels.ops.ragged_ops import ragged_attention
 
 
 class CachedKV(NamedTuple):
@@ -100,14 +97,6 @@ def varlen(call: AttentionCall) -> Tensor:
     return packed(call, lambda q, k, v: _first(varlen_attn(q, k, v, c, c, n, n)))
 
 
-def ours(call: AttentionCall) -> Tensor:
-    """`danceopd::ragged_attention`: reads visible tokens in place and a source from its cache; no gradient."""
-    lists = (call.unpadded.cu_seqlens, call.unpadded.tokens) if call.unpadded is not None else (None, None)
-    source = (call.source.k, call.source.v) if call.source is not None else (None, None)
-    max_seqlen = call.q.shape[1] if call.unpadded is None else call.unpadded.max_seqlen
-    return ragged_attention(call.q, call.k, call.v, *lists, *source, max_seqlen, call.q.shape[-1] ** -0.5)
-
-
 def packed(call: AttentionCall, attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
     """`attention` of the visible tokens packed into one row, `(T, H, D)` each, and unpacked; zeros elsewhere."""
     assert call.unpadded is not None
@@ -125,28 +114,22 @@ ATTENTION_BACKENDS: dict[str, Callable[[AttentionCall], Tensor]] = {
     "cudnn": cudnn,
     "flash4": flash4,
     "varlen": varlen,
-    "ours": ours,
 }
 
 
 def candidates(call: AttentionCall) -> tuple[str, ...]:
     """The backends that can compute a call of this form (unpadded, masked, dense, with a source); SDPA first."""
     if call.unpadded is not None:
-        return ("sdpa", "cudnn", "flash4", "varlen", "ours")
+        return ("sdpa", "cudnn", "flash4", "varlen")
     if call.mask is not None:
         return ("sdpa", "cudnn")
-    return ("sdpa", "cudnn", "flash4") if call.source is None else ("sdpa", "cudnn", "flash4", "ours")
+    return ("sdpa", "cudnn", "flash4")
 
 
 def unavailable(name: str, call: AttentionCall) -> str:
     """Why a backend cannot run this call here, "" where it may be tried."""
     if name == "sdpa":
         return ""
-    if name == "ours":
-        if needs_gradient(call):
-            return "has no gradient"
-        source = [] if call.source is None else [call.source.k, call.source.v]
-        return backend.attention_unsupported([call.q, call.k, call.v, *source])
     if call.q.dtype not in (torch.bfloat16, torch.float16):
         return "takes bf16 and fp16 only"
     if name == "flash4" and not flash4_version():

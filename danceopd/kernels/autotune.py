@@ -4,8 +4,8 @@
 and random weights, and computes what the merge will compute (forward; forward and backward), with the stock modules
 and with the fused ones. Right: velocity and gradient at most `MAX_ERROR_RATIO` times as far from float64 as the stock
 modules' in the same dtype. Faster: at least `MIN_SPEEDUP` in the mixture of an update. A kernel that crashes ends only
-that process. The verdict is kept in the cache folder under a hash of the device, the torch version, the sources of this
-package, the model's configuration and the shapes of the condition.
+that process. The verdict is kept in the cache folder under a hash of the device's name, the sources of this
+package, the versions of torch and diffusers, `DANCEOPD_KERNELS`, the model's configuration and the condition's shapes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +33,9 @@ import diffusers
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from danceopd.common.cache import cache_folder
 from danceopd.common.files import write_json
@@ -95,7 +100,9 @@ def verdict_file(transformer: nn.Module, condition: Condition) -> Path:
     """Where the verdict for a model and a layout of conditions is kept."""
     spec = model_spec(transformer)
     device = torch.cuda.get_device_name(spec["device"]) if spec["device"].startswith("cuda") else "cpu"
-    facts = device, torch.__version__, backend.requested(), spec, condition.layout, len(condition)
+    spec |= {"device": ""}  # one verdict for all devices of a kind, whatever their index
+    versions = torch.__version__, diffusers.__version__
+    facts = device, *versions, backend.requested(), spec, condition.layout, len(condition)
     sources = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in source_files()}
     content = json.dumps([*map(str, facts), sources])
     return cache_folder() / "kernels" / f"trial-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
@@ -207,8 +214,9 @@ def evaluate(model: nn.Module, condition: Condition, dtype: torch.dtype) -> Verd
         (0.5 * velocity.float().square().sum()).backward()
         return velocity.detach().double(), leaf.grad.double()  # type: ignore[union-attr]
 
-    model.double()
-    exact = forward_backward(torch.float64)
+    model.to(dtype).double()  # the weights that both will have
+    with ChunkedAttention():
+        exact = forward_backward(torch.float64)
     model.to(dtype)
     errors = {}
     for fused in (False, True):
@@ -231,6 +239,40 @@ def evaluate(model: nn.Module, condition: Condition, dtype: torch.dtype) -> Verd
     if speedup < MIN_SPEEDUP:
         return _rejected(f"the fused kernels are {speedup:.2f} times as fast here", speedup)
     return Verdict(True, f"the fused kernels are installed: {speedup:.2f} times as fast as the stock modules", speedup)
+
+
+class ChunkedAttention(TorchFunctionMode):
+    """Inside, SDPA is computed a head and `ROWS` queries at a time, and again in the backward.
+
+    torch's fused attention takes no float64; its plain one would keep all scores, 8 bytes for each pair of tokens of
+    each head and layer: more than a card of 80 GB has for a picture of 1024 pixels and its source.
+    """
+
+    ROWS = 1024
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        return self.attention(*args, **(kwargs or {}))
+
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, **how: Any,
+    ) -> Tensor:  # fmt: skip
+        """Of `(B, H, S, D)`; `attn_mask` broadcasts to `(B, H, S, T)`."""
+        q, k, v = query, key, value
+        assert not (dropout_p or is_causal) and q.shape[1] == k.shape[1]
+        mask = None if attn_mask is None else attn_mask.expand(*q.shape[:3], k.shape[2])
+        heads = []
+        for row, head in product(range(len(q)), range(q.shape[1])):
+            parts = []
+            for start in range(0, q.shape[2], self.ROWS):
+                at = (slice(row, row + 1), slice(head, head + 1))
+                queries = (*at, slice(start, start + self.ROWS))
+                call = partial(scaled_dot_product_attention, attn_mask=None if mask is None else mask[queries], **how)
+                parts.append(checkpoint(call, q[queries], k[at], v[at], use_reentrant=False))
+            heads.append(torch.cat(parts, dim=2))
+        return torch.cat(heads).squeeze(1).unflatten(0, q.shape[:2])
 
 
 def _cast(condition: Condition, dtype: torch.dtype) -> Condition:

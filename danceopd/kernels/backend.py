@@ -149,26 +149,6 @@ def use_kernel(
     return not reason
 
 
-def attention_unsupported(tensors: list[Tensor], mixed: list[Tensor] | None = None) -> str:
-    """Why `ragged_attention` cannot take these `(B, S, H, D)` tensors on their device, "" if it can.
-
-    `mixed`: norm weights and rotary tables of `prepared_attention`.
-    """
-    first = tensors[0]
-    backend = active(first.device.type)
-    if backend == "torch":
-        return "the kernels are off (danceopd kernels says why)"
-    if backend == "op":
-        return ""
-    if first.shape[-1] not in HEAD_DIMS:
-        return f"head dim {first.shape[-1]} (the kernel takes {', '.join(map(str, HEAD_DIMS))})"
-    if backend == "cuda" and first.dtype == torch.float32:
-        return "takes bf16 and fp16 only"
-    if any(t.stride(2) != t.shape[3] for t in tensors if t.shape[2] > 1):
-        return "heads are not next to each other in memory"
-    return _unsupported(backend, tensors, mixed or [])
-
-
 def _unsupported(backend: str, tensors: list[Tensor], mixed: list[Tensor]) -> str:
     first = tensors[0]
     if first.dtype not in DTYPES:
@@ -201,7 +181,7 @@ def _unsupported(backend: str, tensors: list[Tensor], mixed: list[Tensor]) -> st
 def _misaligned(tensor: Tensor) -> bool:
     """Whether a tensor starts off a multiple of 16 bytes.
 
-    False under a trace, which cannot tell; the CUDA launcher copies such a tensor (`launch._aligned`).
+    False under a trace, which cannot tell; the CUDA launcher copies such a tensor (`launch._aligned_copy`).
     """
     return not torch.compiler.is_compiling() and tensor.storage_offset() * tensor.element_size() % 16 != 0
 

@@ -19,13 +19,11 @@ from torch import Tensor
 class Unpadded(NamedTuple):
     """The T visible tokens of a padded batch, row after row.
 
-    `cu_seqlens` `(B + 1,)` int32: where each row's tokens begin among the T. `tokens` `(T,)` int32: each token's
-    position in its own row. `indices` `(T,)` int64: its position in the flattened batch. `max_seqlen`: tokens of the
-    longest row.
+    `cu_seqlens` `(B + 1,)` int32: where each row's tokens begin among the T. `indices` `(T,)` int64: each token's
+    position in the flattened batch. `max_seqlen`: tokens of the longest row.
     """
 
     cu_seqlens: Tensor
-    tokens: Tensor
     indices: Tensor
     max_seqlen: int
 
@@ -94,7 +92,7 @@ def _unpad(mask: Tensor) -> Unpadded | None:
         return None
     indices = mask.flatten().nonzero()[:, 0]
     cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-    return Unpadded(cu_seqlens, (indices % mask.shape[1]).int(), indices, longest)
+    return Unpadded(cu_seqlens, indices, longest)
 
 
 def extend(mask: Tensor, tokens: int) -> Tensor:

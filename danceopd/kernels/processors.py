@@ -34,7 +34,6 @@ from danceopd.kernels.attention_backends import AttentionCall, CachedKV, joined_
 from danceopd.kernels.functional import joint_qkv, parallel_qkv, swiglu_concat
 from danceopd.kernels.inputs import Stream, rope_table
 from danceopd.kernels.masks import all_true, extend
-from danceopd.kernels.prologue import joint_attention
 
 NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
@@ -99,9 +98,6 @@ class FusedProcessor:
             names = ("add_q_proj", "add_k_proj", "add_v_proj"), "to_added_qkv", ("norm_added_q", "norm_added_k")
             text = _stream(attn, context, *names, text_rope)
         fixed: dict[str, Any] = {"eps": self.eps, "round_first": self.round_first, "text_first": self.text_first}
-        if self.selects_backend:
-            out = joint_attention(image, text, mask, source, head_dim=head_dim(attn), **fixed)
-            return out.flatten(2, 3).to(image.q.dtype)
         return self.run_attention(*joint_qkv(image, text, head_dim=head_dim(attn), **fixed), mask, source)
 
 

@@ -12,12 +12,14 @@ import torch
 from kernel_cases import draw
 from tiny_transformers import build, forward
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from danceopd.cli.kernels import describe
 from danceopd.kernels import attention, attention_backends, backend, installed, masks
 from danceopd.kernels.attention import attend
 from danceopd.kernels.attention_backends import AttentionCall, CachedKV
 
+KEY = "dense 2x64x2x8 float32 no gradient"
 HOLED = torch.tensor([[True, True, True], [True, False, False]])  # over the first three of seven tokens
 
 
@@ -107,8 +109,7 @@ def test_one_graph_under_compile():
 def test_a_backend_set_in_diffusers_goes_first(monkeypatch):
     """By module and by context manager."""
     model, inputs = build("flux2")
-    for where in ("processors", "prologue"):
-        monkeypatch.setattr(f"danceopd.kernels.{where}.attend", lambda *a: pytest.fail("the user chose another"))
+    monkeypatch.setattr("danceopd.kernels.processors.attend", lambda *a: pytest.fail("the user chose another"))
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
     from diffusers.models.attention_dispatch import attention_backend
 
@@ -130,9 +131,7 @@ def test_rows_are_the_visible_tokens(mask):
     whole = masks.extend(mask, 7)
     assert rows.cu_seqlens.tolist() == [0, *whole.sum(1).cumsum(0).tolist()]
     assert rows.max_seqlen == int(whole.sum(1).max())
-    visible = [(row, token) for row in range(2) for token in range(7) if whole[row, token]]
-    assert rows.tokens.tolist() == [token for _, token in visible]
-    assert rows.indices.tolist() == [7 * row + token for row, token in visible]
+    assert rows.indices.tolist() == [7 * row + token for row in range(2) for token in range(7) if whole[row, token]]
     assert masks.unpad(mask, 7) is rows
     mask[0, 0] = ~mask[0, 0]  # in place: it is read again
     assert masks.unpad(mask, 7) is not rows
@@ -211,6 +210,27 @@ def test_the_fastest_backend_that_agrees_is_chosen(race, gradient):
     assert one.q.grad is None
 
 
+def test_measuring_inside_a_checkpointed_block(race, monkeypatch):
+    """The recompute of the block measures again, or not at all; the gradient is the plain one."""
+    race(a=(0.5, attention_backends.sdpa))
+    monkeypatch.setattr(attention, "uses_plain_sdpa", lambda call: False)  # as on a CUDA device
+    leaves = [x.requires_grad_() for x in qkv()]
+    plain = torch.autograd.grad(stock(*leaves).square().sum(), leaves)
+    for _ in range(2):  # measured; known
+        out = checkpoint(attend, *leaves, use_reentrant=False)
+        assert all(map(torch.allclose, torch.autograd.grad(out.square().sum(), leaves), plain))
+    assert attention._chosen["dense 2x64x2x8 float32 with gradient"].backend == "a"
+
+
+def test_a_backend_that_ran_out_of_memory_is_measured_again_by_the_next_process(race, tmp_path):
+    def greedy(call):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    race(a=(0.5, greedy))
+    assert attention._select(call()) == "sdpa" and "CUDA out of memory" in attention.choices()[KEY].reason
+    assert not list(tmp_path.rglob("cores-*.json"))
+
+
 def test_hidden_rows_are_not_compared(race):
     def zeros_there(call):
         return attention_backends.sdpa(call) * masks.extend(HOLED, 7)[:, :, None, None]
@@ -239,10 +259,10 @@ def test_measured_once_and_kept(race, tmp_path, monkeypatch):
     assert attention._select(call()) == "a"
     (file,) = tmp_path.rglob("cores-*.json")
     assert set(json.loads(file.read_text())) == {
-        "dense 2x64x2x8 float32 no gradient",
+        KEY,
         "dense 2x128x2x8 float32 no gradient",
     }
-    assert attention.choices()["dense 2x64x2x8 float32 no gradient"].backend == "a"
+    assert attention.choices()[KEY].backend == "a"
 
 
 def test_the_key_of_a_choice(fresh):

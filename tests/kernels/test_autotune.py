@@ -7,11 +7,13 @@ import shutil
 import stat
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from rollout_cases import CASES, NAMES, rollout_case
 from tinies import KLEIN
+from torch.nn.functional import scaled_dot_product_attention
 
 from danceopd.kernels import autotune, backend, uninstall
 from danceopd.kernels.autotune import (
@@ -87,6 +89,43 @@ def test_a_wrong_kernel_is_rejected(wrong, at_once, klein, monkeypatch):
     monkeypatch.setattr(row_ops, "add_norm", lambda *args: tuple(Scaled.apply(out) for out in norm(*args)))
     verdict = evaluate(build_model(autotune.model_spec(klein[0])), klein[1], torch.float32)
     assert not verdict.fused and f"the fused kernels are wrong here (their {wrong} is" in verdict.reason
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_chunks_of_attention_are_the_whole_and_keep_no_scores(masked, monkeypatch):
+    monkeypatch.setattr(autotune.ChunkedAttention, "ROWS", 5)
+    q, k, v = (torch.randn(2, 3, 14, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask = (torch.rand(2, 1, 1, 14) > 0.3) if masked else None
+    found, kept = [], []
+    for mode in (nullcontext(), autotune.ChunkedAttention()):
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x)
+        with mode, hooks:
+            kept.clear()
+            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.4)
+        found.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    assert all(map(torch.allclose, *found))
+    assert max(kept, default=0) <= q.numel()  # no 14 x 14 scores of 6 heads
+
+
+def test_the_exact_answer_of_a_trial_is_computed_in_chunks(klein, monkeypatch):
+    calls = []
+    chunks = autotune.ChunkedAttention.attention
+    spy = lambda self, **how: calls.append(how["query"].dtype) or chunks(self, **how)  # noqa: E731
+    monkeypatch.setattr(autotune.ChunkedAttention, "attention", spy)
+    monkeypatch.setattr(autotune, "_seconds", lambda model, calls, device: [[1.0, 0.5], [2.0, 1.0]])
+    assert evaluate(build_model(autotune.model_spec(klein[0])), klein[1], torch.float32).fused
+    assert calls and set(calls) == {torch.float64}
+
+
+def test_one_verdict_for_all_devices_of_a_kind(klein, monkeypatch, tmp_path):
+    monkeypatch.setenv("DANCEOPD_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    files = set()
+    for device in ("cuda:0", "cuda:1"):
+        spec = autotune.model_spec(klein[0]) | {"device": device}
+        monkeypatch.setattr(autotune, "model_spec", lambda transformer, spec=spec: dict(spec))
+        files.add(verdict_file(*klein))
+    assert len(files) == 1
 
 
 def test_what_is_not_faster_is_not_installed(klein, monkeypatch):

@@ -20,11 +20,7 @@ FORMS = {
     "qkv_prep": [{"DTYPE": t, "HEAD_DIM": d} for t in (1, 0, 2) for d in (128, 64, 96)],
     "add_norm": [{"DTYPE": t, "PER_THREAD": n} for t in (1, 0, 2) for n in (2, 1, 3, 4)],
     "swiglu": [{"DTYPE": t} for t in (1, 0, 2)],
-    "ragged_attention": [{"DTYPE": t, "HEAD_DIM": d} for t in (1, 2) for d in (128, 64, 96)],
-    "prepared_attention": [{"DTYPE": t, "HEAD_DIM": d} for t in (1, 2) for d in (128, 64, 96)],
 }
-ATTENTION = ("ragged_attention", "prepared_attention")
-REGISTERS = dict.fromkeys(ATTENTION, 255)  # two blocks of four warps; the others, 128
 with_nvcc = pytest.mark.skipif(build.nvcc() is None, reason="no nvcc here")
 
 
@@ -48,7 +44,7 @@ def test_kernels_compile_without_spills_or_local_memory(name, arch, tmp_path):
         frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
         assert frames == [("0", "0", "0")] * len(ENTRIES[name][1]), (defines, report)
         registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
-        assert len(registers) == len(frames) and max(registers) <= REGISTERS.get(name, 128), (defines, registers)
+        assert len(registers) == len(frames) and max(registers) <= 128, (defines, registers)
 
 
 def disassembler() -> str | None:
@@ -59,7 +55,7 @@ def disassembler() -> str | None:
 
 @with_nvcc
 @pytest.mark.skipif(disassembler() is None, reason="no cuobjdump here (Triton's package has one)")
-@pytest.mark.parametrize("name", [name for name in FORMS if name not in ATTENTION])  # see test_ragged_attention.py
+@pytest.mark.parametrize("name", FORMS)
 def test_rows_move_sixteen_bytes_at_a_time(name, tmp_path):
     """In the machine code: every load that bypasses L1, and every store of rows, is 128 bits wide."""
     cubin, _ = compiled(name, FORMS[name][0], "sm_90", tmp_path)

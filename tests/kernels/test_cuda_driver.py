@@ -83,11 +83,13 @@ def library(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0x7300000001))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(build, "cubin", lambda name, arch, defines: f"code of {name} for {arch}".encode())
+    made: list[bool] = []
+    code = lambda name, arch, *_, anew=False: made.append(anew) or f"code of {name} for {arch}".encode()  # noqa: E731
+    monkeypatch.setattr(build, "cubin", code)
     for cache in caches:
         cache.cache_clear()
     found = driver._library()
-    found.launched.restype = ctypes.POINTER(Launched)
+    found.launched.restype, found.made = ctypes.POINTER(Launched), made
     yield found
     for cache in caches:
         cache.cache_clear()
@@ -135,6 +137,7 @@ def test_an_error_of_the_driver_is_raised_with_its_text(library, monkeypatch):
     thread.start()
     thread.join()
     assert errors == ["loading swiglu: CUDA error 201, no context"]
+    assert library.made == [False, True]  # the kept code may be damaged: it was compiled again
 
 
 def test_a_forced_backend_that_cannot_be_built_raises(monkeypatch):

@@ -60,12 +60,9 @@ def test_a_whole_transformer_on_the_sources(emulator, name):
 def test_structs_of_python_and_of_the_sources_are_the_same():
     checks = ["#include <cstddef>", '#include "cuda.h"']
     for name, (struct, _) in ENTRIES.items():
-        if name == "prepared_attention":  # the same header as ragged_attention
-            continue
         checks.append(f'namespace of_{name} {{\n#include "{name}.cu"\n}}')
         kinds = {struct: getattr(launch, struct)}
         kinds |= {"Stream": launch.CStream} if name == "qkv_prep" else {}
-        kinds |= {"Stream": launch.AttendStream} if struct == "Attend" else {}
         for kind, python in kinds.items():
             checks.append(f'static_assert(sizeof(of_{name}::{kind}) == {ctypes.sizeof(python)}, "");')
             for field, *_ in python._fields_:

@@ -40,4 +40,4 @@ def test_a_failing_line_does_not_stop_the_others(tmp_path):
     others = "| add_norm", "| SwiGLU", "| Z-Image 64 px | no-gradient", "| z-image 64 px, 4", "| klein-4B, dense"
     for begin in others:
         assert any(line.startswith(begin) for line in lines), begin
-    assert count("| two captions, ") == 2 and not count("| flux2-klein")
+    assert not count("| flux2-klein")

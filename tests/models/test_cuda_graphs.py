@@ -19,7 +19,7 @@ from tiny import CALL, random_adapter, tiny_klein
 from danceopd.data.dataset import ConditionDataset
 from danceopd.engine.teachers import RoutedTeacher
 from danceopd.engine.trainer import STUDENT, Trainer
-from danceopd.kernels import attention, installed, using
+from danceopd.kernels import installed, using
 from danceopd.models import cuda_graphs
 from danceopd.models.backbone import Backbone
 from danceopd.models.cuda_graphs import (
@@ -210,8 +210,7 @@ def test_a_forward_that_waits_is_refused(monkeypatch, caplog):
     assert caplog.text.count("a rollout of qwen-image runs without a CUDA graph because its forward waits") == 1
 
 
-@pytest.mark.parametrize("ours", [False, True])
-def test_padding_masks_are_inputs_of_the_kernels(ours):
+def test_padding_masks_are_inputs_of_the_kernels():
     """A list of visible tokens is not baked into a graph: other lengths, same graph, right velocity."""
     one = rollout_case(*QWEN)
     field = CapturedField(MergedField(one.backbone, "student"), Tape(), min_calls=1)
@@ -219,11 +218,7 @@ def test_padding_masks_are_inputs_of_the_kernels(ours):
     with installed(one.backbone.transformer), using("op"):
         for words in (["a red", "a white ring"], ["a blue square", "a"]):
             condition = one.conditions(words=words)
-            if ours:
-                with attention.forced("ours"):
-                    out, expected = (f(x, sigma, condition) for f in (field, field.field))
-            else:
-                out, expected = (f(x, sigma, condition) for f in (field, field.field))
+            out, expected = (f(x, sigma, condition) for f in (field, field.field))
             assert (out - expected).abs().max() < 1e-5
     assert (field.graphs.count, field.graphs.replays) == (1, 1)
 

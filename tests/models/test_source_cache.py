@@ -17,7 +17,7 @@ import danceopd
 from danceopd.adapters.read import read_adapter
 from danceopd.engine.rollout import rollout
 from danceopd.errors import UserError
-from danceopd.kernels import attention, installed, processors, prologue, using
+from danceopd.kernels import attention, installed, processors, using
 from danceopd.kernels.processors import FusedFlux2ParallelKV, FusedFluxKV
 from danceopd.models.backbone import Backbone
 from danceopd.models.fields import AdapterField, BaseField, MergedField
@@ -94,8 +94,7 @@ def test_the_kernels_attend_to_a_cached_source(kv, monkeypatch):
         seen.append(source.k.shape[1])
         return attention.attend(q, k, v, mask, source)
 
-    for module in (processors, prologue):  # double blocks call it in prologue.py
-        monkeypatch.setattr(module, "attend", spy)
+    monkeypatch.setattr(processors, "attend", spy)
     with installed(pipe.transformer), using("op"):
         found = {type(m.processor) for m in pipe.transformer.modules() if hasattr(m, "processor")}
         assert found == {FusedFluxKV, FusedFlux2ParallelKV}

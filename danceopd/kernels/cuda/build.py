@@ -23,8 +23,7 @@ from danceopd.common.cache import cache_folder
 from danceopd.common.files import write_atomic
 
 SOURCES = Path(__file__).parent / "csrc"
-HEADERS = ("common.cuh", "ptx.cuh", "mma.cuh", "rows.cuh", "attend.cuh")
-KERNELS = ("qkv_prep", "add_norm", "swiglu", "ragged_attention", "prepared_attention")
+HEADERS = ("common.cuh", "ptx.cuh", "rows.cuh")
 OPTIONS = ("--std=c++17",)
 
 
@@ -32,14 +31,15 @@ class CannotBuild(RuntimeError):
     """There is no compiler, or it failed; the message says which and why."""
 
 
-def cubin(name: str, arch: str, defines: Mapping[str, int]) -> bytes:
-    """Machine code of `csrc/<name>.cu` for one architecture ("sm_90"), from the cache or made now.
+def cubin(name: str, arch: str, defines: Mapping[str, int], anew: bool = False) -> bytes:
+    """Machine code of `csrc/<name>.cu` for one architecture ("sm_90"), from the cache or made now (`anew`: always).
 
     CannotBuild when there is no compiler or it does not know the architecture.
     """
     kept = cache_folder() / "kernels" / f"{name}-{arch}-{digest(name, arch, defines)}.cubin"
     with suppress(OSError):
-        return kept.read_bytes()
+        if not anew:
+            return kept.read_bytes()
     flags = [f"-D{key}={value}" for key, value in sorted(defines.items())]
     code = compile_source(name, arch, flags)
     with suppress(OSError):  # no place for a cache: compile again next time
@@ -111,6 +111,10 @@ def _with_nvcc(program: str, name: str, arch: str, flags: list[str]) -> bytes:
 def nvrtc() -> ctypes.CDLL | None:
     """The NVRTC library of a CUDA build of torch, or of a CUDA toolkit; None if there is none."""
     for place in _nvrtc_places():
+        beside = Path(place).parent.glob("libnvrtc-builtins.so.*") if Path(place).is_absolute() else ()
+        for builtins in beside:  # which the library does not find by itself
+            with suppress(OSError):
+                ctypes.CDLL(str(builtins))
         with suppress(OSError):
             return ctypes.CDLL(place)
     return None

@@ -51,9 +51,9 @@ def _enter(device: int) -> None:
 @functools.cache
 def _module(device: int, name: str, defines: tuple[tuple[str, int], ...]) -> ctypes.c_void_p:
     major, minor = torch.cuda.get_device_capability(device)
-    code = build.cubin(name, f"sm_{major}{minor}", dict(defines))
-    module = ctypes.c_void_p()
-    _check(_library().cuModuleLoadData(ctypes.byref(module), code), f"loading {name}")
+    module, what = ctypes.c_void_p(), (name, f"sm_{major}{minor}", dict(defines))
+    if _library().cuModuleLoadData(ctypes.byref(module), build.cubin(*what)):  # the kept file may be damaged
+        _check(_library().cuModuleLoadData(ctypes.byref(module), build.cubin(*what, anew=True)), f"loading {name}")
     return module
 
 

@@ -7,14 +7,13 @@ wants them.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from danceopd.kernels.cuda import driver
-from danceopd.kernels.cuda.structs import AddNorm, Attend, AttendStream, CStream, Prep, Strides, Strides4, Swiglu
+from danceopd.kernels.cuda.structs import AddNorm, CStream, Prep, Strides, Strides4, Swiglu
 from danceopd.kernels.inputs import SplitStream, stream_offsets
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -267,76 +266,3 @@ def swiglu_backward(d_gate: Tensor, d_up: Tensor, grad: Tensor, gate: Tensor, up
     """See `reference.swiglu_backward`."""
     _run_swiglu("swiglu_backward", gate=gate, up=up, grad=_rows(grad), dgate=d_gate, dup=d_up)
 
-
-# Attention
-
-
-def _attend_stream(part: SplitStream, first: int, round_first: bool) -> AttendStream:
-    at = (*map(_strides, part[:3]), _rope_strides(part.cos))
-    return AttendStream(*map(_pointer, part), *at, part.q.shape[1], first, _flags(part.weight_q, round_first), 0)
-
-
-def _run_attend(
-    kernel: str,
-    out: Tensor,
-    argument: Attend,
-    cu_seqlens: Tensor | None,
-    tokens: Tensor | None,
-    source_k: Tensor | None,
-    source_v: Tensor | None,
-    max_seqlen: int,
-    scale: float,
-) -> None:
-    batch, length, heads, head_dim = out.shape
-    samples = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    source_k, source_v = _aligned_copy(source_k), _aligned_copy(source_v)
-    for name, tensor in (("source_k", source_k), ("source_v", source_v), ("out", out)):
-        setattr(argument, name, _pointer(tensor))
-        setattr(argument, f"{name}_at", _strides(tensor))
-    argument.cu_seqlens, argument.tokens = _pointer(cu_seqlens), _pointer(tokens)
-    argument.heads, argument.length, argument.source = heads, length, 0 if source_k is None else source_k.shape[1]
-    argument.scale = scale * math.log2(math.e)
-    grid = (-(-max_seqlen // 64), samples * heads)  # TILE of attend.cuh
-    defines = {"DTYPE": DTYPES[out.dtype], "HEAD_DIM": head_dim}
-    driver.launch(out, kernel, kernel, defines, grid, 128, argument)
-
-
-def ragged_attention(
-    out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    tokens: Tensor | None,
-    source_k: Tensor | None,
-    source_v: Tensor | None,
-    max_seqlen: int,
-    scale: float,
-) -> None:
-    """See `reference.ragged_attention`; `out` is dense."""
-    part = _aligned(SplitStream(q, k, v))
-    argument = Attend(image=_attend_stream(part, 0, False))
-    _run_attend("ragged_attention", out, argument, cu_seqlens, tokens, source_k, source_v, max_seqlen, scale)
-
-
-def prepared_attention(
-    out: Tensor,
-    image: SplitStream,
-    text: SplitStream | None,
-    cu_seqlens: Tensor | None,
-    tokens: Tensor | None,
-    source_k: Tensor | None,
-    source_v: Tensor | None,
-    max_seqlen: int,
-    eps: float,
-    round_first: bool,
-    text_first: bool,
-    scale: float,
-) -> None:
-    """See `reference.prepared_attention`; `out` is dense."""
-    image, text = _aligned(image), None if text is None else _aligned(text)
-    first, of_text = stream_offsets(image, text, text_first)
-    argument = Attend(image=_attend_stream(image, first, round_first), eps=eps)
-    if text is not None:
-        argument.text = _attend_stream(text, of_text, round_first)
-    _run_attend("prepared_attention", out, argument, cu_seqlens, tokens, source_k, source_v, max_seqlen, scale)

@@ -60,25 +60,3 @@ class Swiglu(Structure):
         ("width", c_int),
         ("passed_width", c_int),
     ]
-
-
-class AttendStream(Structure):
-    """A `SplitStream` with pointers and strides: `Stream` of attend.cuh."""
-    _fields_ = [
-        *((name, c_void_p) for name in "q k v weight_q weight_k cos sin".split()),
-        *((f"{name}_at", Strides) for name in "q k v rope".split()),
-        *((name, c_int) for name in "tokens first flags unused".split()),
-    ]
-
-
-class Attend(Structure):
-    """The argument of ragged_attention.cu and prepared_attention.cu."""
-    _fields_ = [
-        ("image", AttendStream),
-        ("text", AttendStream),
-        *((name, c_void_p) for name in "source_k source_v out cu_seqlens tokens".split()),
-        *((f"{name}_at", Strides) for name in "source_k source_v out".split()),
-        *((name, c_int) for name in "heads length source unused".split()),
-        ("scale", c_float),
-        ("eps", c_float),
-    ]

@@ -23,8 +23,6 @@ TRITON = {
     "add_norm_backward": "rows",
     "swiglu": "rows",
     "swiglu_backward": "rows",
-    "ragged_attention": "attention",
-    "prepared_attention": "prepared",
 }
 """In which file of `danceopd.kernels.triton` each kernel is."""
 

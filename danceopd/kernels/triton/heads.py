@@ -1,4 +1,4 @@
-"""RMSNorm and rotary embedding of one head's rows, in Triton: shared by `qkv.py` and the prologue in `prepared.py`."""
+"""RMSNorm and rotary embedding of one head's rows, in Triton, for `qkv.py`."""
 
 from __future__ import annotations
 

@@ -20,8 +20,6 @@ ENTRIES = {
     "qkv_prep": ("Prep", ("qkv_prep_forward", "qkv_prep_backward")),
     "add_norm": ("AddNorm", ("add_norm_forward", "add_norm_backward")),
     "swiglu": ("Swiglu", ("swiglu_forward", "swiglu_backward")),
-    "ragged_attention": ("Attend", ("ragged_attention",)),
-    "prepared_attention": ("Attend", ("prepared_attention",)),
 }
 LAUNCH = """
 extern "C" int launch_{entry}(int x, int y, int threads, const void* argument) {{

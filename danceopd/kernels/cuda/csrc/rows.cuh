@@ -1,5 +1,4 @@
-// RMSNorm and interleaved rotary embedding of one row of a head: what `qkv_prep` and the attention prologue share, so
-// that both round at the same places.
+// RMSNorm and interleaved rotary embedding of one row of a head, for `qkv_prep`.
 #pragma once
 #include "common.cuh"
 
