@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 import torch
@@ -21,6 +20,9 @@ from danceopd.adapters.svd import Factors, product_core, truncate_matrix, trunca
 from danceopd.common.messages import did_you_mean, few
 from danceopd.errors import UserError
 from danceopd.models.lora import Adapter
+
+LARGEST = 1e6
+"""Of weights and scales; fp32 holds what they make of a LoRA."""
 
 
 @dataclass(frozen=True)
@@ -115,16 +117,18 @@ def _check(
         raise UserError(
             f"{len(adapters)} adapters and {len(weights or ())} weights cannot be blended; give each its own weight"
         )
-    if weights is not None and (not all(isfinite(weight) for weight in weights) or not any(weights)):
-        raise UserError(f"blend weights {list(weights)} are not finite or all zero; give numbers, one of them not 0")
+    if weights is not None and (not all(abs(weight) <= LARGEST for weight in weights) or not any(weights)):
+        raise UserError(
+            f"blend weights {list(weights)} are all zero, or one is no number up to {LARGEST:g}; give weights about 1"
+        )
     if rank is not None and rank < 1:
         raise UserError(f"an adapter of rank {rank} cannot be blended into; give a rank of 1 or more")
     if how.adapters is not None and len(adapters) != how.adapters:
         raise UserError(f"{method} blends {how.adapters} adapters and here are {len(adapters)}; choose another method")
     if how.adapters is not None and weights is not None and (min(weights) < 0 or not sum(weights)):
         raise UserError(f"{method} goes from one adapter to the other; give two weights of 0 or more, not {weights}")
-    if not isfinite(scale) or scale == 0:
-        raise UserError(f"a blend of scale {scale:g} is none; give a number other than 0")
+    if not 0 < abs(scale) <= LARGEST:
+        raise UserError(f"a blend of scale {scale:g} is none; give a number other than 0 and up to {LARGEST:g}")
     if density is not None and how.density is None:
         raise UserError(f"{method} keeps every entry, so it takes no density; leave the density out")
     if density is not None and not 0 < density <= 1:

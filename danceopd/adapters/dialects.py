@@ -2,8 +2,8 @@
 
 A key is split into (layer, part). A layer's name becomes a module path in four tries: as it stands; with its dots
 restored (kohya flattens them to `_`); by the table of the original model's names; through the family's diffusers
-converter, one layer at a time, so that a layer the converter drops or invents is noticed. Alpha is folded into B before
-that, in fp32, so that no rounding affects it.
+converter, one layer at a time, so that a layer the converter drops or invents is noticed. LoKr and LoHa are written as
+the A and B that they equal. Alpha is folded into B before that, in fp32, so that no rounding affects it.
 """
 
 import logging
@@ -14,12 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import regex
 from torch import Tensor, nn
 
-from danceopd.adapters.original_names import ArchitectureNames
+from danceopd.adapters.original_names import ArchitectureNames, is_original
+from danceopd.adapters.svd import Factors, full_factors, hadamard_factors, kronecker_factors
+from danceopd.common.messages import few
 
 PREFIXES = (
-    "base_model.model.transformer.",
     "base_model.model.",
     "model.diffusion_model.",
     "diffusion_model.",
@@ -27,61 +29,114 @@ PREFIXES = (
     "lora_transformer_",
     "lora_unet_",
     "lycoris_",
+    "module.",  # DistributedDataParallel
 )
+_WRAPPERS = re.compile(r"(^|[._])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)[._]")
 TEXT_ENCODERS = re.compile(
     r"^(base_model\.model\.)?"
-    r"(text_encoder|text_model|conditioner|cond_stage|te\d?\.|lora_te|lora_prior_te)"
+    r"(text_encoder|text_model|conditioner|cond_stage|te\d?\.|lora_te|lora_prior_te|lycoris_text|clip_[lg]\.|t5xxl\.)"
 )
 _PART = re.compile(
     r"^(?P<layer>.+?)\."
-    r"(?:lora[._](?P<half>A|B|down|up)(?:\.(?!weight$)[^.]+)?\.weight|(?P<alpha>alpha))$"
+    r"(?:lora[._](?P<half>A|B|down|up)(?:\.(?!weight$).+?)?\.weight"
+    r"|(?P<alpha>alpha)"
+    r"|(?P<magnitude>lora_magnitude_vector|dora_scale|magnitude)(?:\.\w+)*"
+    r"|(?P<factor>lokr_w[12](?:_[ab])?|hada_w[12]_[ab])(?:\.\w+)*)$"
 )
+_XLABS = re.compile(r"^(?P<layer>.+\.processor\.\w+_lora\d?)\.(?P<half>down|up)\.weight$")
 _HALVES = {"A": "A", "down": "A", "B": "B", "up": "B"}
-_OWN_NAMES = (
-    "",
-    "transformer.",
-    "base_model.model.",
-    "base_model.model.transformer.",
-)  # prefixes of diffusers' module paths
-_ORIGINAL_NAMES = re.compile(r"(double|single)_blocks\.")  # of Black Forest Labs' own code
+_KINDS = {"magnitude": "DoRA", "lokr_": "LoKr", "hada_": "LoHa"}  # beginnings of parts
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass
 class Layer:
-    """One layer of a file under the file's name for it; `parts` are 'A' (r, in), 'B' (out, r), perhaps 'alpha'."""
+    """One layer of a file under the file's name for it.
+
+    `parts` are 'A' (r, in), 'B' (out, r), perhaps 'alpha' and DoRA's 'magnitude', or the factors of a LoKr or LoHa.
+    `rank` is what alpha is divided by; 0 where alpha does not count.
+    """
 
     name: str
     prefix: str
     parts: dict[str, Tensor] = field(default_factory=dict)
+    rank: int = 0
+
+    def compose(self) -> None:
+        """LoKr's Kronecker product and LoHa's Hadamard product as the A and B they equal; sets `rank`.
+
+        ValueError when the parts do not fit together.
+        """
+        parts, kinds = self.parts, {part[:4] for part in self.parts if part[:5] in ("lokr_", "hada_")}
+        if not kinds:
+            self.rank = parts["A"].shape[0]
+            return
+        if len(kinds) > 1 or "A" in parts:
+            raise ValueError("it is an adapter of two kinds at once")
+        (kind,) = kinds
+        first, second = (self._factors(f"{kind}_{half}") for half in ("w1", "w2"))
+        sizes = {f"{a.shape[1]} to {b.shape[0]}" for a, b in (first, second)}
+        if kind == "hada" and len(sizes) > 1:
+            raise ValueError(f"its halves map {few(sizes)}")
+        parts["A"], parts["B"] = (hadamard_factors if kind == "hada" else kronecker_factors)(first, second)
+
+    def _factors(self, stem: str) -> Factors:
+        """A (r, in), B (out, r) of one factor of a LoKr or LoHa, which is stored whole or as a product."""
+        whole, left, right = (self.parts.get(stem + end) for end in ("", "_a", "_b"))
+        given = [tensor for tensor in (whole, left, right) if tensor is not None]
+        if len(given) != (1 if whole is not None else 2) or any(t.ndim != 2 or 0 in t.shape for t in given):
+            raise ValueError(f"its {stem} is missing, or no matrix")
+        if whole is not None:
+            return full_factors(whole)
+        assert left is not None and right is not None
+        if left.shape[1] != right.shape[0]:
+            raise ValueError(f"its {stem}_a {tuple(left.shape)} and {stem}_b {tuple(right.shape)} do not multiply")
+        self.rank = right.shape[0]
+        return right, left
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """'x.to_q.lora_down.weight' -> ('x.to_q', 'A'); the parts are 'A', 'B', 'alpha'. None for other keys."""
-    match = _PART.match(key)
+    """'x.to_q.lora_down.weight' -> ('x.to_q', 'A'); parts are named as in `Layer`. None for other keys."""
+    match = _PART.match(key) or _XLABS.match(key)
     if match is None:
         return None
-    return match["layer"], "alpha" if match["alpha"] else _HALVES[match["half"]]
+    found = match.groupdict()
+    part = _HALVES.get(found["half"] or "") or found["factor"] or ("alpha" if found["alpha"] else "magnitude")
+    return match["layer"], part
+
+
+def adapter_kind(keys: Iterable[str]) -> str:
+    """What the keys of a file are: LoRA, DoRA, LoKr or LoHa."""
+    parts = {parts[1] for parts in map(split_key, keys) if parts}
+    return next((kind for mark, kind in _KINDS.items() if any(part.startswith(mark) for part in parts)), "LoRA")
 
 
 def split_prefix(layer: str) -> tuple[str, str]:
-    """'diffusion_model.double_blocks.0.x' -> ('diffusion_model.', 'double_blocks.0.x'); '' without one."""
-    prefix = next((prefix for prefix in PREFIXES if layer.startswith(prefix)), "")
-    return prefix, layer[len(prefix) :]
+    """'diffusion_model.double_blocks.0.x' -> ('diffusion_model.', 'double_blocks.0.x'); '' without one.
+
+    Several prefixes go together; the wrappers of torch.compile, FSDP and DDP are left out.
+    """
+    layer, prefix = _WRAPPERS.sub(r"\1", layer), ""
+    while found := next((known for known in PREFIXES if layer.startswith(known)), ""):
+        prefix, layer = prefix + found, layer[len(found) :]
+    return prefix, layer
 
 
 def dialect(keys: Iterable[str]) -> str:
     """The dialect of a file from its keys: 'diffusers', 'peft', 'comfyui', 'kohya', 'plain' or 'unknown'."""
     layer = next((parts[0] for parts in map(split_key, keys) if parts), None)
-    if layer is None:
-        return "unknown"
-    prefix = split_prefix(layer)[0]
-    if prefix.startswith("base_model."):
+    return "unknown" if layer is None else _dialect(split_prefix(layer)[0])
+
+
+def _dialect(prefix: str) -> str:
+    if "base_model." in prefix:
         return "peft"
-    if prefix.endswith("diffusion_model."):
+    if "diffusion_model." in prefix:
         return "comfyui"
-    return {"transformer.": "diffusers", "": "plain"}.get(prefix, "kohya")
+    if "lora_" in prefix or "lycoris_" in prefix:
+        return "kohya"
+    return "diffusers" if "transformer." in prefix else "plain"
 
 
 def linear_sizes(transformer: nn.Module) -> dict[str, tuple[int, int]]:
@@ -101,13 +156,12 @@ def fold_alpha(layer: Layer, config: Mapping[str, Any] | None) -> None:
 
     ValueError when alpha is not a positive number or the configuration contradicts the tensors.
     """
-    rank = layer.parts["A"].shape[0]
     if "alpha" in layer.parts:
-        scale = float(layer.parts["alpha"]) / rank
+        scale = float(layer.parts["alpha"]) / layer.rank if layer.rank else 1.0
     else:
-        scale = peft_scale(config, layer.name, rank) if config else 1.0
+        scale = peft_scale(config, layer.name, layer.rank) if config else 1.0
     if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"its alpha is {scale * rank:g}")
+        raise ValueError(f"its alpha is {scale * layer.rank:g}")
     if scale != 1.0:
         layer.parts["B"] = layer.parts["B"] * scale
 
@@ -115,18 +169,27 @@ def fold_alpha(layer: Layer, config: Mapping[str, Any] | None) -> None:
 def peft_scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
     """The factor that PEFT applies to B·A of this layer: alpha/r, or alpha/√r, with its rank and alpha patterns.
 
-    ValueError when the configuration names another rank than the tensors have.
+    `config` as `LoraHeader.peft` has checked it; `rank` 0: the tensors do not tell. ValueError when the configuration
+    names another rank than the tensors have, and for a pattern that takes too long to match.
     """
-    from peft.utils.other import get_pattern_key
-
-    ranks, alphas = dict(config.get("rank_pattern") or {}), dict(config.get("alpha_pattern") or {})
-    configured = ranks.get(get_pattern_key(list(ranks), layer), config.get("r"))
-    if configured is not None and int(configured) != rank:
+    configured = _by_pattern(config, "rank_pattern", layer, config.get("r"))
+    if rank and configured is not None and configured != rank:
         raise ValueError(f"its configuration says rank {configured} and its tensors say {rank}")
-    alpha = alphas.get(get_pattern_key(list(alphas), layer), config.get("lora_alpha"))
-    if alpha is None:
+    alpha, rank = _by_pattern(config, "alpha_pattern", layer, config.get("lora_alpha")), rank or configured
+    if alpha is None or not rank:
         return 1.0
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _by_pattern(config: Mapping[str, Any], key: str, layer: str, usual: Any) -> Any:
+    """The value of the first pattern that matches the layer's whole name or its end, as PEFT matches it."""
+    patterns = config.get(key) or {}
+    try:
+        # `regex` can stop, `re` cannot
+        found = (value for p, value in patterns.items() if regex.match(rf"(.*\.)?({p})$", layer, timeout=0.2))
+        return next(found, usual)
+    except TimeoutError:
+        raise ValueError(f"the {key} of its configuration takes too long to match") from None
 
 
 def pipeline_class(family: Any, transformer: nn.Module | None) -> type | None:
@@ -188,15 +251,14 @@ class Renamer:
     def __call__(self, layer: Layer) -> Pairs:
         """{module path: (A, B)}: one entry, three where a fused qkv is split, empty when nothing matches."""
         name, a, b = layer.name, layer.parts["A"], layer.parts["B"]
-        if self.sizes is None:
-            if layer.prefix in _OWN_NAMES and not _ORIGINAL_NAMES.match(name):
-                return {name: (a, b)}
-        elif name in self.sizes:
+        if self.sizes is None and _dialect(layer.prefix) in ("diffusers", "peft", "plain") and not is_original(name):
             return {name: (a, b)}
-        elif len(self.dotted.get(name, ())) == 1:
+        if self.sizes is not None and name in self.sizes:
+            return {name: (a, b)}
+        if len(self.dotted.get(name, ())) == 1:
             return {self.dotted[name][0]: (a, b)}
-        elif self.names is not None and (found := self.names.split(name, a, b, self.sizes)):
-            return found
+        if self.names is not None and self.names.modules(name):
+            return self.names.split(name, a, b, self.sizes)
         flat = name.replace(".", "_")
         for stem, down, up in (
             (f"diffusion_model.{name}", "lora_A", "lora_B"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from danceopd.adapters.load import ExportError, check_base
 from danceopd.adapters.original_names import ARCHITECTURES, ArchitectureNames, Pair, Sizes
 from danceopd.adapters.read import read_adapter
 from danceopd.adapters.svd import truncate_product
+from danceopd.adapters.write import check_range
 from danceopd.common.files import disk_errors, fsync_path, partial_path
 from danceopd.common.messages import did_you_mean, few
 from danceopd.common.shipped import portable, resolve
@@ -51,11 +52,14 @@ class ExportedFile:
     residual: float
     stock: bool | None
     note: str = ""  # why stock diffusers cannot
+    empty: bool = False  # B·A is zero everywhere
 
     @property
     def sentence(self) -> str:
         """One line: what was written, what it lost, and who has read it back."""
         lost = "exact" if self.residual < 1e-6 else f"{self.residual:.2%} of it lost to rank and dtype"
+        if self.empty:
+            lost = "empty: B·A is zero in every layer, so it changes nothing"
         readers = {
             True: "read back by danceopd and by stock diffusers",
             False: f"read back by danceopd; stock diffusers cannot ({self.note})",
@@ -71,12 +75,15 @@ def export_as(
     dtype: str = "fp32",
     base: str | os.PathLike | None = None,
     rank: int | None = None,
+    drop: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
 ) -> ExportedFile:
     """Write a student, or any LoRA, into the folder `output` in one of FORMATS.
 
     `student` is a run's folder, a LoRA, or a shipped name; `base` as for `load_student`, only its configuration is
     read. Where the tool has one Linear for q, k and v, their pairs are joined exactly and the ranks add up, unless
-    `rank` limits them: then the closest pair of that rank is written and `residual` says what that lost.
+    `rank` limits them: then the closest pair of that rank is written and `residual` says what that lost. `drop` and
+    `leave_out` as for `read_adapter`; `residual` is of what was read.
 
     UserError for a format that this architecture has no table for, and when the file exists already; ExportError when
     the written file reads back as something else.
@@ -88,7 +95,7 @@ def export_as(
         raise UserError(f"rank {rank} holds nothing; give 1 or more")
     header, where = check_base(Path(resolve(os.fspath(student), "student")), base)
     transformer = empty_transformer(where)
-    adapter = read_adapter(header.file, transformer)
+    adapter = read_adapter(header.file, transformer, drop=drop, leave_out=leave_out)
     name = Path(student).stem if Path(student).suffix == ".safetensors" else Path(student).resolve().name
     file = Path(output).expanduser() / {"diffusers": WEIGHTS, "peft": "adapter_model.safetensors"}.get(
         format, f"{name}.safetensors"
@@ -113,8 +120,8 @@ def write_as(
 ) -> ExportedFile:
     """Write an adapter of `transformer` (on the meta device, if you like) to `file`, checked before it takes its place.
 
-    `record` goes into the file's `danceopd` metadata. Raises as `export_as`; ValueError for an adapter that is empty,
-    or not finite in `dtype`.
+    `record` goes into the file's `danceopd` metadata. Raises as `export_as`; UserError for numbers beyond `dtype`,
+    ValueError for an adapter without layers, or not finite.
     """
     names, layers = ARCHITECTURES.get(type(transformer).__name__), dict(adapter.tensors)
     if not layers:
@@ -125,9 +132,8 @@ def write_as(
         layers = names.join(layers, sizes)
     if rank is not None:
         layers = {layer: truncate_product(a, b, rank)[0] for layer, (a, b) in layers.items()}
+    check_range(layers, dtype)
     layers = {layer: (_rounded(a, dtype), _rounded(b, dtype)) for layer, (a, b) in layers.items()}
-    if not all(half.isfinite().all() for pair in layers.values() for half in pair):
-        raise ValueError(f"the adapter holds NaN or infinite numbers in {dtype}")
     written = _adapter_of(layers, names if original else None, sizes)
     facts = dict(record or {}) | {"format": format, "modules": len(written), "sha256": written.sha256}
     trial = partial_path(file)
@@ -148,7 +154,8 @@ def write_as(
     finally:
         shutil.rmtree(trial, ignore_errors=True)
     largest = max(a.shape[0] for a, _ in layers.values())
-    return ExportedFile(file, len(layers), largest, distance(adapter, written), stock, note)
+    lost, empty = distance(adapter, written), not any(a.any() and b.any() for a, b in adapter.tensors.values())
+    return ExportedFile(file, len(layers), largest, lost, stock, note, empty)
 
 
 def _adapter_of(layers: Mapping[str, Pair], names: ArchitectureNames | None, sizes: Sizes) -> Adapter:
@@ -259,10 +266,27 @@ def _read_by_diffusers(
     if odd:
         return False, f"it makes {few(odd)} of it"
     found = Adapter({n.removeprefix("transformer."): (parts["A"], parts["B"]) for n, parts in halves.items()})
-    gap = distance(back, found)
-    if gap > 1e-5:
+    differ = [name for name in back.tensors.keys() | found.tensors.keys() if _gap(name, back, found) > 1e-5]
+    lacking = [name for name in differ if name not in found.tensors]
+    strange = [name for name in differ if name not in back.tensors]
+    if lacking or strange:
+        return False, f"it leaves out {few(lacking)}" if lacking else f"it makes {few(strange)} of it"
+    if differ and all(names.misread and names.is_exchanged(name, *_size(back, name)) for name in differ):
+        return False, f"it exchanges scale and shift of {few(differ)}"
+    if differ:
         raise ExportError(
-            f"stock diffusers reads another adapter from {file.name} than was written as {format} ({gap:.1%} apart); "
-            "report this with your diffusers version"
+            f"stock diffusers reads another adapter from {file.name} than was written as {format} "
+            f"({distance(back, found):.1%} apart); report this with your diffusers version"
         )
     return True, ""
+
+
+def _gap(name: str, *adapters: Adapter) -> float:
+    """`distance` of two adapters in one module."""
+    first, second = (Adapter({k: v for k, v in one.tensors.items() if k == name}) for one in adapters)
+    return distance(first, second)
+
+
+def _size(adapter: Adapter, name: str) -> tuple[int, int]:
+    a, b = adapter.tensors[name]
+    return a.shape[1], b.shape[0]

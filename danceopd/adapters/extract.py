@@ -1,26 +1,31 @@
 """`extract`: a base and a fine-tuned model go in, a LoRA of their difference comes out, with what that loses.
 
-Tensors are read one pair at a time, so no model is ever in memory. Each Linear's Δ = W_tuned − W_base is factored
-by a seeded randomised SVD with power iterations (arXiv 0909.4061); the residual ‖Δ − BA‖ / ‖Δ‖ is measured on the
-factors as they are written. What a LoRA cannot hold (norms, biases, embeddings, convolutions) is listed with its
-change, and counts in the total residual.
+Instead of a fine-tuned model, a LoRA, DoRA, LoKr or LoHa of the base may be given: a DoRA cannot be read without the
+base's weights, and the others may be wanted at a smaller rank. Tensors are read one pair at a time, so no model is ever
+in memory. Each Linear's Δ = W_tuned − W_base is factored by a seeded randomised SVD with power iterations (arXiv
+0909.4061); the residual ‖Δ − BA‖ / ‖Δ‖ is measured on the factors as they are written. What a LoRA cannot hold (norms,
+biases, embeddings, convolutions) is listed with its change, and counts in the total residual.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from danceopd.adapters.dialects import linear_sizes
+from danceopd.adapters.header import adapter_file, is_checkpoint
+from danceopd.adapters.read import read_dora
 from danceopd.adapters.svd import Factors, low_rank_factors
 from danceopd.adapters.write import write_adapter
-from danceopd.common.shipped import portable
+from danceopd.common.shipped import portable, resolve
 from danceopd.common.system import resolve_device
 from danceopd.errors import UserError
+from danceopd.models.base import file_sha256
 from danceopd.models.checkpoint import Checkpoint, check_same, open_checkpoint
 from danceopd.models.lora import Adapter
 
@@ -45,9 +50,33 @@ class Extraction:
     residual: float
 
 
+class AdaptedBase:
+    """A base with an adapter of it: what its Linears change by. `path` and `sha256` are the adapter's."""
+
+    def __init__(self, path: str | Path, base: Checkpoint, drop: Collection[str] = ()) -> None:
+        """`drop` as for `read_adapter`; UserError when the adapter is not one of this base."""
+        self.path = adapter_file(path)
+        self.sha256 = file_sha256(self.path)
+        self.adapter, self.magnitudes = read_dora(self.path, base.empty(), drop)
+
+    def change(self, module: str, old: Tensor) -> Tensor:
+        """W' − W of a module, where W is `old (out, in)`: B·A, or for a DoRA m (W + B·A) / ‖W + B·A‖ − W.
+
+        The norm is of each row, or of each column where m is (1, in) (arXiv 2402.09353).
+        """
+        if module not in self.adapter.tensors:
+            return torch.zeros_like(old)
+        delta = self.adapter.delta(module).to(old)
+        if module not in self.magnitudes:
+            return delta
+        magnitude = self.magnitudes[module].to(old)
+        new = old + delta
+        return magnitude / new.norm(dim=0 if magnitude.shape[0] == 1 else 1, keepdim=True) * new - old
+
+
 def difference(
     base: Checkpoint,
-    tuned: Checkpoint,
+    tuned: Checkpoint | AdaptedBase,
     rank: int = 64,
     energy: float | None = None,
     device: torch.device | str = "cpu",
@@ -67,20 +96,23 @@ def difference(
         raise UserError(f"the rank is {rank}; give 1 or more")
     if energy is not None and not 0 < energy <= 1:
         raise UserError(f"the energy is {energy:g}; give the share of the change to keep, above 0 and up to 1")
-    check_same(base, tuned)
-    linears = linear_sizes((base if base.config is not None else tuned).empty())
+    if isinstance(tuned, Checkpoint):
+        check_same(base, tuned)
+    linears = linear_sizes((tuned if base.config is None and isinstance(tuned, Checkpoint) else base).empty())
     total, done = sum(_count(shape) for shape in base.shapes.values()), 0
     factors: dict[str, Factors] = {}
     adapted, not_adapted = [], []
     lost = whole = 0.0
     for name, shape in base.shapes.items():
-        old = base.tensor(name).to(device, torch.float32)
-        delta = tuned.tensor(name).to(device, torch.float32) - old
+        old, module = base.tensor(name).to(device, torch.float32), name.removesuffix(".weight")
+        if isinstance(tuned, AdaptedBase):
+            delta = tuned.change(module, old)
+        else:
+            delta = tuned.tensor(name).to(device, torch.float32) - old
         size, before = float(delta.norm()), float(old.norm())
         if not isfinite(size):
             raise UserError(f"{name} of {tuned.path} or {base.path} holds NaN or infinity; use another checkpoint")
         change = size / before if before else float("inf")
-        module = name.removesuffix(".weight")
         if size and module in linears and module != name:
             a, b = (half.to(dtype).float() for half in low_rank_factors(delta, rank, energy, seed))
             gap = float(torch.addmm(delta, b, a, alpha=-1).norm())
@@ -108,18 +140,26 @@ def extract(
     device: str = "auto",
     dtype: torch.dtype = torch.float32,
     report: Callable[[int, int, str], None] | None = None,
+    drop: Collection[str] = (),
 ) -> tuple[Path, Extraction]:
     """Write the difference of two whole models as a LoRA into `output`; returns the file and what was lost.
 
-    Each model is a pipeline folder, a transformer folder, or a safetensors file (at least one of the two a folder).
-    The LoRA's metadata names its base. UserError as `difference`, when a LoRA can hold none of the difference, and when
-    `output` is not empty.
+    Each model is a pipeline folder, a transformer folder, or a safetensors file (at least one of the two a folder);
+    `finetuned` may be an adapter of the base (`drop` as for `read_adapter`). The LoRA's metadata names its base.
+    UserError as `difference`, when a LoRA can hold none of the difference, and when `output` is not empty.
     """
     output = Path(output).expanduser()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"output {output} exists and is not an empty folder; name another one with --output")
     single = Path(base).expanduser().is_file()  # then the other model says the architecture
-    if single:
+    place = Path(resolve(str(finetuned), "model", hub=True)).expanduser()
+    tuned: Checkpoint | AdaptedBase
+    if (place.is_file() or any(place.glob("*.safetensors"))) and not is_checkpoint(place):
+        if single:
+            raise UserError(f"{base} is a single file and {finetuned} an adapter; give the base's folder")
+        start = open_checkpoint(base)
+        tuned = AdaptedBase(place, start, drop)
+    elif single:
         tuned = open_checkpoint(finetuned)
         start = open_checkpoint(base, like=tuned)
     else:

@@ -1,16 +1,17 @@
-"""Tables of the original models' names for the Linears that diffusers renamed or split, one for each architecture.
+"""Tables of the original models' names for their Linears, one for each architecture; reading and exporting share them.
 
 ComfyUI, kohya and musubi keep the original names. Where diffusers has q, k and v apart, the original has one Linear
 that stacks their rows: `join` writes such a pair exactly (block-diagonal, so ranks add; or with the A they share),
-`split` reads it back and drops the columns that are zero for a part, which undoes the join. A layer that is in no
-table is not guessed: it stays unmatched, or is refused.
+`split` reads it back and drops the columns that are zero for a part, which undoes the join. Where a modulation gives
+shift and scale in the original and scale and shift in diffusers, both exchange the two halves of its rows. A layer
+that is in no table is not guessed: it stays unmatched, or is refused.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -21,6 +22,7 @@ from danceopd.errors import UserError
 
 Pair = tuple[Tensor, Tensor]  # A (r, in), B (out, r)
 Sizes = Mapping[str, tuple[int, int]]  # module path -> (in, out)
+Stacks = dict[str, tuple[str, ...]]  # original Linear -> diffusers modules, rows in this order; {}: block number
 Naming = Literal["original", "diffusers"]
 
 
@@ -32,7 +34,10 @@ class ArchitectureNames:
     pipelines: str  # a pattern for the beginning of its pipeline classes' names
     loader: str  # the mixin of diffusers.loaders whose converters `load_lora_weights` uses
     stock: tuple[str, ...]  # the formats that this loader reads
-    stacked: dict[str, tuple[str, ...]]  # original Linear -> diffusers modules, rows in this order; {}: block number
+    stacked: Stacks
+    aliases: Stacks = field(default_factory=dict)  # other names that are read, and never written
+    exchanged: tuple[str, ...] = ()  # diffusers modules with (scale, shift) where the original has (shift, scale)
+    misread: bool = False  # stock's LoRA loader forgets to exchange them
     comfyui: Naming = "original"
     kohya: Naming = "original"
     halves: tuple[str, str] = ("lora_A", "lora_B")  # in the comfyui format
@@ -54,6 +59,13 @@ class ArchitectureNames:
                 return tuple(template.format(*match.groups()) for template in templates)
         return ()
 
+    def is_exchanged(self, module: str, into: int, out: int) -> bool:
+        """Whether a diffusers module of this size has the halves of its rows in the other order than the original.
+
+        A modulation with gates (more than two parts) has the same order in both.
+        """
+        return out == 2 * into and any(pattern.fullmatch(module) for pattern in self._exchanged)
+
     def has(self, layer: str) -> bool:
         """Whether a layer of a block has this diffusers or original name, with dots or flattened to `_`."""
         return any(pattern.fullmatch(layer) for pattern in self._any)
@@ -69,34 +81,54 @@ class ArchitectureNames:
             if original is None:
                 raise UserError(
                     f"{module} has no name in the original layout of {self.transformer} that danceopd knows; export "
-                    "it as diffusers or peft, or leave that module out"
+                    f"it as diffusers or peft, or leave it out (--leave-out {module})"
                 )
             groups[original] = self.modules(original)
         return {
-            original: tensors[parts[0]] if len(parts) == 1 else _stack(parts, tensors, sizes)
+            original: self._reordered(parts[0], tensors[parts[0]]) if len(parts) == 1 else _stack(parts, tensors, sizes)
             for original, parts in groups.items()
         }
 
-    def split(self, original: str, a: Tensor, b: Tensor, sizes: Sizes) -> dict[str, Pair]:
-        """An original Linear's A and B -> diffusers modules; {} when the name is unknown or the rows do not add up."""
+    def split(self, original: str, a: Tensor, b: Tensor, sizes: Sizes | None) -> dict[str, Pair]:
+        """An original Linear's A and B -> diffusers modules; {} when the model lacks one, or the rows do not add up.
+
+        Without `sizes` each part but the last is square. Rows for another size of the model are split in proportion.
+        """
         parts = self.modules(original)
-        if not parts or any(part not in sizes for part in parts):
+        if not parts or (sizes is not None and any(part not in sizes for part in parts)):
             return {}
         if len(parts) == 1:
-            return {parts[0]: (a, b)}
-        if sum(sizes[part][1] for part in parts) != b.shape[0]:
+            return {parts[0]: self._reordered(parts[0], (a, b))}
+        if sizes is None:
+            heights = [a.shape[1]] * (len(parts) - 1)
+            heights.append(b.shape[0] - sum(heights))
+        else:
+            whole = sum(sizes[part][1] for part in parts)
+            heights = [sizes[part][1] * b.shape[0] // whole for part in parts]
+        if min(heights) < 1 or sum(heights) != b.shape[0]:
             return {}
+        pieces = dict(zip(parts, b.split(heights), strict=True))
+        if b.is_meta:  # shapes only
+            return {part: (a, rows) for part, rows in pieces.items()}
         found = {}
-        for part, rows in zip(parts, b.split([sizes[part][1] for part in parts]), strict=True):
+        for part, rows in pieces.items():
             used = rows.ne(0).any(dim=0)
             if used.any():
                 found[part] = (a, rows.contiguous()) if used.all() else (a[used], rows[:, used])
-        return found or {part: (a, rows) for part, rows in zip(parts, b.split([sizes[p][1] for p in parts]))}
+        return found or {part: (a, rows) for part, rows in pieces.items()}
+
+    def _reordered(self, module: str, pair: Pair) -> Pair:
+        a, b = pair
+        return (a, torch.cat(b.chunk(2)[::-1])) if self.is_exchanged(module, a.shape[1], b.shape[0]) else pair
+
+    def is_own(self, layer: str) -> bool:
+        """Whether diffusers itself has a layer of this name."""
+        return self.originals(layer) is not None or any(_pattern(same).fullmatch(layer) for same in self.unchanged)
 
     @cached_property
     def _any(self) -> list[re.Pattern]:
         parts = [part for stack in self.stacked.values() for part in stack]
-        return [_pattern(template, flat=True) for template in (*self.stacked, *parts, *self.unchanged)]
+        return [_pattern(template, flat=True) for template in (*self.stacked, *self.aliases, *parts, *self.unchanged)]
 
     @cached_property
     def _of_modules(self) -> list[tuple[re.Pattern, str]]:
@@ -104,7 +136,11 @@ class ArchitectureNames:
 
     @cached_property
     def _of_originals(self) -> list[tuple[re.Pattern, tuple[str, ...]]]:
-        return [(_pattern(template, flat=True), parts) for template, parts in self.stacked.items()]
+        return [(_pattern(template, flat=True), parts) for template, parts in (self.stacked | self.aliases).items()]
+
+    @cached_property
+    def _exchanged(self) -> list[re.Pattern]:
+        return [_pattern(template) for template in self.exchanged]
 
 
 def _pattern(template: str, flat: bool = False) -> re.Pattern:
@@ -132,7 +168,7 @@ def _stack(parts: tuple[str, ...], tensors: Mapping[str, Pair], sizes: Sizes) ->
     return torch.cat(downs), up
 
 
-def _double(mlp: tuple[str, str]) -> dict[str, tuple[str, ...]]:
+def _double(mlp: tuple[str, str]) -> Stacks:
     """The double-stream blocks of both FLUX generations."""
     block, found = "transformer_blocks.{}.", {}
     for stream, parts, out, ff in (
@@ -146,8 +182,26 @@ def _double(mlp: tuple[str, str]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _joint() -> dict[str, tuple[str, ...]]:
-    """The blocks of SD3 and SD3.5."""
+def _embedders(**renamed: str) -> Stacks:
+    """Original embedders of two Linears (such as time_in, with their stem in diffusers), as both FLUX have them."""
+    return {
+        f"{original}.{layer}": (f"{stem}.linear_{number}",)
+        for original, stem in renamed.items()
+        for number, layer in ((1, "in_layer"), (2, "out_layer"))
+    }
+
+
+_ENDS: Stacks = {
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
+"""The first and last Linears of both FLUX generations."""
+
+
+def _joint() -> Stacks:
+    """SD3 and SD3.5."""
     block, found = "transformer_blocks.{}.", {}
     for stream, attention, parts, out in (
         ("x_block", "attn", ("attn.to_q", "attn.to_k", "attn.to_v"), "attn.to_out.0"),
@@ -160,19 +214,51 @@ def _joint() -> dict[str, tuple[str, ...]]:
         found[f"joint_blocks.{{}}.{stream}.mlp.fc1"] = (f"{block}{ff}.net.0.proj",)
         found[f"joint_blocks.{{}}.{stream}.mlp.fc2"] = (f"{block}{ff}.net.2",)
     found["joint_blocks.{}.x_block.adaLN_modulation.1"] = (f"{block}norm1.linear",)
-    return found
+    found["joint_blocks.{}.context_block.adaLN_modulation.1"] = (f"{block}norm1_context.linear",)
+    for original, stem in (("t_embedder", "timestep_embedder"), ("y_embedder", "text_embedder")):
+        found[f"{original}.mlp.0"] = (f"time_text_embed.{stem}.linear_1",)
+        found[f"{original}.mlp.2"] = (f"time_text_embed.{stem}.linear_2",)
+    same: Stacks = {"context_embedder": ("context_embedder",)}
+    return found | same | {original: parts for original, parts in _ENDS.items() if original.startswith("final_layer")}
 
 
-def _nextdit() -> dict[str, tuple[str, ...]]:
-    """The blocks of Z-Image."""
-    found: dict[str, tuple[str, ...]] = {}
-    for stem in ("layers", "noise_refiner", "context_refiner"):
+def _nextdit() -> Stacks:
+    """Z-Image; its tables of first and last layers have one entry, for patches of 2 x 2 pixels and one frame."""
+    found: Stacks = {
+        "x_embedder": ("all_x_embedder.2-1",),
+        "final_layer.linear": ("all_final_layer.2-1.linear",),
+        "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
+    }
+    found |= {same: (same,) for same in ("cap_embedder.1", "siglip_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2")}
+    for stem in ("layers", "noise_refiner", "context_refiner", "siglip_refiner"):
         block = f"{stem}.{{}}."
         found[f"{block}attention.qkv"] = tuple(f"{block}attention.to_{part}" for part in "qkv")
         found[f"{block}attention.out"] = (f"{block}attention.to_out.0",)
         for same in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0"):
             found[f"{block}{same}"] = (f"{block}{same}",)
     return found
+
+
+def _fused(*attentions: str) -> Stacks:
+    """The Linears that diffusers' `fuse_qkv_projections` makes of attentions such as `transformer_blocks.{}.attn`."""
+    found: Stacks = {}
+    for attn in attentions:
+        found[f"{attn}.to_qkv"] = tuple(f"{attn}.to_{part}" for part in "qkv")
+        found[f"{attn}.to_added_qkv"] = tuple(f"{attn}.add_{part}_proj" for part in "qkv")
+    return found
+
+
+def _xlabs() -> Stacks:
+    """XLabs' names of FLUX.1's attention layers."""
+    block, single = "transformer_blocks.{}.attn.", "single_transformer_blocks.{}."
+    return {
+        "double_blocks.{}.processor.qkv_lora1": tuple(f"{block}to_{part}" for part in "qkv"),
+        "double_blocks.{}.processor.qkv_lora2": tuple(f"{block}add_{part}_proj" for part in "qkv"),
+        "double_blocks.{}.processor.proj_lora1": (f"{block}to_out.0",),
+        "double_blocks.{}.processor.proj_lora2": (f"{block}to_add_out",),
+        "single_blocks.{}.processor.qkv_lora": tuple(f"{single}attn.to_{part}" for part in "qkv"),
+        "single_blocks.{}.processor.proj_lora": (f"{single}proj_out",),
+    }
 
 
 _SINGLE = "single_transformer_blocks.{}."
@@ -188,7 +274,18 @@ ARCHITECTURES: dict[str, ArchitectureNames] = {
             | {
                 "single_blocks.{}.linear1": (f"{_SINGLE}attn.to_qkv_mlp_proj",),
                 "single_blocks.{}.linear2": (f"{_SINGLE}attn.to_out",),
+            }
+            | _ENDS
+            | _embedders(
+                time_in="time_guidance_embed.timestep_embedder", guidance_in="time_guidance_embed.guidance_embedder"
+            )
+            | {
+                f"{stem}_stream_modulation{stream}.lin": (f"{stem}_stream_modulation{stream}.linear",)
+                for stem, stream in (("double", "_img"), ("double", "_txt"), ("single", ""))
             },
+            aliases=_fused("transformer_blocks.{}.attn"),
+            exchanged=("norm_out.linear",),
+            misread=True,  # also in its LoKr converter; the converter of whole checkpoints is right
         ),
         ArchitectureNames(
             "FluxTransformer2DModel",
@@ -205,7 +302,15 @@ ARCHITECTURES: dict[str, ArchitectureNames] = {
                 ),
                 "single_blocks.{}.linear2": (f"{_SINGLE}proj_out",),
                 "single_blocks.{}.modulation.lin": (f"{_SINGLE}norm.linear",),
-            },
+            }
+            | _ENDS
+            | _embedders(
+                time_in="time_text_embed.timestep_embedder",
+                guidance_in="time_text_embed.guidance_embedder",
+                vector_in="time_text_embed.text_embedder",
+            ),
+            aliases=_fused("transformer_blocks.{}.attn", f"{_SINGLE}attn") | _xlabs(),
+            exchanged=("norm_out.linear",),
             halves=("lora_down", "lora_up"),
         ),
         ArchitectureNames(
@@ -214,16 +319,25 @@ ARCHITECTURES: dict[str, ArchitectureNames] = {
             "QwenImageLoraLoaderMixin",
             ("diffusers", "comfyui", "kohya"),
             {},
+            aliases=_fused("transformer_blocks.{}.attn"),
             comfyui="diffusers",
             kohya="diffusers",
-            unchanged=tuple(
-                f"transformer_blocks.{{}}.{part}"
-                for part in (
-                    *(f"attn.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")),
-                    *(f"attn.add_{part}_proj" for part in "qkv"),
-                    *(f"{stream}_{part}" for stream in ("img", "txt") for part in ("mlp.net.0.proj", "mlp.net.2")),
-                    *(f"{stream}_mod.1" for stream in ("img", "txt")),
-                )
+            unchanged=(
+                "img_in",
+                "txt_in",
+                "time_text_embed.timestep_embedder.linear_1",
+                "time_text_embed.timestep_embedder.linear_2",
+                "norm_out.linear",
+                "proj_out",
+                *(
+                    f"transformer_blocks.{{}}.{part}"
+                    for part in (
+                        *(f"attn.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")),
+                        *(f"attn.add_{part}_proj" for part in "qkv"),
+                        *(f"{stream}_{part}" for stream in ("img", "txt") for part in ("mlp.net.0.proj", "mlp.net.2")),
+                        *(f"{stream}_mod.1" for stream in ("img", "txt")),
+                    )
+                ),
             ),
         ),
         ArchitectureNames(
@@ -232,9 +346,24 @@ ARCHITECTURES: dict[str, ArchitectureNames] = {
             "ZImageLoraLoaderMixin",
             ("diffusers", "comfyui", "kohya"),
             _nextdit(),
+            aliases=_fused("layers.{}.attention", "noise_refiner.{}.attention", "context_refiner.{}.attention"),
             comfyui="diffusers",
         ),
-        ArchitectureNames("SD3Transformer2DModel", "StableDiffusion3", "SD3LoraLoaderMixin", ("diffusers",), _joint()),
+        ArchitectureNames(
+            "SD3Transformer2DModel",
+            "StableDiffusion3",
+            "SD3LoraLoaderMixin",
+            ("diffusers",),
+            _joint(),
+            aliases=_fused("transformer_blocks.{}.attn", "transformer_blocks.{}.attn2"),
+            exchanged=("norm_out.linear", "transformer_blocks.{}.norm1_context.linear"),
+        ),
     )
 }
 """Names by the diffusers class of the transformer."""
+
+
+def is_original(layer: str) -> bool:
+    """Whether a layer's name is an original one in some architecture and diffusers' in none."""
+    known = [names for names in ARCHITECTURES.values() if names.has(layer)]
+    return bool(known) and not any(names.is_own(layer) for names in known)

@@ -1,6 +1,7 @@
-"""Low-rank approximation: a dense weight change or a product B·A goes in, the closest B·A of a rank comes out.
+"""Low-rank factors: a dense weight change or a product B·A goes in, the closest B·A of a rank comes out.
 
-Singular values are shared evenly between A and B. All norms are Frobenius norms.
+Singular values are shared evenly between A and B. All norms are Frobenius norms. Kronecker and Hadamard products of
+factors are factors again, exactly.
 """
 
 from __future__ import annotations
@@ -14,6 +15,26 @@ EXACT_SIDE = 512
 """A matrix whose shorter side is no longer than this, or than 2 · (rank + OVERSAMPLING), gets the exact SVD."""
 OVERSAMPLING, POWER_ITERATIONS = 16, 3
 """Columns beyond the rank, and power iterations, of the randomised SVD."""
+
+
+def full_factors(matrix: Tensor) -> Factors:
+    """A, B with B·A = `matrix (out, in)` exactly: one is the identity of the shorter side."""
+    out, into = matrix.shape
+    side = torch.eye(min(out, into), dtype=matrix.dtype, device=matrix.device)
+    return (matrix, side) if out <= into else (side, matrix)
+
+
+def kronecker_factors(first: Factors, second: Factors) -> Factors:
+    """A, B with B·A = (B1·A1) ⊗ (B2·A2): ranks multiply. LoKr (arXiv 2309.14859)."""
+    return torch.kron(first[0], second[0]), torch.kron(first[1], second[1])
+
+
+def hadamard_factors(first: Factors, second: Factors) -> Factors:
+    """A, B with B·A = (B1·A1) ∘ (B2·A2): ranks multiply, up to the shorter side. LoHa (arXiv 2108.06098)."""
+    (a1, b1), (a2, b2) = first, second
+    if a1.shape[0] * a2.shape[0] >= min(a1.shape[1], b1.shape[0]):
+        return full_factors((b1 @ a1) * (b2 @ a2))
+    return (a1[:, None] * a2).flatten(0, 1), (b1[:, :, None] * b2[:, None]).flatten(1)
 
 
 def truncated_svd(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

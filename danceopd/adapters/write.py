@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 
 import torch
 
 from danceopd.adapters.header import METADATA_KEY, WEIGHTS
 from danceopd.common.files import disk_errors, write_atomic
+from danceopd.errors import UserError
 from danceopd.models.lora import Adapter
 
 
@@ -26,8 +28,8 @@ def write_adapter(
     entry, `danceopd`: one, because safetensors writes several in random order, and equal adapters must give equal
     bytes. Loading needs no metadata. The file appears whole or not at all; an old one stays until then.
 
-    UserError when the disk is full or the folder cannot be written, ValueError for an adapter that is empty or not
-    finite in `dtype`.
+    UserError when the disk is full, the folder cannot be written, or `dtype` cannot hold the numbers; ValueError for an
+    adapter that is empty or not finite.
     """
     from safetensors.torch import save
 
@@ -36,8 +38,7 @@ def write_adapter(
     if not all(isinstance(text, str) for item in (metadata or {}).items() for text in item):
         raise ValueError("metadata holds strings only")
     rounded = adapter.to("cpu", dtype)
-    if not all(tensor.isfinite().all() for pair in rounded.tensors.values() for tensor in pair):
-        raise ValueError(f"the adapter holds NaN or infinite numbers in {dtype}")
+    check_range(adapter.tensors, dtype)
     tensors = {
         f"transformer.{name}.lora_{half}.weight": tensor.to(dtype).contiguous()
         for name, pair in rounded.tensors.items()
@@ -50,3 +51,15 @@ def write_adapter(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
     return path
+
+
+def check_range(tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype) -> None:
+    """UserError for numbers that are finite and beyond `dtype`; ValueError for those that are not finite at all."""
+    largest = max(float(half.abs().max()) for pair in tensors.values() for half in pair)
+    if not isfinite(largest):
+        raise ValueError("the adapter holds NaN or infinite numbers")
+    if not torch.tensor(largest, dtype=torch.float64).to(dtype).isfinite():
+        raise UserError(
+            f"the LoRA holds numbers up to {largest:.3g} and {str(dtype).removeprefix('torch.')} ends at "
+            f"{torch.finfo(dtype).max:.3g}; write it as bf16 or fp32"
+        )

@@ -62,6 +62,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Same seed, same machine: the sam
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for what is made.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda; default: auto, a GPU where there is one.")]
 Base = Annotated[str | None, typer.Option(help="Base model: a folder, or owner/name on the hub; default: the LoRA's.")]
+Drop = Annotated[list[str] | None, typer.Option(help="A part of the file not to read: text-encoder.")]
 TEACHER = '{} teacher: a LoRA, a whole model, a shipped name, or "base".'
 MergeBase = Annotated[
     str | None, typer.Option(help="Base model: a folder, or owner/name on the hub; default: the shipped one.")
@@ -188,7 +189,9 @@ def teach(
 @app.command()
 def extract(
     base: Annotated[str, typer.Argument(help="The base: a pipeline or transformer folder, or a safetensors file.")],
-    finetuned: Annotated[str, typer.Argument(help="A whole model that was trained from it, in the same forms.")],
+    finetuned: Annotated[
+        str, typer.Argument(help="A whole model trained from it, in the same forms; or a LoRA, DoRA, LoKr or LoHa.")
+    ],
     rank: Annotated[int, typer.Option("--rank", "-r", help="Rank of the LoRA; with --energy, the largest.")] = 64,
     output: Output = Path("extracted"),
     energy: Annotated[
@@ -196,11 +199,12 @@ def extract(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="What the LoRA is stored in: fp32, bf16 or fp16.")] = "fp32",
+    drop: Drop = None,
 ) -> None:
-    """Turn a fine-tuned model into a LoRA of its base, and say what each layer lost."""
+    """Turn a fine-tuned model, or an adapter of another kind, into a LoRA of its base; say what each layer lost."""
     from danceopd.cli.extract import run, show, summary
 
-    file, found = run(base, finetuned, output, rank, energy, device, dtype)
+    file, found = run(base, finetuned, output, rank, energy, device, dtype, drop or ())
     show(found)
     typer.echo(summary(found))
     typer.echo(f"LoRA: {file.parent}")
@@ -222,12 +226,13 @@ def blend(
     output: Output = Path("blend"),
     seed: Seed = 0,
     base: Base = None,
+    drop: Drop = None,
 ) -> None:
     """Merge LoRAs in weight space, without training, into one LoRA of any rank."""
     from danceopd.cli.blend import run, show, summary
 
     shares = [number(word, "--weights") for word in words(weights)] or None
-    file, found = run(adapters, output, method, shares, rank, density, scale, seed, base)
+    file, found = run(adapters, output, method, shares, rank, density, scale, seed, base, drop or ())
     show(found)
     typer.echo(summary(found))
     typer.echo(f"LoRA: {file.parent}")
@@ -241,11 +246,15 @@ def export(
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     rank: Annotated[int | None, typer.Option("--rank", "-r", help="Largest rank of a layer; default: exact.")] = None,
     base: Base = None,
+    drop: Drop = None,
+    leave_out: Annotated[
+        list[str] | None, typer.Option(help="A layer not to write, `*` for anything; may be given several times.")
+    ] = None,
 ) -> None:
     """Write a student under the names another tool wants, and read it back to prove it."""
     from danceopd.adapters.export import export_as
 
-    typer.echo(export_as(student, output, format, dtype, base, rank).sentence)
+    typer.echo(export_as(student, output, format, dtype, base, rank, drop or (), leave_out or ()).sentence)
 
 
 @app.command()

@@ -30,12 +30,13 @@ def run(
     scale: float = 1.0,
     seed: int = 0,
     base: str | os.PathLike | None = None,
+    drop: Sequence[str] = (),
 ) -> tuple[Path, BlendResult]:
     """Blend LoRAs (files, folders, shipped names) as `blend_with_residual` does and write the result to `output`.
 
     `base` is the model they belong to, of which only the configuration is read; by default the one that the files name.
-    Without a base, layers keep the names they have in the files. Returns the written file and the blend. UserError when
-    the LoRAs belong to different bases, or `output` holds a LoRA already.
+    Without a base, layers keep the names they have in the files. `drop` as for `read_adapter`. Returns the written file
+    and the blend. UserError when the LoRAs belong to different bases, or `output` holds a LoRA already.
     """
     file = Path(output).expanduser() / WEIGHTS
     if file.exists():
@@ -43,7 +44,10 @@ def run(
     headers = [inspect_adapter(resolve(os.fspath(path), "LoRA")) for path in paths]
     record = _base_of(headers, base)
     like = None if "base" not in record else empty_transformer(base_folder(record["base"]))
-    adapters = [read_adapter(header.file, like) for header in headers]
+    adapters = [read_adapter(header.file, like, drop=drop) for header in headers]
+    for header, adapter in zip(headers, adapters):
+        if not delta_norm(adapter):
+            raise UserError(f"{header.file} is empty: B·A is zero in every layer, so it changes nothing; leave it out")
     found = blend_with_residual(adapters, weights, rank, method, density, scale, seed)
     shares = METHODS[method].weights(len(adapters)) if weights is None else weights
     if delta_norm(found.adapter) <= 1e-6 * sum(abs(w) * delta_norm(part) for w, part in zip(shares, adapters)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from danceopd.adapters.extract import Change, Extraction, extract
@@ -12,13 +13,14 @@ from danceopd.errors import UserError
 
 
 def run(
-    base: str, finetuned: str, output: Path, rank: int, energy: float | None, device: str, dtype: str
-) -> tuple[Path, Extraction]:
+    base: str, finetuned: str, output: Path, rank: int, energy: float | None, device: str, dtype: str,
+    drop: Sequence[str] = (),
+) -> tuple[Path, Extraction]:  # fmt: skip
     """`extract` with a progress bar; `dtype` is a key of DTYPES."""
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}{did_you_mean(dtype, DTYPES)}")
     with progress_bar("extracting") as report:
-        return extract(base, finetuned, output, rank, energy, device, DTYPES[dtype], report)
+        return extract(base, finetuned, output, rank, energy, device, DTYPES[dtype], report, drop)
 
 
 def show(found: Extraction) -> None:

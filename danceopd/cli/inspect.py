@@ -17,15 +17,18 @@ import typer
 
 from danceopd.adapters.dialects import split_prefix
 from danceopd.adapters.export import FORMATS
-from danceopd.adapters.header import LoraHeader, check_is_lora, inspect_adapter
+from danceopd.adapters.header import LoraHeader, check_is_lora, inspect_adapter, without
 from danceopd.adapters.original_names import ARCHITECTURES, ArchitectureNames
+from danceopd.adapters.read import check_layers
 from danceopd.common.files import sha256
 from danceopd.common.messages import did_you_mean, read_yaml
 from danceopd.common.shipped import SHIPPED, resolve
 from danceopd.errors import UserError
+from danceopd.models.base import quantised
 
 LONG = ("names", "parts", "weights", "targets")
 """Facts that `show` prints below the others, a line for each item."""
+_NUMBERED = re.compile(r"(?<=[._])\d+(?=[._])")  # in the name of a layer of a block
 FULL = ["teacher: teachers[].adapter", "danceopd extract BASE THIS"]
 
 
@@ -77,14 +80,12 @@ def show(facts: dict[str, Any], names: bool = False) -> None:
 
 def _lora(header: LoraHeader) -> dict[str, Any]:
     layers = [split_prefix(layer)[1] for layer in header.ranks]
-    base = _base(header)
+    ranks, refused = sorted(header.ranks.values()), _refusal(header)
+    config = {} if refused else header.peft or {}
+    base = _base(header, config)
     found = _architectures(layers, _of_base(base))
-    ranks = sorted(header.ranks.values())
-    refused = _refusal(header)
-    if not refused and ranks and ranks[0] < 1:
-        refused = "it has layers of rank 0, which no reader accepts; save it again"
     facts: dict[str, Any] = {
-        "kind": "LoRA",
+        "kind": header.kind,
         "file": str(header.file),
         "sha256": sha256(header.file),
         "adapter_sha256": header.record.get("sha256"),
@@ -95,14 +96,14 @@ def _lora(header: LoraHeader) -> dict[str, Any]:
         "base_sha256": header.record.get("base_sha256"),
         "rank": header.rank,
         "lowest_rank": ranks[0] if ranks else 0,
-        "alpha": _alpha(header),
+        "alpha": _alpha(header, config),
         "modules": len(header.ranks),
         "tensors": len(header.shapes),
         "parameters": sum(_product(shape) for shape in header.shapes.values()),
         "dtypes": list(header.dtypes),
         "refused": refused,
         "uses": [] if refused else _uses(header, found),
-        "targets": dict(sorted(Counter(re.sub(r"\d+", "N", layer, count=1) for layer in layers).items())),
+        "targets": dict(sorted(Counter(_NUMBERED.sub("N", layer, count=1) for layer in layers).items())),
         "names": sorted(header.ranks),
     }
     return facts
@@ -110,31 +111,37 @@ def _lora(header: LoraHeader) -> dict[str, Any]:
 
 def _uses(header: LoraHeader, found: list[ArchitectureNames]) -> list[str]:
     formats = FORMATS if found else ("diffusers", "peft")
-    uses = ["teacher: teachers[].adapter", "start: student.init", "danceopd blend"]
+    base = "" if found else " (with a base that has these layers)"
+    uses = [f"teacher: teachers[].adapter{base}", f"start: student.init{base}", "danceopd blend"]
     if found and all(_stock(header, names) for names in found):
         uses.append("stock load_lora_weights")
-    return [*uses, f"danceopd export --format {', '.join(formats)}"]
+    return [*uses, f"danceopd export --format {', '.join(formats)}{base}"]
 
 
 def _stock(header: LoraHeader, names: ArchitectureNames) -> bool:
-    """Whether stock diffusers has a converter for this file's keys."""
-    if header.dialect == "comfyui":
-        alpha = any(key.endswith(".alpha") for key in header.shapes)
-        halves = any(f".{names.halves[0]}." in key for key in header.shapes)
-        return "comfyui" in names.stock and halves and not (alpha and names.transformer == "Flux2Transformer2DModel")
-    return header.dialect in names.stock
+    """Whether stock diffusers is known to read this file, every layer and at its strength; when in doubt, not."""
+    if header.kind != "LoRA" or header.assumed or header.dialect not in names.stock:
+        return False
+    layers = {layer: split_prefix(layer)[1] for layer in header.ranks}
+    if header.dialect == "diffusers":
+        return all(layer == f"transformer.{name}" and names.is_own(name) for layer, name in layers.items())
+    if not all(_NUMBERED.search(name) and layer.endswith(name) for layer, name in layers.items()):
+        return False  # its converters know the blocks, and the first and last layers only here and there
+    alpha = any(key.endswith(".alpha") for key in header.shapes)
+    halves = any(f".{names.halves[0]}." in key for key in header.shapes)
+    return header.dialect != "comfyui" or (halves and not (alpha and names.transformer == "Flux2Transformer2DModel"))
 
 
 def _refusal(header: LoraHeader, but: str | None = None) -> str | None:
-    """Why `read_adapter` would refuse the file for its keys; None if it would not, or if the reason contains `but`."""
+    """Why `read_adapter` would refuse the file by its header; None if not, or if the reason contains `but`."""
     try:
-        check_is_lora(header)
+        check_layers(without(header))
     except UserError as error:
         return None if but and but in str(error) else str(error)
     return None
 
 
-def _alpha(header: LoraHeader) -> str:
+def _alpha(header: LoraHeader, config: dict[str, Any]) -> str:
     """The alphas in the file, the alpha of its PEFT configuration, or "folded into B"."""
     keys = [key for key in header.shapes if key.endswith(".alpha")]
     if keys:
@@ -144,19 +151,18 @@ def _alpha(header: LoraHeader) -> str:
             tensors = [opened.get_tensor(key) for key in keys if _product(header.shapes[key])]
         values = sorted({float(tensor.flatten()[0]) for tensor in tensors})
         return ", ".join(f"{value:g}" for value in values[:6]) + (" and more" if len(values) > 6 else "")
-    config = header.peft or {}
     if config.get("lora_alpha") is not None:
         kind = "alpha/√rank" if config.get("use_rslora") else "alpha/rank"
         pattern = " with a pattern" if config.get("alpha_pattern") else ""
-        return f"{config['lora_alpha']:g} by its configuration{pattern}, {kind}"
+        return f"{config['lora_alpha']:g} by {header.assumed or 'its configuration'}{pattern}, {kind}"
     return "folded into B"
 
 
-def _base(header: LoraHeader) -> str | None:
+def _base(header: LoraHeader, config: dict[str, Any]) -> str | None:
     """The base that a file names: in danceopd's metadata, PEFT's configuration, or a trainer's metadata."""
     named = (
         header.record.get("base"),
-        (header.peft or {}).get("base_model_name_or_path"),
+        config.get("base_model_name_or_path"),
         header.metadata.get("ss_sd_model_name"),
         header.metadata.get("modelspec.architecture"),
     )
@@ -164,9 +170,9 @@ def _base(header: LoraHeader) -> str | None:
 
 
 def _architectures(layers: Iterable[str], families: Iterable[str] = ()) -> list[ArchitectureNames]:
-    """The architectures that have all the numbered layers, of these families when some are given."""
-    numbered = [layer for layer in layers if re.search(r"[._]\d+[._]", layer)]
-    found = [names for names in ARCHITECTURES.values() if numbered and all(map(names.has, numbered))]
+    """The architectures that have all the layers, of these families when some are given."""
+    layers = list(layers)
+    found = [names for names in ARCHITECTURES.values() if layers and all(map(names.has, layers))]
     return [names for names in found if not families or set(families) & set(_families([names]))]
 
 
@@ -214,7 +220,8 @@ def _checkpoint(header: LoraHeader) -> dict[str, Any]:
 def _transformer(path: Path) -> dict[str, Any]:
     """Facts of a folder that `transformer.save_pretrained` wrote."""
     try:
-        kind = json.loads((path / "config.json").read_text(encoding="utf-8"))["_class_name"]
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        kind = config["_class_name"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(
             f"{path / 'config.json'} is not a diffusers model's configuration ({type(error).__name__}); give a LoRA, "
@@ -222,13 +229,14 @@ def _transformer(path: Path) -> dict[str, Any]:
         ) from None
     weights, dtypes = _weights(path)
     found = [ARCHITECTURES[kind]] if kind in ARCHITECTURES else []
-    families = _families(found)
+    families, refused = _families(found), quantised(config)
     return {
         "kind": "transformer",
         "class": kind,
         "family": families,
         "dtypes": dtypes,
-        "uses": list(FULL) if families else [],
+        "refused": refused,
+        "uses": list(FULL) if families and not refused else [],
         "weights": weights,
     }
 
@@ -250,9 +258,11 @@ def _pipeline(path: Path) -> dict[str, Any]:
     if (path / "transformer" / "config.json").is_file() and any((path / "transformer").glob("*.safetensors")):
         from danceopd.models.base import base_fingerprint
 
-        facts["dtypes"] = _weights(path / "transformer")[1]
-        facts["base_sha256"] = base_fingerprint(path)
-    uses = ["base: base", "stock DiffusionPipeline.from_pretrained", *FULL] if family else []
+        part = _transformer(path / "transformer")
+        facts |= {key: part[key] for key in ("dtypes", "refused")}
+        facts["base_sha256"] = None if facts["refused"] else base_fingerprint(path)
+    stock = "stock DiffusionPipeline.from_pretrained"
+    uses = [] if not family else [stock] if facts.get("refused") else ["base: base", stock, *FULL]
     return facts | {"uses": uses, "parts": parts, "weights": weights}
 
 

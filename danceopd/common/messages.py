@@ -147,6 +147,6 @@ def _models(annotation: Any) -> Any:
 
 
 def few(names: Iterable[str]) -> str:
-    """Up to three names, and how many more there are: "a, b, c and 4 more"."""
-    names = sorted(names)
+    """Up to three names, and how many more there are: "a, b, c and 4 more"; long names are cut in the middle."""
+    names = [name if len(name) <= 100 else f"{name[:60]}...{name[-30:]}" for name in sorted(names)]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -146,12 +146,24 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
 
 
 def transformer_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a transformer folder; UserError when it cannot be read."""
+    """The config.json of a transformer folder; UserError when it cannot be read, or says quantised weights."""
     file = folder / "config.json"
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        config = dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({type(error).__name__}); fetch the base model again") from None
+    if quantised(config):
+        raise UserError(f"{folder}: {quantised(config)}")
+    return config
+
+
+def quantised(config: Mapping[str, Any]) -> str | None:
+    """Why a transformer with this configuration is refused, when its weights are stored quantised; else None."""
+    how = config.get("quantization_config")
+    if not how:
+        return None
+    method = how.get("quant_method") if isinstance(how, dict) else None
+    return f"its weights are stored quantised ({method or 'quantization_config'}); use the model in bf16, fp16 or fp32"
 
 
 def file_sha256(file: Path) -> str:

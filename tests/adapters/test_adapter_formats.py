@@ -111,6 +111,31 @@ def test_a_rank_bounds_what_joining_adds(made, tmp_path):
     assert 1e-4 < low.residual < 1e-2 and inspect_adapter(low.file).dtypes in (("BF16", "F32"), ("BF16",))
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_linear_goes_to_every_format(made, tmp_path, format):
+    """The first and last layers and the modulations, too; where stock's loader cannot read that, it is said."""
+    pipe, _, folder = made
+    whole = mixed(pipe.transformer, ".*")
+    write_adapter(whole, tmp_path / "whole", metadata={"base": str(folder / "base")})
+    done = export_as(tmp_path / "whole", tmp_path / "out", format)
+    assert read_adapter(done.file, pipe.transformer).sha256 == whole.sha256 and done.residual < 1e-6
+    kind = type(pipe.transformer).__name__
+    if (kind, format) == ("Flux2Transformer2DModel", "comfyui"):
+        assert done.stock is False and "exchanges scale and shift of norm_out.linear" in done.sentence
+    if (kind, format) == ("Flux2Transformer2DModel", "kohya"):
+        assert done.stock is False and "leaves out double_stream_modulation_img.linear" in done.sentence
+
+
+def test_layers_are_left_out_and_an_empty_lora_is_said_to_be_empty(klein, tmp_path):
+    _, adapter, folder = klein
+    done = export_as(folder / "student", tmp_path / "less", leave_out=["single_*"])
+    kept = {name for name in adapter.tensors if not name.startswith("single_")}
+    assert done.layers == len(kept) < len(adapter) and set(read_adapter(done.file).tensors) == kept
+    empty = Adapter({n: (a, 0 * b) for n, (a, b) in adapter.tensors.items()})
+    write_adapter(empty, tmp_path / "empty", metadata={"base": str(folder / "base")})
+    assert "empty: B·A is zero in every layer" in export_as(tmp_path / "empty", tmp_path / "out").sentence
+
+
 # The tables, against diffusers' converters of whole checkpoints
 
 
@@ -142,9 +167,9 @@ def test_the_tables_are_the_single_file_converters(kind):
     names = ARCHITECTURES[kind]
     width, sizes, tensors = HIDDEN if kind == "FluxTransformer2DModel" else 4, {}, {}
     for number, part in enumerate(p.format(0) for parts in names.stacked.values() for p in parts):
-        out = 4 * width if part.endswith("proj_mlp") else width
-        sizes[part] = (2, out)
-        tensors[part] = (torch.ones(1, 2), torch.arange(out).float()[:, None] + 100_000 * number)
+        out = 4 * width if part.endswith("proj_mlp") else 2 * width if part == "norm_out.linear" else width
+        sizes[part] = (width, out)
+        tensors[part] = (torch.ones(1, width), torch.arange(out).float()[:, None] + 100_000 * number)
     joined = names.join(tensors, sizes)
     checkpoint = {f"{layer}.weight": b @ a for layer, (a, b) in joined.items()}
     if kind in ("FluxTransformer2DModel", "SD3Transformer2DModel"):
@@ -252,11 +277,11 @@ def test_what_is_refused(klein, tmp_path):
     before = (tmp_path / "twice" / "student.safetensors").read_bytes()
     refused("exists and is not overwritten", output=tmp_path / "twice", format="kohya", dtype="bf16")
     assert (tmp_path / "twice" / "student.safetensors").read_bytes() == before
-    odd = Adapter({"proj_out": (torch.ones(1, 32), torch.ones(32, 1))})
-    write_adapter(odd, tmp_path / "odd", metadata={"base": str(folder / "base")})
-    refused("proj_out has no name in the original layout", student=tmp_path / "odd", format="comfyui")
+    huge = Adapter({n: (a / 1e6, b * 1e6) for n, (a, b) in adapter.tensors.items()})
+    write_adapter(huge, tmp_path / "huge", metadata={"base": str(folder / "base")})
+    for format in FORMATS:
+        refused("up to .*e.06 and float16 ends at 6.55e.04", student=tmp_path / "huge", dtype="fp16", format=format)
     assert not (tmp_path / "out").exists()
-    assert export_as(tmp_path / "odd", tmp_path / "fine", "peft").stock in (True, False)
 
     class Other(torch.nn.Module):
         def __init__(self):

@@ -254,3 +254,92 @@ def test_the_command_prints_every_layer_and_what_was_left(models, tmp_path, danc
     assert again.returncode == 2 and "not an empty folder" in again.stderr and "Traceback" not in again.stderr
     with pytest.raises(UserError, match="did you mean 'bf16'"):
         run(str(folder / "base"), str(folder / "all"), tmp_path / "x", 4, None, "cpu", "bf61")
+
+
+# An adapter in place of a fine-tuned model
+
+
+@pytest.fixture(scope="module")
+def dora(models, tmp_path_factory):
+    """(PEFT's folder of a trained DoRA on to_q, to_k and to_v, the change that PEFT makes with it by module)."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("dora")
+    model = get_peft_model(
+        tiny_klein().transformer, LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=["to_q", "to_k", "to_v"])
+    )
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+    model.save_pretrained(str(folder))
+    before, after = tiny_klein().transformer, model.merge_and_unload()
+    names = [n for n, _ in before.named_modules() if n.endswith((".to_q", ".to_k", ".to_v"))]
+    change = {n: (after.get_submodule(n).weight - before.get_submodule(n).weight).detach() for n in names}
+    return folder, change
+
+
+def dora_files(folder, change):
+    """The same DoRA as kohya's and ai-toolkit's tools name it, q, k and v fused."""
+    from safetensors.torch import load_file
+
+    peft, found = load_file(folder / "adapter_model.safetensors"), {"kohya": {}, "ai-toolkit": {}}
+    for block in {name.rpartition(".")[0] for name in change}:
+        parts = [f"base_model.model.{block}.to_{part}" for part in "qkv"]
+        downs, ups = ([peft[f"{part}.lora_{half}.weight"] for part in parts] for half in "AB")
+        m = torch.cat([peft[f"{part}.lora_magnitude_vector"] for part in parts])
+        a, b = torch.cat(downs), torch.block_diag(*ups)
+        original = block.replace("transformer_blocks", "double_blocks").replace("attn", "img_attn.qkv")
+        kohya, ai = f"lora_unet_{original.replace('.', '_')}", f"diffusion_model.{original}"
+        alpha = torch.tensor(24.0)  # of rank 12
+        found["kohya"] |= {f"{kohya}.lora_down.weight": a, f"{kohya}.lora_up.weight": b, f"{kohya}.alpha": alpha,
+                           f"{kohya}.dora_scale": m[:, None].clone()}  # fmt: skip
+        found["ai-toolkit"] |= {f"{ai}.lora_A.weight": a.clone(), f"{ai}.lora_B.weight": 2 * b,
+                                f"{ai}.magnitude": m}  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("dialect", ["peft", "kohya", "ai-toolkit"])
+def test_a_dora_becomes_a_lora_by_its_base(models, dora, tmp_path, dialect):
+    folder, change = dora
+    if dialect != "peft":
+        save_file(dora_files(*dora)[dialect], tmp_path / "dora.safetensors")
+        folder = tmp_path / "dora.safetensors"
+    with pytest.raises(UserError, match="is a DoRA .*danceopd extract BASE FILE"):
+        read_adapter(folder, tiny_klein().transformer)
+    file, found = extract(models[0] / "base", folder, tmp_path / "lora", rank=32, device="cpu")
+    again = read_adapter(file, tiny_klein().transformer)
+    assert again.tensors.keys() == change.keys() and found.residual < 1e-5 and not found.not_adapted
+    for name, wanted in change.items():
+        torch.testing.assert_close(again.delta(name), wanted, rtol=1e-4, atol=1e-5)
+    small = extract(models[0] / "base", folder, tmp_path / "small", rank=2, device="cpu")[1]
+    lost = sum(float((small.adapter.delta(n) - w).square().sum()) for n, w in change.items())
+    whole = sum(float(w.square().sum()) for w in change.values())
+    assert small.residual == pytest.approx((lost / whole) ** 0.5, rel=1e-3)
+
+
+def test_a_magnitude_by_column_is_the_old_lycoris_dora(models, tmp_path):
+    name, base = "transformer_blocks.0.attn.to_q", open_checkpoint(models[0] / "base")
+    draw = torch.Generator().manual_seed(0)
+    a, b, m = (0.3 * torch.randn(shape, generator=draw) for shape in ((4, 32), (32, 4), (1, 32)))
+    stem = f"lycoris_{name.replace('.', '_')}"
+    tensors = {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.dora_scale": m}
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = extract(models[0] / "base", tmp_path / "x.safetensors", tmp_path / "lora", rank=32, device="cpu")[1]
+    old = base.tensor(f"{name}.weight")
+    new = m * (old + b @ a) / (old + b @ a).norm(dim=0)
+    torch.testing.assert_close(found.adapter.delta(name), new - old, rtol=1e-4, atol=1e-5)
+
+
+def test_a_lora_at_a_smaller_rank(models, tmp_path):
+    folder, adapter = models
+    from danceopd.adapters.write import write_adapter
+
+    write_adapter(adapter, tmp_path / "given")
+    file, found = extract(folder / "base", tmp_path / "given", tmp_path / "lora", rank=2, device="cpu")
+    assert found.adapter.rank == 2 and 1e-3 < found.residual < 1
+    assert inspect_adapter(file).record["extracted_from"] == "pytorch_lora_weights.safetensors"
+    with pytest.raises(UserError, match="give the base's folder"):
+        single = next((folder / "base" / "transformer").glob("*.safetensors"))
+        extract(single, tmp_path / "given", tmp_path / "other")

@@ -119,7 +119,7 @@ Q = "transformer.transformer_blocks.0.attn.to_q"
         ),
         (lambda t: t.update({f"{Q}.dora_scale": torch.ones(32)}), ("DoRA", "to_q.dora_scale")),
         (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(32)}), ("DoRA",)),
-        (lambda t: t.update({f"{Q}.lokr_w1": torch.ones(2, 2)}), ("LoKr",)),
+        (lambda t: t.update({f"{Q}.lokr_w1": torch.ones(2, 2)}), ("to_q cannot be read", "two kinds")),
         (
             lambda t: t.update(
                 {

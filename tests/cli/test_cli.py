@@ -201,7 +201,7 @@ def test_inspect_leaves_out_what_training_left_and_knows_rank_0(danceopd: Progra
     none = {"transformer.b.to_q.lora_A.weight": torch.ones(0, 8), "transformer.b.to_q.lora_B.weight": torch.ones(8, 0)}
     save_file(none, tmp_path / "none.safetensors")
     facts = json.loads(danceopd("inspect", "none.safetensors", "--json").stdout)
-    assert facts["uses"] == [] and "rank 0" in facts["refused"]
+    assert facts["uses"] == [] and "A (0, 8)" in facts["refused"]
 
 
 def test_an_empty_recipe_is_no_wish(danceopd: Program, tmp_path: Path) -> None:
