@@ -119,7 +119,7 @@ def _check(
         )
     if weights is not None and (not all(abs(weight) <= LARGEST for weight in weights) or not any(weights)):
         raise UserError(
-            f"blend weights {list(weights)} are all zero, or one is no number up to {LARGEST:g}; give weights about 1"
+            f"blend weights {list(weights)} are all zero, or not finite and up to {LARGEST:g}; give weights about 1"
         )
     if rank is not None and rank < 1:
         raise UserError(f"an adapter of rank {rank} cannot be blended into; give a rank of 1 or more")

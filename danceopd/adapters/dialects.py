@@ -174,7 +174,7 @@ def peft_scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
     """
     configured = _by_pattern(config, "rank_pattern", layer, config.get("r"))
     if rank and configured is not None and configured != rank:
-        raise ValueError(f"its configuration says rank {configured} and its tensors say {rank}")
+        raise ValueError(f"its configuration says rank {configured:g} and its tensors say {rank}")
     alpha, rank = _by_pattern(config, "alpha_pattern", layer, config.get("lora_alpha")), rank or configured
     if alpha is None or not rank:
         return 1.0

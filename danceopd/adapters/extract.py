@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from danceopd.adapters.dialects import linear_sizes
-from danceopd.adapters.header import adapter_file, is_checkpoint
+from danceopd.adapters.header import inspect_adapter, is_checkpoint
 from danceopd.adapters.read import read_dora
 from danceopd.adapters.svd import Factors, low_rank_factors
 from danceopd.adapters.write import write_adapter
@@ -55,7 +55,13 @@ class AdaptedBase:
 
     def __init__(self, path: str | Path, base: Checkpoint, drop: Collection[str] = ()) -> None:
         """`drop` as for `read_adapter`; UserError when the adapter is not one of this base."""
-        self.path = adapter_file(path)
+        header = inspect_adapter(path)
+        self.path, trained_on = header.file, header.record.get("base_sha256")
+        if trained_on and trained_on != base.sha256:
+            raise UserError(
+                f"{self.path} was trained on another base than {base.path} (their fingerprints differ); give the base "
+                "it was trained on"
+            )
         self.sha256 = file_sha256(self.path)
         self.adapter, self.magnitudes = read_dora(self.path, base.empty(), drop)
 

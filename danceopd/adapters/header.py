@@ -92,12 +92,15 @@ class LoraHeader(SafetensorsHeader):
 
     def _config(self) -> tuple[dict[str, Any] | None, str]:
         """The configuration as it was found, and its place for messages."""
-        entry = next((entry for entry in _CONFIGS if self.metadata.get(entry)), None)
-        if entry is not None:
+        for entry in _CONFIGS:
+            if not self.metadata.get(entry):
+                continue
             where = f"{entry} in the metadata of {self.file}"
             found = _json_object(self.metadata[entry], where)
             found = {key.removeprefix("transformer."): value for key, value in found.items()}
-            return found or None, where
+            found = {key: value for key, value in found.items() if "." not in key}  # of the transformer alone
+            if found and (entry == _CONFIGS[0] or "lora_alpha" in found):
+                return found, where
         beside, of_this = self.file.with_name(PEFT_CONFIG), self.file.name == PEFT_WEIGHTS or self.dialect == "peft"
         alone = self.dialect in ("diffusers", "plain") and not self.file.with_name(PEFT_WEIGHTS).is_file()
         if beside.is_file() and (of_this or (alone and not self.record)):
@@ -106,7 +109,7 @@ class LoraHeader(SafetensorsHeader):
             return _json_object(beside.read_text(encoding="utf-8", errors="replace"), str(beside)), str(beside)
         kohya = {"ss_network_dim": "r", "ss_network_alpha": "lora_alpha"}
         numbers = {name: _number(self.metadata.get(key)) for key, name in kohya.items()}
-        if self.dialect == "kohya" and numbers["lora_alpha"] is not None:
+        if self.dialect == "kohya" and self.kind in ("LoRA", "DoRA") and numbers["lora_alpha"] is not None:
             return numbers, f"ss_network_alpha in the metadata of {self.file}"
         return None, ""
 

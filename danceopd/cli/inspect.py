@@ -53,7 +53,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     if (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
         return _transformer(path)
     header = inspect_adapter(path)
-    return _lora(header) if header.ranks or _refusal(header, but="is not a LoRA") else _checkpoint(header)
+    return _lora(header) if header.ranks or _is_adapter(header) else _checkpoint(header)
 
 
 def show(facts: dict[str, Any], names: bool = False) -> None:
@@ -80,7 +80,11 @@ def show(facts: dict[str, Any], names: bool = False) -> None:
 
 def _lora(header: LoraHeader) -> dict[str, Any]:
     layers = [split_prefix(layer)[1] for layer in header.ranks]
-    ranks, refused = sorted(header.ranks.values()), _refusal(header)
+    ranks, refused = sorted(header.ranks.values()), None
+    try:
+        ranks = sorted(layer.parts["A"].shape[0] for layer in check_layers(without(header)))
+    except UserError as error:
+        refused = str(error)
     config = {} if refused else header.peft or {}
     base = _base(header, config)
     found = _architectures(layers, _of_base(base))
@@ -94,7 +98,7 @@ def _lora(header: LoraHeader) -> dict[str, Any]:
         "transformer": [names.transformer for names in found],
         "base": base,
         "base_sha256": header.record.get("base_sha256"),
-        "rank": header.rank,
+        "rank": ranks[-1] if ranks else 0,
         "lowest_rank": ranks[0] if ranks else 0,
         "alpha": _alpha(header, config),
         "modules": len(header.ranks),
@@ -107,6 +111,15 @@ def _lora(header: LoraHeader) -> dict[str, Any]:
         "names": sorted(header.ranks),
     }
     return facts
+
+
+def _is_adapter(header: LoraHeader) -> bool:
+    """Whether a file without A and B is an adapter all the same, of a kind or a model that is refused."""
+    try:
+        check_is_lora(header)
+    except UserError as error:
+        return "is not a LoRA" not in str(error)
+    return True
 
 
 def _uses(header: LoraHeader, found: list[ArchitectureNames]) -> list[str]:
@@ -130,15 +143,6 @@ def _stock(header: LoraHeader, names: ArchitectureNames) -> bool:
     alpha = any(key.endswith(".alpha") for key in header.shapes)
     halves = any(f".{names.halves[0]}." in key for key in header.shapes)
     return header.dialect != "comfyui" or (halves and not (alpha and names.transformer == "Flux2Transformer2DModel"))
-
-
-def _refusal(header: LoraHeader, but: str | None = None) -> str | None:
-    """Why `read_adapter` would refuse the file by its header; None if not, or if the reason contains `but`."""
-    try:
-        check_layers(without(header))
-    except UserError as error:
-        return None if but and but in str(error) else str(error)
-    return None
 
 
 def _alpha(header: LoraHeader, config: dict[str, Any]) -> str:

@@ -340,6 +340,8 @@ def test_a_lora_at_a_smaller_rank(models, tmp_path):
     file, found = extract(folder / "base", tmp_path / "given", tmp_path / "lora", rank=2, device="cpu")
     assert found.adapter.rank == 2 and 1e-3 < found.residual < 1
     assert inspect_adapter(file).record["extracted_from"] == "pytorch_lora_weights.safetensors"
+    with pytest.raises(UserError, match="was trained on another base than .*tuned"):
+        extract(folder / "tuned", file, tmp_path / "other")
     with pytest.raises(UserError, match="give the base's folder"):
         single = next((folder / "base" / "transformer").glob("*.safetensors"))
         extract(single, tmp_path / "given", tmp_path / "other")

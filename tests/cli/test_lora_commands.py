@@ -102,7 +102,7 @@ def test_inspect_names_the_kind_and_refuses_what_a_reader_refuses(adapter, tmp_p
         facts = describe(put(tmp_path / says, tensors, metadata))
         assert says in facts["refused"] and facts["uses"] == [] and facts["kind"] == "LoRA"
     facts = describe(put(tmp_path / "lokr", {f"transformer.{Q}.lokr_w{i}": torch.ones(2, 2) for i in (1, 2)}))
-    assert facts["kind"] == "LoKr" and not facts["refused"] and STOCK not in facts["uses"]
+    assert facts["kind"] == "LoKr" and not facts["refused"] and STOCK not in facts["uses"] and facts["rank"] == 4
 
 
 def test_inspect_claims_the_stock_loader_only_where_it_reads_the_file(adapter, tmp_path):
