@@ -143,8 +143,8 @@ def _layers(header: LoraHeader, values: bool) -> list[Layer]:
     try:
         with safe_open(str(file), framework="pt") as opened:
             for key, shape in sorted(header.shapes.items()):
-                real = values or (key.endswith(".alpha") and torch.Size(shape).numel() == 1)
-                tensors[key] = opened.get_tensor(key).float() if real else torch.empty(shape, device="meta")
+                wanted = values or (key.endswith(".alpha") and torch.Size(shape).numel() == 1)
+                tensors[key] = opened.get_tensor(key).float() if wanted else torch.empty(shape, device="meta")
     except (SafetensorError, OSError, RuntimeError) as error:
         raise UserError(f"{file} cannot be read ({error}); download or copy it again") from None
     for key, tensor in tensors.items():
@@ -154,8 +154,8 @@ def _layers(header: LoraHeader, values: bool) -> list[Layer]:
         if part in layer.parts:
             raise UserError(f"{file} holds layer {few([name])} twice (two adapters in one file?); save only one")
         if part == "alpha" and tensor.numel() != 1:
-            shape = few([str(tuple(tensor.shape))])
-            raise UserError(f"{file}: {few([key])} is {shape} and not one number; save the LoRA again")
+            given = few([str(tuple(tensor.shape))])
+            raise UserError(f"{file}: {few([key])} is {given} and not one number; save the LoRA again")
         layer.parts[part] = tensor
     for half, other in (("A", "B"), ("B", "A")):
         bad = [name for name, layer in layers.items() if half in layer.parts and other not in layer.parts]
