@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from flows import Gaussian
-from tiny_merge import WEIGHTS, run, tiny_models, tiny_recipe
+from tiny_merge import WEIGHTS, run, tiny_recipe
 from tiny_trainer import NAMES, batches_of, make_trainer, tiny_data, train
 
 from danceopd.engine.objectives import velocity_error
@@ -170,11 +170,6 @@ def test_a_teachers_name_wins_over_its_capability(files):
 
 
 # -- whole merges -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny_models(tmp_path_factory.mktemp("models"))
 
 
 def test_weight_nought_is_plain_bit_for_bit_and_more_is_not(models, tmp_path):

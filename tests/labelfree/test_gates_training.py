@@ -259,7 +259,7 @@ def test_a_stopped_gated_run_continues_to_the_same_file(models, tmp_path):
     assert sha(models, tmp_path / "part", gates=gates) == whole
     lines = [json.loads(line) for line in (tmp_path / "part" / "metrics.jsonl").read_text().splitlines()]
     consensus = [line["gate/consensus"] for line in lines if line["step"]]
-    assert len(consensus) == 3 and min(consensus) > 0 and max(consensus) < 0.9999  # paraphrases are answered unlike
+    assert len(consensus) == 3 and 0 < max(consensus) < 0.9999  # paraphrases are answered, and unlike
     with pytest.raises(UserError, match="holds another run .gates.evidence"):
         merge(recipe(models, tmp_path / "part", steps=4), lambda metrics, steps: None)
 
