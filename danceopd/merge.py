@@ -25,8 +25,9 @@ from danceopd.common.console import progress_bar
 from danceopd.common.distributed import Processes
 from danceopd.common.shipped import SHIPPED
 from danceopd.common.signals import Interrupts
+from danceopd.common.system import out_of_memory
 from danceopd.data.dataset import TeacherData, open_datasets
-from danceopd.data.encode import Encoder, free_encoders, open_pipelines
+from danceopd.data.encode import Encoder, free_encoders, open_pipelines, park_components
 from danceopd.data.null_prompt import contrast_null, null_condition
 from danceopd.engine.callbacks import Callback
 from danceopd.engine.metrics import StepMetrics
@@ -55,7 +56,7 @@ from danceopd.run.checkpoints import Checkpoints
 from danceopd.run.directory import RunDirectory
 from danceopd.run.early_stopping import EarlyStopping
 from danceopd.run.export import Origin, stock_dtype, write_student
-from danceopd.run.limits import Limits
+from danceopd.run.limits import Limits, memory_error
 from danceopd.run.logger import MetricsLog, Throughput
 from danceopd.run.provenance import check_data, check_weights, refuse_unequal, shared_facts
 from danceopd.run.samples import SampleGrid, Samples
@@ -108,11 +109,13 @@ def merge(recipe: Recipe, report: Report | None = None) -> Student:
     input, ExportError when the written file is not the student. SIGTERM and Ctrl-C end the update at hand and save it;
     then it raises SystemExit(143) or KeyboardInterrupt.
     """
-    began = time.monotonic()
+    began, precision = time.monotonic(), torch.get_float32_matmul_precision()
     processes, run = Processes(recipe.device), None
     sharded = recipe.parallel == "fsdp" and processes.world_size > 1
     refuse_unequal(processes, shared_facts(recipe), "recipe")
     try:
+        if processes.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # what stays fp32 is multiplied in TF32
         with processes.main_first():
             base = base_folder(recipe.base)
             if recipe.rollout.cache_source:
@@ -150,7 +153,12 @@ def merge(recipe: Recipe, report: Report | None = None) -> Student:
                 raise KeyboardInterrupt from None
             print("stopped; run the same command again to continue", file=sys.stderr, flush=True)
         raise SystemExit(128 + stopped.signal) from None
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise memory_error(error, recipe, run) from None
     finally:
+        torch.set_float32_matmul_precision(precision)
         if run is not None:
             run.close()
 
@@ -194,19 +202,21 @@ def _train(opened: _Opened, report: Report) -> Student:
         sources = dict[str, str]()  # the first teacher's, of each capability
         for teacher in recipe.teachers:
             sources.setdefault(teacher.capability, recipe.data_source(teacher))
-        grid = SampleGrid(sources, recipe.samples.count, recipe.seed + 1, encoder, device)
+        rows = recipe.micro_batch or recipe.batch
+        grid = SampleGrid(sources, recipe.samples.count, recipe.seed + 1, encoder, device, rows)
         if recipe.validation.every and measures:
             nulls = {t.name: (t.field, t.null) for t in teachers}
             error = validation_error(recipe, encoder, opened.datasets, nulls, bare, device)
         if recipe.monitor.interval(recipe.gates.on) and measures:
             probes = probe_sets(recipe, encoder, opened.datasets, FrozenFields(fields, bare), device)
     free_encoders(encoder, pipe)
+    park_components(encoder)
     if not sharded:
         transformer.to(device)
     if recipe.kernels == "auto" and not (sharded or recipe.compile):
         with processes.main_first():
-            rows = teachers[0].dataset.rows([0] * min(recipe.batch, 2))
-            install_if_faster(transformer, rows, device, lambda line: _say(line, processes))
+            tried = teachers[0].dataset.rows([0] * min(recipe.batch, 2))
+            install_if_faster(transformer, tried, device, lambda line: _say(line, processes))
     backbone.new_student(STUDENT, recipe.student.rank, recipe.seed, opened.init.adapter)
     all_reduce = processes.all_reduce
     if sharded:
@@ -222,14 +232,14 @@ def _train(opened: _Opened, report: Report) -> Student:
         hook = GateHook(
             recipe.gates, teachers, capabilities, device, seed=recipe.seed, rollout_steps=recipe.rollout.steps
         )
-    validation = EarlyStopping(recipe.validation, processes, error, run, merged=not sharded)
+    validation = EarlyStopping(recipe.validation, processes, error, run)
     monitor = MonitorCallback(recipe.monitor, recipe.monitor.interval(recipe.gates.on), probes, run, processes, sharded)
     facts = {"recipe": opened.recipe.identity(), "weights": weights}
     checkpoints = Checkpoints(run, processes, recipe.save_every, [validation, monitor], facts)
     rollback = Rollback(monitor, checkpoints)
     checkpoints.parts.append(rollback)
     logger = None if run is None else run.logger
-    samples = Samples(grid if measures else None, logger, recipe.samples.every, merged=not sharded)
+    samples = Samples(grid if measures else None, logger, recipe.samples.every)
     with Interrupts() as interrupts:
         limits = Limits(processes, interrupts, recipe.time_limit, opened.began)
         trainer = Trainer(
@@ -240,7 +250,12 @@ def _train(opened: _Opened, report: Report) -> Student:
             ],
         )  # fmt: skip
         checkpoints.restore(trainer)
-        trainer.train()
+        try:
+            trainer.train()
+        except Exception as error:
+            if out_of_memory(error):
+                checkpoints.rescue(trainer)
+            raise
     if limits.signal:
         raise _Stopped(limits.signal, trainer.step)
 
@@ -248,12 +263,11 @@ def _train(opened: _Opened, report: Report) -> Student:
     step, ema = validation.exported(trainer)
     student = trainer.ema_adapter(ema)
     if validation.chosen is not None and processes.broadcast(run is not None and not run.logger.picture(step).exists()):
-        samples.draw(trainer, step, trainer.ema_field(not sharded, student))
+        samples.draw(trainer, step, trainer.ema_field(student))
     known = {name: sha256 for name, sha256 in hashes.items() if sha256 is not None}
     origin = Origin(opened.base, fingerprint, call, known, opened.init.sentence)
-    proof = torch.device("cpu") if sharded else device  # where the whole base fits
     sentences = [*filter(None, [validation.sentence()]), *monitor.sentences()]
-    write_student(trainer, recipe, student, step, origin, run, processes, proof, sentences)
+    write_student(trainer, recipe, student, step, origin, run, processes, None if sharded else pipe, sentences)
     seconds = time.monotonic() - opened.began
     if run is not None:
         patience = recipe.validation.patience if validation.exhausted else None

@@ -105,9 +105,19 @@ class GenerationPipeline:
 
     @torch.no_grad()
     def images(self, x: Tensor) -> list[Image]:
-        """Pictures of the clean latents `x (B, …)`, decoded as the stock pipeline does, about a megapixel at once."""
-        parts = (self.family.decode(self.pipe, part, self.height, self.width) for part in x.split(self._per_megapixel))
-        return [image for part in parts for image in part]
+        """Pictures of the clean latents `x (B, …)`, decoded as the stock pipeline does, about a megapixel at once.
+
+        A VAE that is kept elsewhere is on the device of `x` meanwhile.
+        """
+        vae, found = self.pipe.vae, list[Image]()
+        home = vae.device
+        try:
+            vae.to(x.device)
+            for part in x.split(self._per_megapixel):
+                found += self.family.decode(self.pipe, part, self.height, self.width)
+        finally:
+            vae.to(home)
+        return found
 
     @torch.no_grad()
     def encode_images(self, pictures: list[Image]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ from danceopd.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|(can't|cannot|failed to) allocate|_ALLOC_FAILED", re.I)
+"""What CUDA, its libraries, torch's allocators and `mmap` say."""
 CPUINFO = Path("/proc/cpuinfo")
 """Where Linux describes the processor."""
 
@@ -50,6 +53,15 @@ def resolve_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, and this machine has no CUDA device that torch can use; give --device cpu")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: torch's own, of a GPU's libraries, or of the operating system."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError | OSError) and bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def peak_memory(device: torch.device) -> int:

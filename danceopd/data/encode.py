@@ -181,6 +181,18 @@ def free_encoders(encoder: Encoder, *pipes: Any) -> None:
         torch.cuda.empty_cache()
 
 
+def park_components(encoder: Encoder) -> None:
+    """Move what the pipelines hold besides the transformer to the CPU, when all is encoded.
+
+    `GenerationPipeline.images` takes the VAE to the device for the pictures that it decodes.
+    """
+    for pipeline in encoder.pipelines.values():
+        for pipe in (pipeline.pipe, pipeline.generation_pipe):
+            for name, component in pipe.components.items():
+                if isinstance(component, torch.nn.Module) and name != "transformer":
+                    component.to("cpu")
+
+
 def encoders_fingerprint(folder: Path) -> str:
     """sha256 over all that turns prompts and images into conditions: every file of the pipeline but the
     transformer's weights."""

@@ -36,7 +36,7 @@ class StudentOptimizer:
         device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.scaler.scale(torch.ones((), device=device))  # makes its state now: there may be no row to scale
-        self.skipped = 0
+        self.skipped, self.updating = 0, False
 
     def lr(self, step: int) -> float:
         """The learning rate of an update: warm-up, then constant, or linear or cosine decay to zero."""
@@ -69,10 +69,12 @@ class StudentOptimizer:
         self.skipped = 0
         for group in self.adamw.param_groups:
             group["lr"] = metrics.lr
+        self.updating = True  # until the end of it the weights are of no step
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         decay = min(self.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1 - decay)
+        self.updating = False
 
     def _skip(self, step: int, metrics: StepMetrics) -> None:
         """Forget this update; where the fp16 loss scale was too large it is less now, and nothing is amiss."""

@@ -140,9 +140,10 @@ class StudentRollout:
         before = None
         if observer is not None:
             field, before = observer.around(field), observer.before
-        return rollout(
-            field, batch.noise(), batch.sigmas, steps, condition, before, levels=sigmas, solver=self.solver(batch)
-        )
+        with self.field.acting():  # once, and not at each step
+            return rollout(
+                field, batch.noise(), batch.sigmas, steps, condition, before, levels=sigmas, solver=self.solver(batch)
+            )
 
 
 @dataclass(frozen=True)

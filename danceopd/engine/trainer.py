@@ -53,11 +53,11 @@ class Trainer:
         self.optimizer = StudentOptimizer(
             backbone.parameters(STUDENT), recipe.optimizer, recipe.ema, recipe.steps, recipe.dtype == "fp16"
         )
-        merged = recipe.rollout.merged
-        field = field or (MergedField if merged else AdapterField)(backbone, STUDENT)
+        self.merged = recipe.rollout.merged
+        field = field or (MergedField if self.merged else AdapterField)(backbone, STUDENT)
         rollout = StudentRollout(field, recipe.rollout)
         self.velocities = Velocities(rollout, self._student_velocity, [t.field for t in self.teachers])
-        self.merge_weights = merged and not recipe.compile and backbone.merging_is_cheaper(STUDENT)
+        self.merge_weights = self.merged and not recipe.compile and backbone.merging_is_cheaper(STUDENT)
         self.step, self.should_stop = 0, False
 
     @property
@@ -108,14 +108,32 @@ class Trainer:
         pairs = zip(self.backbone.modules(STUDENT), ema[::2], ema[1::2], strict=True)
         return Adapter({module: (a.cpu().clone(), b.cpu().clone()) for module, a, b in pairs})
 
-    def ema_field(self, merged: bool = True, adapter: Adapter | None = None) -> AdapterField | MergedField:
-        """The averaged student as a frozen field, from the one adapter `EMA`; the field before is overwritten."""
+    def ema_field(self, adapter: Adapter | None = None, merged: bool | None = None) -> AdapterField | MergedField:
+        """The averaged student as a frozen field, from the one adapter `EMA`; the field before is overwritten.
+
+        `merged` None: where rollouts are.
+        """
+        merged = self.merged if merged is None else merged
         adapter = self.ema_adapter() if adapter is None else adapter
         if EMA in self.backbone.adapters:
             self.backbone.assign(EMA, adapter)
         else:
             self.backbone.add_adapter(EMA, adapter)
         return (MergedField if merged else AdapterField)(self.backbone, EMA)
+
+    def release(self) -> None:
+        """Drop all that only training needs, for what comes after it: gradients, Adam, EMA, adapters, merged weights.
+
+        The backbone's transformer is the bare base then; this trainer trains no more.
+        """
+        self.optimizer.adamw.zero_grad(set_to_none=True)
+        self.optimizer.adamw.state.clear()
+        self.optimizer.ema, self.optimizer.parameters = [], []
+        self.optimizer.adamw.param_groups.clear()
+        rollouts = self.velocities.rollout.field
+        if isinstance(rollouts, CapturedField):
+            rollouts.clear()
+        self.backbone.remove_adapters()
 
     def _student_velocity(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """With a gradient to the adapter."""

@@ -6,7 +6,7 @@ graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from danceopd.engine.batches import Batch
 from danceopd.engine.rollout import StudentRollout, rollout
-from danceopd.models.fields import VelocityField, unguided
+from danceopd.models.fields import VelocityField, acting, unguided
 from danceopd.pipelines.condition import Condition
 
 
@@ -33,12 +33,16 @@ class Velocities:
     def teacher(self, batch: Batch, x: Tensor, sigma: Tensor) -> Tensor:
         """The routed teachers' velocities at `x (B, …)`, `sigma (B,)`."""
         velocity = torch.empty_like(x)
+        for field, rows in self._routes(batch):
+            velocity[rows] = field(x[rows], sigma[rows], batch.condition.rows(rows))
+        return velocity
+
+    def _routes(self, batch: Batch) -> Iterator[tuple[VelocityField, list[int]]]:
+        """The batch's teachers, unguided for unconditional rows, and each one's rows."""
         routes = list(zip(batch.teacher_index, batch.unconditional, strict=True))
         for m, unconditional in sorted(set(routes)):
             rows = [i for i, route in enumerate(routes) if route == (m, unconditional)]
-            field = unguided(self.teachers[m]) if unconditional else self.teachers[m]
-            velocity[rows] = field(x[rows], sigma[rows], batch.condition.rows(rows))
-        return velocity
+            yield unguided(self.teachers[m]) if unconditional else self.teachers[m], rows
 
     def teacher_under(
         self, batch: Batch, rows: list[int], condition: Condition, x: Tensor, sigma: Tensor,
@@ -58,7 +62,10 @@ class Velocities:
 
     def teacher_samples(self, batch: Batch) -> Tensor:
         """Clean latents (B, …) that the routed teachers draw themselves, by Euler's steps from the rows' noise."""
-        ends = torch.full((len(batch),), len(batch.sigmas) - 1)
-        return rollout(
-            lambda x, sigma, _: self.teacher(batch, x, sigma), batch.noise(), batch.sigmas, ends, batch.condition
-        )
+        noise, last = batch.noise(), len(batch.sigmas) - 1
+        clean = torch.empty_like(noise)
+        for field, rows in self._routes(batch):
+            with acting(field):
+                ends = torch.full((len(rows),), last)
+                clean[rows] = rollout(field, noise[rows], batch.sigmas, ends, batch.condition.rows(rows))
+        return clean

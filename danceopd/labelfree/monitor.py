@@ -263,7 +263,7 @@ class MonitorCallback(Callback):
         self.monitor = Monitor(self.options, *self.probes, None if self.run is None else self.run.path, lines)
         self.monitor.shares = list(self._shares)
         if not self.monitor.begun:
-            figures = self.monitor.check(trainer.step, trainer.ema_field(merged=not self.shared))
+            figures = self.monitor.check(trainer.step, trainer.ema_field())
             if self.run is not None:
                 self.run.logger.log(trainer.step, **figures)
 
@@ -272,7 +272,7 @@ class MonitorCallback(Callback):
             return
         self.monitor.note(metrics.extra)
         if self.due(trainer.step, trainer.steps):
-            metrics.extra |= self.monitor.check(trainer.step, trainer.ema_field(merged=not self.shared))
+            metrics.extra |= self.monitor.check(trainer.step, trainer.ema_field())
 
     def state_dict(self) -> dict[str, Any]:
         shares = [] if self.monitor is None else self.monitor.shares

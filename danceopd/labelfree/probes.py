@@ -23,7 +23,7 @@ from danceopd.labelfree.gates.consensus import agreement
 from danceopd.labelfree.gates.variants import other_prompts
 from danceopd.labelfree.scorers import Denoiser, Exact, Scorer, Similarity, SimilarityScorer
 from danceopd.labelfree.statistics import Measurement, spread
-from danceopd.models.fields import VelocityField
+from danceopd.models.fields import VelocityField, acting
 from danceopd.pipelines.condition import Condition
 from danceopd.pipelines.generation import euler
 from danceopd.pipelines.registry import with_prompt_of
@@ -146,9 +146,10 @@ def _rollout(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Euler's steps to the clean end: clean latents, and noise level, state and velocity of the middle step."""
     half = (len(batch.sigmas) - 1) // 2
-    for state in euler(field, noise, batch.sigmas, condition):
-        if state.step == half:
-            middle = state
+    with acting(field):
+        for state in euler(field, noise, batch.sigmas, condition):
+            if state.step == half:
+                middle = state
     sigma = batch.sigmas.to(noise.device, torch.float32)[half].expand(len(noise))
     return state.x, sigma, middle.x, middle.velocity
 

@@ -1,23 +1,21 @@
 """`Backbone`: one frozen transformer on which student and teachers are LoRA adapters that can be switched in no time.
 
-PEFT injects the layers; after that only their active-adapter marks change, never `requires_grad`, so a teacher's
-forward between the student's forward and backward cannot remove the student's gradient. Under gradient checkpointing
-the recompute runs with the adapter of its forward. `merged` swaps in weights W + BA from buffers that never move (a
-CUDA graph stays valid), so a rollout costs what the bare base costs; `merged_with_grad` computes W + BA with a
-gradient, which is cheaper than LoRA layers where the rank is large.
+Adapted Linears become LoRA layers (lora.py), in which only the active adapter changes, never `requires_grad`: a
+teacher's forward between the student's forward and backward cannot remove the student's gradient. Under gradient
+checkpointing the recompute runs with the adapter of its forward. `merged` swaps in weights W + BA, so a rollout costs
+what the bare base costs; there is one buffer for them, which never moves (a CUDA graph stays valid) and is computed
+anew when another adapter is merged. `merged_with_grad` computes W + BA with a gradient, which is cheaper than LoRA
+layers where the rank is large.
 """
 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -25,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from danceopd.common.messages import few
 from danceopd.errors import UserError
-from danceopd.models.lora import Adapter
+from danceopd.models.lora import Adapter, LoraLinear
 from danceopd.pipelines.condition import Condition
 from danceopd.pipelines.family import Family
 
@@ -36,14 +34,6 @@ class ActiveAdapter(NamedTuple):
     adapter: str | None = None
     merged: str | None = None
     merged_with_grad: str | None = None
-
-
-@dataclass
-class _MergedWeights:
-    """Weights W + BA of one adapter, and the device and parameter versions they were computed from."""
-
-    weights: dict[str, Tensor]
-    versions: list[Any] = field(default_factory=list)
 
 
 class _Switched:
@@ -71,11 +61,13 @@ class Backbone:
     def __init__(self, transformer: nn.Module, family: Family) -> None:
         self.transformer: Any = transformer.requires_grad_(False).eval()
         self.family = family
-        if any(isinstance(module, LoraLayer) for module in transformer.modules()):
+        if any(isinstance(module, LoraLayer | LoraLinear) for module in transformer.modules()):
             raise UserError("the transformer already carries a LoRA; fuse it or load the base without it")
-        self._layers: dict[str, Any] = {}  # module path -> LoraLayer
+        self._layers: dict[str, LoraLinear] = {}  # module path -> its LoRA layer, in the transformer's order
         self._base_weights: dict[str, Tensor] = {}  # module path -> the base weight, while a merged one is in its place
-        self._merged: dict[str, _MergedWeights] = {}
+        self._merged: dict[str, Tensor] = {}  # module path -> W + BA of whoever was merged last
+        self._merged_from: tuple[str, list[Any]] | None = None  # that adapter and its versions; None: stale
+        self._cast_from: dict[str, list[Any]] = {}  # adapter -> the versions that its layers' low copies are of
         self._adapted: dict[str, list[str]] = {}  # adapter -> module paths
         self._parameters: dict[str, list[Parameter]] = {}  # adapter -> A, B of each module
         self._active = ActiveAdapter()
@@ -166,21 +158,30 @@ class Backbone:
         """The current weights of one adapter, scale folded into B: detached fp32 copies on the CPU."""
         tensors = {}
         for path in self._paths(name):
-            layer = self._layers[path]
-            a, b = layer.lora_A[name].weight.cpu().clone(), layer.lora_B[name].weight.cpu()
-            tensors[path] = (a, b * layer.scaling[name])
+            lora = self._layers[path].loras[name]
+            tensors[path] = (lora.a.cpu().clone(), lora.b.cpu() * lora.scale)
         return Adapter(tensors)
 
     @torch.no_grad()
     def assign(self, name: str, adapter: Adapter) -> None:
         """Overwrite an adapter's weights in place (resume, EMA); ValueError unless modules and ranks are equal."""
-        layers = {path: self._layers[path] for path in self._paths(name)}
-        shapes = {p: (layer.lora_A[name].weight.shape, layer.lora_B[name].weight.shape) for p, layer in layers.items()}
+        loras = {path: self._layers[path].loras[name] for path in self._paths(name)}
+        shapes = {path: (lora.a.shape, lora.b.shape) for path, lora in loras.items()}
         if shapes != {p: (a.shape, b.shape) for p, (a, b) in adapter.tensors.items()}:
             raise ValueError(f"the weights do not fit adapter {name!r}: other modules or other ranks")
         for path, (a, b) in adapter.tensors.items():
-            layers[path].lora_A[name].weight.copy_(a)
-            layers[path].lora_B[name].weight.copy_(b / layers[path].scaling[name])
+            loras[path].a.copy_(a)
+            loras[path].b.copy_(b / loras[path].scale)
+
+    def remove_adapters(self) -> None:
+        """Take every adapter and all merged weights out: the transformer is the bare base again, without our layers."""
+        if self._active != ActiveAdapter():
+            raise RuntimeError("adapters are removed while none is active: outside of acting_as and merged")
+        for path, layer in self._layers.items():
+            parent, _, child = path.rpartition(".")
+            setattr(self.transformer.get_submodule(parent), child, layer.base_layer)
+        self._layers, self._adapted, self._parameters = {}, {}, {}
+        self._merged, self._merged_from, self._cast_from = {}, None, {}
 
     # Which adapter is active
 
@@ -196,12 +197,13 @@ class Backbone:
     def merged(self, name: str) -> AbstractContextManager[None]:
         """A context in which the base weights are W + BA of `name` and no LoRA layer runs. May be nested.
 
-        For rollouts. Run no backward of a merged forward: its weights are gone after the context. Adapter weights that
-        changed are merged again on entry, except those written through `.data`, which need `refresh`.
+        For rollouts. Run no backward of a merged forward: its weights are gone after the context. One adapter is merged
+        at a time, into the same memory: on entry it is merged again where another one was since, or where its weights
+        changed, except those written through `.data`, which need `refresh`. So enter once for many forwards.
         """
+        if self._active.merged == name:
+            self._merge(name)
         self._paths(name)
-        if name not in self._merged or self._merged[name].versions != self._versions(name):
-            self.refresh(name)
         return _Switched(self, ActiveAdapter(merged=name))
 
     def merged_with_grad(self, name: str) -> AbstractContextManager[None]:
@@ -218,27 +220,29 @@ class Backbone:
     def merging_is_cheaper(self, name: str) -> bool:
         """Whether `merged` and `merged_with_grad` cost less than the LoRA layers of `name`, and are exact."""
         layers = map(self._layers.__getitem__, self._paths(name))
-        adapted = [(layer.base_layer.weight, layer.r[name]) for layer in layers]
+        adapted = [(layer.weight, len(layer.loras[name].a)) for layer in layers]
         return may_copy_weights(self.transformer) and merging_costs_less(adapted)
 
     @torch.no_grad()
     def refresh(self, name: str) -> None:
         """Recompute the merged weights of `name`, in place, from the base weights (so rounding does not add up)."""
-        merged = self._merged.setdefault(name, _MergedWeights({}))
+        if self._active.merged not in (None, name):
+            raise RuntimeError(f"{name!r} would be merged into the weights that {self._active.merged!r} runs on")
+        self._merged_from = None
         for path in self._paths(name):
-            layer = self._layers[path]
-            weight = self._base_weights.get(path, layer.base_layer.weight.data)
-            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-            if path not in merged.weights or merged.weights[path].device != weight.device:
-                merged.weights[path] = torch.empty_like(weight)
+            layer, lora = self._layers[path], self._layers[path].loras[name]
+            weight = self._base_weights.get(path, layer.weight.data)
+            if path not in self._merged or self._merged[path].device != weight.device:
+                self._merged[path] = torch.empty_like(weight)
             if weight.dtype == torch.float32:
-                torch.addmm(weight, b, a, alpha=layer.scaling[name], out=merged.weights[path])
-            else:
-                merged.weights[path].copy_(torch.addmm(weight.float(), b, a, alpha=layer.scaling[name]))
-        merged.versions = self._versions(name)
+                torch.addmm(weight, lora.b, lora.a, alpha=lora.scale, out=self._merged[path])
+            else:  # the sum is fp32 and rounded once
+                torch.add(weight, lora.b @ lora.a, alpha=lora.scale, out=self._merged[path])
+        self._merged_from = name, self._versions(name)
 
     def velocity(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """Velocity `v = ε − x0` with the active adapter: `x (B, …)`, `sigma (B,)` -> shape of `x`, fp32."""
+        self._cast(self._active.adapter)
         if getattr(self.transformer, "gradient_checkpointing", False) and torch.is_grad_enabled():
             self.checkpoint_gradients()
         return self.family.velocity(self.transformer, x, sigma, condition)
@@ -263,64 +267,62 @@ class Backbone:
         if new.merged != old.merged:
             for path, weight in self._base_weights.items():
                 self._layers[path].base_layer.weight.data = weight
-            self._base_weights = {}
-            for path, weight in self._merged[new.merged].weights.items() if new.merged else ():
+            self._base_weights, self._active = {}, old._replace(merged=None)
+            if new.merged:
+                self._merge(new.merged)
+            for path in self._paths(new.merged) if new.merged else ():
                 parameter = self._layers[path].base_layer.weight
-                self._base_weights[path], parameter.data = parameter.data, weight
+                self._base_weights[path], parameter.data = parameter.data, self._merged[path]
         if new.merged_with_grad or old.merged_with_grad:
             self._merge_with_grad(old.merged_with_grad, new.merged_with_grad)
         if new.adapter != old.adapter:
-            self._mark(new.adapter)
+            self._cast(new.adapter)
+            for layer in self._layers.values():
+                layer.activate(new.adapter)
         self._active = new
+
+    def _merge(self, adapter: str) -> None:
+        """Merge an adapter unless it is the one that was merged last, and has not changed since."""
+        if self._merged_from != (adapter, self._versions(adapter)):
+            self.refresh(adapter)
+
+    def _cast(self, adapter: str | None) -> None:
+        """Bring the LoRA layers' copies in the base's dtype up to date with an adapter's fp32 weights."""
+        if adapter and self._cast_from.get(adapter) != (versions := self._versions(adapter)):
+            for layer in map(self._layers.__getitem__, self._paths(adapter)):
+                layer.loras[adapter].cast(layer.weight.dtype)
+            self._cast_from[adapter] = versions
 
     def _merge_with_grad(self, old: str | None, new: str | None) -> None:
         """Put W + BA in front of the layer's own parameter, which stays where it is and as it is."""
         for layer in (self._layers[path] for path in (self._paths(old) if old else ())):
             layer.base_layer.__dict__.pop("weight", None)
         for layer in (self._layers[path] for path in (self._paths(new) if new else ())):
-            base, a, b = layer.base_layer, layer.lora_A[new].weight, layer.lora_B[new].weight
-            base.__dict__["weight"] = torch.addmm(base.weight, b, a, alpha=layer.scaling[new])
-
-    def _mark(self, adapter: str | None) -> None:
-        """Tell the LoRA layers which adapter is active."""
-        adapted, active = set(self._adapted[adapter] if adapter else ()), [adapter or ""]
-        for path, layer in self._layers.items():
-            layer._disable_adapters = path not in adapted
-            layer._active_adapter = active
+            base, lora = layer.base_layer, layer.loras[new or ""]
+            base.__dict__["weight"] = torch.addmm(base.weight, lora.b, lora.a, alpha=lora.scale)
 
     def _inject(self, name: str, adapter: Adapter, scale: float, trainable: bool) -> None:
         if self._active != ActiveAdapter():
             raise RuntimeError("an adapter is added while none is active: outside of acting_as and merged")
-        grads = {p: p.requires_grad for p in self.transformer.parameters()}
-        paths = list(adapter.tensors)
-        config = LoraConfig(r=1, lora_alpha=1, target_modules=paths, init_lora_weights=False)
-        keys = {f"{path}.lora_A.weight": torch.empty(0) for path in paths}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT warns of every second adapter
-            inject_adapter_in_model(config, self.transformer, name, low_cpu_mem_usage=True, state_dict=keys)
-        self._layers = {p: m for p, m in self.transformer.named_modules() if isinstance(m, LoraLayer)}
-        for path, (a, b) in adapter.tensors.items():
-            layer = self._layers[path]
-            weight = layer.base_layer.weight
-            for half, value in ((layer.lora_A, a), (layer.lora_B, b)):
-                value = value.detach().to(weight.device, torch.float32, copy=True).contiguous()
-                half[name].weight = Parameter(value, requires_grad=trainable)
-            layer.r[name] = layer.lora_alpha[name] = a.shape[0]
-            layer.scaling[name] = float(scale)
-        for parameter, grad in grads.items():  # whatever this PEFT version thinks should train
-            parameter.requires_grad_(grad)
-        self.transformer.eval()
+        linears = self._linears()
+        for path, pair in adapter.tensors.items():
+            if path not in self._layers:
+                parent, _, child = path.rpartition(".")
+                self._layers[path] = LoraLinear(linears[path]).eval()
+                setattr(self.transformer.get_submodule(parent), child, self._layers[path])
+            self._layers[path].add(name, *pair, float(scale), trainable)
+        order = (path for path, _ in self.transformer.named_modules() if path in self._layers)
+        self._layers = {path: self._layers[path] for path in order}
         self._adapted[name] = [path for path in self._layers if path in adapter.tensors]
-        layers = [self._layers[path] for path in self._adapted[name]]
-        self._parameters[name] = [half[name].weight for layer in layers for half in (layer.lora_A, layer.lora_B)]
-        self._mark(None)
+        loras = [self._layers[path].loras[name] for path in self._adapted[name]]
+        self._parameters[name] = [half for lora in loras for half in (lora.a, lora.b)]
 
     def _linears(self) -> dict[str, nn.Linear]:
         """Module path -> the Linear there (the base layer where a LoRA layer already wraps it)."""
         found: dict[str, nn.Linear] = {}
         for path, module in self.transformer.named_modules():
-            module = module.get_base_layer() if isinstance(module, LoraLayer) else module
-            if isinstance(module, nn.Linear) and ".lora_" not in path and not path.endswith(".base_layer"):
+            module = module.base_layer if isinstance(module, LoraLinear) else module
+            if isinstance(module, nn.Linear) and not path.endswith(".base_layer"):
                 found[path] = module
         return found
 

@@ -24,6 +24,12 @@ def repeated_blocks(transformer: nn.Module) -> list[nn.Module]:
     return found
 
 
+def eager_blocks(transformer: nn.Module) -> None:
+    """Undo `compile_blocks`."""
+    for block in transformer.modules():
+        vars(block).pop("_compiled_call_impl", None)
+
+
 def compile_blocks(transformer: nn.Module, backend: str = "inductor") -> None:
     """Compile the repeated blocks in place, each when it first runs; there is a graph for each active adapter."""
     from torch._dynamo import config  # late: a second to import

@@ -8,7 +8,7 @@ fp32, `v = ε − x0`. Fields compute no gradient; the student's velocity with o
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -117,6 +117,22 @@ class ContrastField:
             shift = shift * append_dims(share.clamp_max(1), shift)
         velocity[rows] = mine + shift
         return velocity
+
+
+def acting(field: VelocityField) -> AbstractContextManager[None]:
+    """The context in which a field's weights are active, so that a trajectory switches them once, not at each step."""
+    enter = getattr(unguided(field), "acting", nullcontext)
+    return enter()
+
+
+def in_micro_batches(field: VelocityField, rows: int) -> VelocityField:
+    """`field`, asked for at most `rows` rows at a time."""
+
+    def velocity(x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        parts = [slice(start, start + rows) for start in range(0, len(x), rows)]
+        return torch.cat([field(x[part], sigma[part], condition.rows(part)) for part in parts])
+
+    return velocity
 
 
 def unguided(field: VelocityField) -> VelocityField:

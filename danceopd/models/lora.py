@@ -1,4 +1,4 @@
-"""`Adapter`: a LoRA in memory, one pair of matrices for each adapted Linear."""
+"""A LoRA in memory (`Adapter`: a pair of matrices for each adapted Linear), and the layer that computes with it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.nn import Parameter
 
 
 @dataclass
@@ -68,3 +70,131 @@ class Adapter:
             return tensor if dtype is None else tensor.to(dtype).float()
 
         return Adapter({name: (move(a), move(b)) for name, (a, b) in self.tensors.items()})
+
+
+@dataclass(eq=False)
+class LayerLora:
+    """One LoRA of a layer: `a (r, in)` and `b (out, r)`, fp32; `low`: both in the layer's dtype, None where it is fp32.
+    """
+
+    a: Parameter
+    b: Parameter
+    scale: float
+    low: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def cast(self, dtype: torch.dtype) -> None:
+        """Bring `low` up to date, in place where it can stay (a CUDA graph may read it)."""
+        if dtype == self.a.dtype:
+            self.low = None
+        elif self.low is None or self.low[0].device != self.a.device:
+            self.low = self.a.detach().to(dtype), self.b.detach().to(dtype)
+        else:
+            torch._foreach_copy_(list(self.low), [self.a, self.b])
+
+
+class LoraLinear(nn.Module):
+    """A frozen Linear and the LoRAs on it: `W x + bias + scale · B A x` with the `active` one, `W x + bias` with none.
+
+    x and the result are in the Linear's dtype, and so are the products: the fp32 LoRA is cast down once an update,
+    where PEFT casts every input up to fp32 and keeps that copy for the backward. Gradients arrive in fp32.
+    """
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.loras: dict[str, LayerLora] = {}
+        self.active: LayerLora | None = None
+        self.plain = True
+
+    # what models ask of a Linear
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base_layer.out_features
+
+    def add(self, name: str, a: Tensor, b: Tensor, scale: float, trainable: bool) -> None:
+        """Add a LoRA under a name that is free; its tensors are copied."""
+        device = self.weight.device
+        halves = [
+            Parameter(half.detach().to(device, torch.float32, copy=True).contiguous(), requires_grad=trainable)
+            for half in (a, b)
+        ]
+        for letter, half in zip("AB", halves):
+            self.register_parameter(f"lora_{letter}_{name}", half)
+        self.loras[name] = LayerLora(*halves, scale)
+
+    def activate(self, name: str | None) -> None:
+        """Make one LoRA the active one; None, or one that this layer has not: none."""
+        base = self.base_layer
+        self.active = self.loras.get(name or "")
+        # Another kind of Linear (quantised), or one with a hook (offloaded): only it knows how to compute itself.
+        self.plain = type(base) is nn.Linear and "forward" not in vars(base)
+        self.plain &= not (base._forward_hooks or base._forward_pre_hooks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x (…, in)` -> `(…, out)`."""
+        base, lora = self.base_layer, self.active
+        if lora is None:
+            return base(x)
+        a, b = lora.low or (lora.a, lora.b)
+        if not self.plain:
+            return base(x) + lora.scale * F.linear(F.linear(x, lora.a.to(x.dtype)), lora.b.to(x.dtype))
+        if not torch.is_grad_enabled():
+            return _lora_linear(x, base.weight, base.bias, a, b, lora.scale)[0]
+        return _LoraLinear.apply(x, base.weight, base.bias, lora.a, lora.b, a, b, lora.scale)
+
+
+def _lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`(W x + bias + scale · B A x, A x)`; the second has one row a token."""
+    rows = x.reshape(-1, x.shape[-1])
+    down = rows @ a.t()
+    y = F.linear(rows, weight, bias).addmm_(down, b.t(), alpha=scale)
+    return _shaped(y, x), down
+
+
+def _shaped(rows: Tensor, like: Tensor) -> Tensor:
+    """`(n, d)` as `(…, d)` like another tensor, and not marked as a view: models may write into the result."""
+    return rows if like.ndim == 2 else torch.ops.aten._unsafe_view(rows, [*like.shape[:-1], rows.shape[-1]])
+
+
+class _LoraLinear(torch.autograd.Function):
+    """`_lora_linear` with a gradient to x, A and B (none to W). Keeps x itself, and A x, for the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, master_a: Tensor, master_b: Tensor, a: Tensor,
+        b: Tensor, scale: float,
+    ) -> Tensor:  # fmt: skip
+        y, down = _lora_linear(x, weight, bias, a, b, scale)
+        ctx.scale = scale
+        # The transpose is a view: it stays on this memory when the backbone switches the parameter to other weights.
+        ctx.save_for_backward(x, down, weight.t(), a, b)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, down, weight_t, a, b = ctx.saved_tensors
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        up, dx, da, db = ctx.scale * (grad @ b), None, None, None
+        if ctx.needs_input_grad[0]:
+            dx = _shaped((grad @ weight_t.t()).addmm_(up, a), x)
+        if ctx.needs_input_grad[3]:
+            da = (up.t() @ x.reshape(-1, x.shape[-1])).float()
+        if ctx.needs_input_grad[4]:
+            db = ctx.scale * (grad.t() @ down).float()
+        return dx, None, None, da, db, None, None, None

@@ -226,7 +226,8 @@ class Recipe(Part):
     def identity(self) -> dict[str, Any]:
         """`resolved()` without what may change when a run is continued."""
         kept = {key: value for key, value in self.resolved().items() if key not in CONTINUES}
-        kept["rollout"].pop("cuda_graphs")
+        for key in ("cuda_graphs", "merged"):
+            kept["rollout"].pop(key)
         return kept
 
     def to_yaml(self) -> str:

@@ -159,6 +159,12 @@ class Checkpoints(Callback):
                     facts[key] = value
         self.run.checkpoints.save(trainer.step, tensors, facts, states, good)
 
+    def rescue(self, trainer: Trainer) -> None:
+        """After an error: save the last step that ended, where this process is the only one and there is a step."""
+        trainer.optimizer.adamw.zero_grad(set_to_none=True)
+        if self.processes.world_size == 1 and trainer.step and not trainer.optimizer.updating:
+            self.save(trainer)
+
     def restore(self, trainer: Trainer, good: bool = False) -> dict[str, Any] | None:
         """Bring back the newest whole one, or the last good one; its facts, if it is there.
 

@@ -39,14 +39,13 @@ _log = logging.getLogger("danceopd")
 class EarlyStopping(Callback):
     """Measures the EMA when it is due, and stops the trainer where the recipe has a patience.
 
-    `error` is None in processes that do not measure, `run` in all but the first. `merged`: measure on W + BA.
+    `error` is None in processes that do not measure, `run` in all but the first.
     """
 
     def __init__(
-        self, options: Validation, processes: Processes, error: ValidationError | None, run: RunDirectory | None,
-        merged: bool = True,
-    ) -> None:  # fmt: skip
-        self.options, self.processes, self.error, self.run, self.merged = options, processes, error, run, merged
+        self, options: Validation, processes: Processes, error: ValidationError | None, run: RunDirectory | None
+    ) -> None:
+        self.options, self.processes, self.error, self.run = options, processes, error, run
         self.rows_key = processes.broadcast(None if error is None else error.rows_key) if options.every else None
         self.base: Errors = {}
         self.checks: list[dict[str, Any]] = []
@@ -137,7 +136,7 @@ class EarlyStopping(Callback):
 
     def _check(self, trainer: Trainer) -> dict[str, float]:
         began = time.monotonic()
-        found = None if self.error is None else self.error.measure(trainer.ema_field(self.merged))
+        found = None if self.error is None else self.error.measure(trainer.ema_field())
         levels = self.processes.broadcast(found)
         seconds = round(time.monotonic() - began, 3)
         self.checks.append({"step": trainer.step, "levels": levels, "seconds": seconds})

@@ -1,15 +1,17 @@
 """The end of a run: the student's EMA is written, proven through the stock pipeline, and gets its model card.
 
-`export` writes a LoRA to a temporary name, loads it back with a fresh stock pipeline, compares its velocities with the
+`export` writes a LoRA to a temporary name, loads it back with a stock pipeline, compares its velocities with the
 student's at the end of training, and only then lets the file take its place. Stock `load_lora_weights` can be a silent
-no-op, so nothing here trusts it.
+no-op, so nothing here trusts it. The pipeline is the run's own, on its own transformer: everything of training has left
+it, and its weights are compared with those on disk. So the proof takes the base and one LoRA, never a second base.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,8 +29,14 @@ from danceopd.common.files import disk_errors, partial_path
 from danceopd.common.shipped import portable
 from danceopd.common.tensors import DTYPES
 from danceopd.data.dataset import of_one_layout
+from danceopd.engine.teachers import RoutedTeacher
 from danceopd.engine.trainer import Trainer
+from danceopd.errors import UserError
+from danceopd.kernels import uninstall
 from danceopd.models.base import base_fingerprint, base_folder, load_base
+from danceopd.models.checkpoint import open_checkpoint
+from danceopd.models.compile import eager_blocks
+from danceopd.models.fields import VelocityField
 from danceopd.models.lora import Adapter
 from danceopd.pipelines.condition import Condition
 from danceopd.pipelines.registry import FAMILIES
@@ -56,27 +64,26 @@ def stock_dtype(dtype: str) -> torch.dtype | None:
 
 def write_student(
     trainer: Trainer, recipe: Recipe, student: Adapter, step: int, origin: Origin, run: RunDirectory | None,
-    processes: Processes, proof: torch.device, sentences: Sequence[str] = (),
+    processes: Processes, pipe: Any | None, sentences: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Write `student`, the EMA after `step`, into the run's folder; all processes call it, the first writes.
 
-    `proof` is where the whole base fits. `sentences` are what the card says of the run. ExportError when the written
-    file is not the student.
+    `pipe` is the base's stock pipeline, in which the file is proven on the backbone's transformer; None, where no
+    process has the whole of that: in a fresh one on the CPU. It ends the training: `trainer` is released.
+    `sentences` are what the card says of the run. ExportError when the written file is not the student.
     """
-    field = trainer.ema_field(merged=False, adapter=student)
-    probes = []
-    for teacher in trainer.teachers:
-        condition = teacher.dataset.rows(of_one_layout(teacher.dataset, 4)).to(trainer.device)
-        generator = torch.Generator().manual_seed(recipe.seed)
-        x = torch.randn(len(condition), *condition.shape, generator=generator).to(trainer.device)
-        sigma = torch.linspace(1.0, 0.25, len(condition), device=trainer.device)
-        velocity = field(x, sigma, condition)
-        probes.append(Probe(x.to(proof), sigma.to(proof), condition.to(proof), velocity.to(proof)))
+    field = trainer.ema_field(student, merged=False)
+    probes = [probe for teacher in trainer.teachers for probe in _probes(trainer, teacher, field, recipe.seed)]
+    trainer.release()
     with processes.main_first():
         if run is None:
             return
         facts = {"steps": str(step), "seed": str(recipe.seed)}
-        load = partial(load_base, origin.base, stock_dtype(recipe.dtype))
+        load: Callable[[], Any] = partial(load_base, origin.base, stock_dtype(recipe.dtype))
+        if pipe is None:
+            probes = [probe.to(torch.device("cpu")) for probe in probes]
+        else:
+            load = partial(_with_own_transformer, pipe, trainer.backbone.transformer, origin.base)
         export(student, run.path, recipe.base, probes, metadata=facts, load=load)
         # The student is trained without guidance; stock pipelines would add it unasked.
         call = {**origin.call, **trainer.backbone.family.guidance_off}
@@ -92,6 +99,31 @@ def write_student(
         )
 
 
+def _probes(trainer: Trainer, teacher: RoutedTeacher, field: VelocityField, seed: int) -> Iterator[Probe]:
+    """Four of a teacher's rows, or fewer, each at a noise level of its own; a probe has no more rows than a forward."""
+    condition = teacher.dataset.rows(of_one_layout(teacher.dataset, 4))
+    x = torch.randn(len(condition), *condition.shape, generator=torch.Generator().manual_seed(seed))
+    sigma, size = torch.linspace(1.0, 0.25, len(condition)), trainer.batches.micro_batch
+    for rows in (slice(start, start + size) for start in range(0, len(condition), size)):
+        inputs = x[rows].to(trainer.device), sigma[rows].to(trainer.device), condition.rows(rows).to(trainer.device)
+        yield Probe(*inputs, field(*inputs))
+
+
+def _with_own_transformer(pipe: Any, transformer: nn.Module, base: Path) -> Any:
+    """`pipe` with the transformer that was trained on, a stock one again; ExportError unless its weights are `base`'s.
+    """
+    uninstall(transformer)
+    eager_blocks(transformer)
+    with suppress(UserError):  # files that only stock `from_pretrained` reads
+        stored = open_checkpoint(base)
+        for name, tensor in transformer.state_dict().items():
+            there = stored.tensor(name) if name in stored.shapes else tensor
+            if not torch.equal(there.to(tensor.device, tensor.dtype), tensor):
+                raise ExportError(f"{name} of the base is not what {base} holds, so nothing proven on it would count")
+    pipe.transformer = transformer
+    return pipe
+
+
 @dataclass(frozen=True)
 class Probe:
     """Inputs of the transformer, and the student's velocity there at the end of training.
@@ -104,6 +136,10 @@ class Probe:
     condition: Condition
     velocity: Tensor
 
+    def to(self, device: torch.device) -> Probe:
+        """The same on another device."""
+        return Probe(self.x.to(device), self.sigma.to(device), self.condition.to(device), self.velocity.to(device))
+
     @torch.no_grad()
     def velocity_of(self, transformer: nn.Module) -> Tensor:
         """Another transformer's velocity there, fp32."""
@@ -115,10 +151,10 @@ def export(
     dtype: torch.dtype = torch.float32, metadata: Mapping[str, str] | None = None,
     load: Callable[[], Any] | None = None, tolerance: float = 0.02,
 ) -> Path:  # fmt: skip
-    """Write the student's LoRA to `folder`, prove it through a fresh stock pipeline, and only then let it stay.
+    """Write the student's LoRA to `folder`, prove it through a stock pipeline, and only then let it stay.
 
-    `base` goes into the file with its fingerprint. `load` returns a FRESH stock pipeline of it and is called once
-    (default: `base` in fp32; for a bf16 backbone give one in bf16; leave out what the probes do not need). The
+    `base` goes into the file with its fingerprint. `load` returns a stock pipeline of it without a LoRA and is called
+    once (default: `base` in fp32; for a bf16 backbone give one in bf16; leave out what the probes do not need). The
     reloaded velocities may differ from the probes' by `tolerance` of the change the student makes, plus the
     rounding of the backbone's dtype.
 

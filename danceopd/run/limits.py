@@ -1,4 +1,7 @@
-"""What ends a run from outside: a time limit, SIGTERM, Ctrl-C. The update at hand ends, and is saved, first."""
+"""What ends a run from outside: a time limit, SIGTERM, Ctrl-C, memory that is full.
+
+But for the last, the update at hand ends, and is saved, first.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from danceopd.common.signals import Interrupts
 from danceopd.engine.callbacks import Callback
 from danceopd.engine.metrics import StepMetrics
 from danceopd.engine.trainer import Trainer
+from danceopd.errors import UserError
+from danceopd.recipe.recipe import Recipe
+from danceopd.run.directory import RunDirectory
 
 
 class Limits(Callback):
@@ -25,3 +31,19 @@ class Limits(Callback):
         late = self.minutes is not None and time.monotonic() - self.began > 60 * self.minutes
         stop, self.signal = self.processes.all_max([late, self.interrupts.caught])
         trainer.should_stop |= bool(stop or self.signal)
+
+
+def memory_error(error: BaseException, recipe: Recipe, run: RunDirectory | None) -> UserError:
+    """What to say where memory ran out: what was asked for, what takes less, and from where the run continues."""
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
+    less = []
+    if (recipe.micro_batch or recipe.batch) > recipe.group_size:
+        less.append(f"micro_batch: {recipe.group_size}")
+    if not recipe.gradient_checkpointing:
+        less.append("gradient_checkpointing: true")
+    if recipe.rollout.merged:
+        less.append("rollout: {merged: false}")
+    advice = f"set {' or '.join(less)} in the recipe" if less else "take smaller pictures (call.height, call.width)"
+    saved = None if run is None else run.checkpoints.latest()
+    again = "run this again" if saved is None else f"run this again to continue after step {int(saved.name[-6:])}"
+    return UserError(f"memory ran out ({said}); {advice} and {again}; `danceopd plan` says what takes how much")

@@ -17,7 +17,7 @@ from danceopd.data.sources import Edits, edits_from, prompts_from
 from danceopd.engine.callbacks import Callback
 from danceopd.engine.metrics import StepMetrics
 from danceopd.engine.trainer import Trainer
-from danceopd.models.fields import VelocityField
+from danceopd.models.fields import VelocityField, acting, in_micro_batches
 from danceopd.run.logger import Logger
 from danceopd.run.plots import grid
 
@@ -26,9 +26,13 @@ class SampleGrid:
     """Conditions and noise of the grid, encoded once; `draw` costs one rollout for each capability."""
 
     def __init__(
-        self, sources: Mapping[str, str], count: int, seed: int, encoder: Encoder, device: torch.device
+        self, sources: Mapping[str, str], count: int, seed: int, encoder: Encoder, device: torch.device, rows: int
     ) -> None:
-        """`count` pictures of each capability, from its data source; `seed` draws the built-in scenes."""
+        """`count` pictures of each capability, from its data source; `seed` draws the built-in scenes.
+
+        A forward has at most `rows` pictures.
+        """
+        self.device, self.rows = device, rows
         self.parts = []
         for capability, spec in sources.items():
             read = edits_from if capability == "editing" else prompts_from
@@ -39,19 +43,21 @@ class SampleGrid:
             for layout in dict.fromkeys(map(dataset.layout, first)):
                 rows = [row for row in first if dataset.layout(row) == layout]
                 pipeline = encoder.sized(capability, dataset.size(rows[0]))
-                noise = pipeline.noise(rows).to(device)
+                noise = pipeline.noise(rows).cpu()
                 found = [data[row] for row in rows]
                 prompts, originals = found, list[Image.Image]()
                 if isinstance(data, Edits):
                     prompts, originals = [p for p, _ in found], [open_image(image) for _, image in found]
-                self.parts.append((pipeline, dataset.rows(rows).to(noise.device), noise, prompts, originals))
+                self.parts.append((pipeline, dataset.rows(rows), noise, prompts, originals))
 
     def draw(self, student: VelocityField) -> Image.Image:
         """The grid as `student` draws it: a picture for each prompt, source and result for each edit."""
         rows: list[list[Image.Image | None]] = []
         labels: list[str] = []
         for pipeline, condition, noise, prompts, sources in self.parts:
-            *_, last = pipeline.denoise(condition, noise, student)
+            field = in_micro_batches(student, self.rows)
+            with acting(student):
+                *_, last = pipeline.denoise(condition.to(self.device), noise.to(self.device), field)
             made = pipeline.images(last.x)
             if not sources:
                 rows.append(list(made))
@@ -65,21 +71,20 @@ class SampleGrid:
 class Samples(Callback):
     """Draws the grid at the start, every so many steps (0: not between), and at the end.
 
-    `grid` is None in processes that do not draw, `logger` in all but the first; `merged`: draw on W + BA, not through
-    the LoRA layers (a sharded backbone has no whole W).
+    `grid` is None in processes that do not draw, `logger` in all but the first.
     """
 
-    def __init__(self, grid: SampleGrid | None, logger: Logger | None, every: int, merged: bool) -> None:
-        self.grid, self.logger, self.every, self.merged = grid, logger, every, merged
+    def __init__(self, grid: SampleGrid | None, logger: Logger | None, every: int) -> None:
+        self.grid, self.logger, self.every = grid, logger, every
 
     def on_train_start(self, trainer: Trainer) -> None:
         if self.grid is not None and trainer.step == 0:
-            self.draw(trainer, 0, trainer.ema_field(self.merged))
+            self.draw(trainer, 0, trainer.ema_field())
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
         due = trainer.step == trainer.steps or (self.every and trainer.step % self.every == 0)
         if self.grid is not None and due:
-            self.draw(trainer, trainer.step, trainer.ema_field(self.merged))
+            self.draw(trainer, trainer.step, trainer.ema_field())
 
     def draw(self, trainer: Trainer, step: int, student: VelocityField) -> None:
         """Draw `student` as the grid of `step`."""

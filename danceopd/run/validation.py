@@ -32,7 +32,7 @@ from danceopd.data.encode import Encoder
 from danceopd.engine.query import LEVELS, PAPER, place
 from danceopd.engine.rollout import rollout
 from danceopd.engine.solvers import SOLVERS
-from danceopd.models.fields import VelocityField
+from danceopd.models.fields import VelocityField, acting
 from danceopd.pipelines.condition import Condition
 from danceopd.pipelines.registry import FAMILIES, with_prompt_of
 from danceopd.recipe.parts import Rollout
@@ -127,7 +127,8 @@ class ValidationError:
 
         steps = sorted(set(batch.query_steps))
         stops = torch.tensor(steps).expand(len(noise), len(steps))
-        states = rollout(rolled, noise, batch.sigmas, stops, condition, solver=SOLVERS[self.rollout.solver]())
+        with acting(student):
+            states = rollout(rolled, noise, batch.sigmas, stops, condition, solver=SOLVERS[self.rollout.solver]())
         grid, found = batch.sigmas.to(self.device, torch.float32), {}
         for k, step in enumerate(steps):
             x, sigma = states[:, k], grid[step].expand(len(noise))

@@ -183,7 +183,7 @@ def test_ten_thousand_refreshes_leave_the_pristine_weights():
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     layer = backbone._layers[backbone.modules("edit")[0]]
     path = backbone.modules("edit")[0]
-    wanted = before[f"{path}.weight"] + layer.scaling["edit"] * second @ first
+    wanted = before[f"{path}.weight"] + layer.loras["edit"].scale * second @ first
     with backbone.merged("edit"):
         assert torch.allclose(layer.base_layer.weight, wanted, atol=1e-5)
 

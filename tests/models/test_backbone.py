@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig, inject_adapter_in_model
 from tiny import CALL, random_adapter, random_image, tiny_klein
 
 from danceopd.errors import UserError
 from danceopd.models.backbone import Backbone, merging_costs_less
-from danceopd.models.fields import AdapterField, BaseField, MergedField
-from danceopd.models.lora import Adapter
+from danceopd.models.fields import AdapterField, BaseField, GuidedField, MergedField, acting
+from danceopd.models.lora import Adapter, LoraLinear, _lora_linear
 from danceopd.pipelines import EditingPipeline, family_of
 
 
@@ -106,21 +106,18 @@ def test_teacher_between_forward_and_backward_leaves_gradients(backbone, scene):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_merging_with_gradient_trains_as_lora_layers_do(backbone, scene, recompute):
+def test_merging_with_gradient_trains_as_lora_layers_do(backbone, scene, recompute, monkeypatch):
     """The same velocity and gradient without a LoRA layer, whatever runs between forward and backward."""
     parameters = student_of(backbone)
     plain = gradients(backbone, scene)
     storage = [p.data_ptr() for p in backbone.transformer.parameters()]
     backbone.checkpoint_gradients(recompute)
-    layers = [m for m in backbone.transformer.modules() if isinstance(m, LoraLayer)]
     ran = []
-    hooks = [m.lora_A["student"].register_forward_hook(lambda *a: ran.append(1)) for m in layers]
+    monkeypatch.setattr("danceopd.models.lora._lora_linear", lambda *a: ran.append(1) or _lora_linear(*a))
     with backbone.merged_with_grad("student"):
         velocity = backbone.velocity(*scene)
     MergedField(backbone, "edit")(*scene)
     merged = torch.autograd.grad(velocity.square().mean(), parameters)
-    for hook in hooks:
-        hook.remove()
     assert bool(ran) == recompute and equal(plain, merged, 1e-6)
     assert (velocity - AdapterField(backbone, "student")(*scene)).abs().max() < 2e-5
     assert [p.data_ptr() for p in backbone.transformer.parameters()] == storage
@@ -174,7 +171,7 @@ def test_checkpointed_recompute_runs_under_the_adapter_of_its_forward(scene, whe
 
 def test_many_refreshes_leave_pristine_weights_untouched(backbone, scene):
     parameters = student_of(backbone)
-    layers = {p: m for p, m in backbone.transformer.named_modules() if isinstance(m, LoraLayer)}
+    layers = {p: m for p, m in backbone.transformer.named_modules() if isinstance(m, LoraLinear)}
     pristine = {p: m.base_layer.weight.detach().clone() for p, m in layers.items()}
     storage = {p: m.base_layer.weight.data_ptr() for p, m in layers.items()}
     buffers = None
@@ -220,6 +217,55 @@ def test_merged_weights_follow_an_optimizer(backbone, scene):
     after = MergedField(backbone, "student")(*scene)
     assert (after - before).abs().max() > 1e-2
     assert (after - AdapterField(backbone, "student")(*scene)).abs().max() < 2e-5
+
+
+def test_whoever_is_merged_has_the_one_buffer(backbone, scene):
+    """Another adapter's weights take its place, also inside each other's context, and none is stale."""
+    student_of(backbone)
+    names = ["edit", "draw", "student"]
+    wanted = {name: AdapterField(backbone, name)(*scene) for name in names}
+    places = set()
+    for name in [*names, *names[::-1]]:
+        with backbone.merged(name):
+            places.add(tuple(layer.weight.data_ptr() for layer in backbone._layers.values()))
+            assert (backbone.velocity(*scene) - wanted[name]).abs().max() < 2e-5
+    assert len(places) == 1
+    with backbone.merged("edit"):
+        assert (MergedField(backbone, "draw")(*scene) - wanted["draw"]).abs().max() < 2e-5
+        assert (backbone.velocity(*scene) - wanted["edit"]).abs().max() < 2e-5
+        with pytest.raises(RuntimeError, match="'draw' would be merged into the weights that 'edit' runs on"):
+            backbone.refresh("draw")
+
+
+def test_weights_are_switched_once_for_many_forwards(backbone, scene, monkeypatch):
+    refreshed = []
+    refresh = Backbone.refresh
+    monkeypatch.setattr(Backbone, "refresh", lambda self, name: refreshed.append(name) or refresh(self, name))
+    field, weight = MergedField(backbone, "edit"), next(iter(backbone._layers.values())).base_layer.weight
+    with acting(GuidedField(field, scene[2], 2.0)):
+        place = weight.data_ptr()
+        for _ in range(3):
+            field(*scene)
+            assert weight.data_ptr() == place
+    assert refreshed == ["edit"] and weight.data_ptr() != place
+    with acting(backbone.velocity):  # a field of no adapter
+        assert weight.data_ptr() != place
+
+
+def test_without_its_adapters_the_transformer_is_the_stock_one(backbone, scene):
+    """Modules, names and weights; stock diffusers loads a LoRA into it."""
+    stock = tiny_klein()
+    MergedField(backbone, "edit")(*scene)
+    with backbone.acting_as("edit"), pytest.raises(RuntimeError, match="outside of acting_as"):
+        backbone.remove_adapters()
+    backbone.remove_adapters()
+    found, wanted = backbone.transformer.state_dict(), stock.transformer.state_dict()
+    assert list(found) == list(wanted) and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    kinds = [{path: type(m) for path, m in t.named_modules()} for t in (backbone.transformer, stock.transformer)]
+    assert kinds[0] == kinds[1] and not backbone._merged and not backbone.adapters
+    again = random_adapter(backbone.transformer, seed=1)
+    backbone.add_adapter("edit", again)
+    assert (MergedField(backbone, "edit")(*scene) - AdapterField(backbone, "edit")(*scene)).abs().max() < 2e-5
 
 
 def test_new_student_is_the_base_or_its_init(backbone, scene):
@@ -292,6 +338,9 @@ def test_strict_adapters(backbone):
     assert names == sorted(name for name, _ in backbone.transformer.named_parameters())
     with pytest.raises(UserError, match="already carries a LoRA"):
         Backbone(backbone.transformer, backbone.family)
+    inject_adapter_in_model(LoraConfig(target_modules=[path]), pipe := tiny_klein().transformer)
+    with pytest.raises(UserError, match="already carries a LoRA"):
+        Backbone(pipe, backbone.family)
 
 
 def test_half_precision_backbone_keeps_fp32_adapters(scene):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft.tuners.lora import LoraLayer
 from tiny import CALL, random_adapter, random_image, tiny_klein
 
 from danceopd.errors import UserError
 from danceopd.models.backbone import Backbone
 from danceopd.models.checkpoint import open_checkpoint
 from danceopd.models.fields import AdapterField, BaseField
+from danceopd.models.lora import LoraLinear
 from danceopd.models.streamed import OUTSIDE, StreamedField
 from danceopd.pipelines import EditingPipeline, GenerationPipeline, family_of
 
@@ -228,7 +228,7 @@ def test_adapters_may_join_later(models, backbone, scene):
     field = StreamedField(backbone, open_checkpoint(folder / "tuned"))
     expected = field(*scene)
     backbone.add_adapter("late", random_adapter(backbone.transformer, seed=5, targets=".*context_embedder|.*linear"))
-    assert any(isinstance(m, LoraLayer) for m in backbone.transformer.modules())
+    assert any(isinstance(m, LoraLinear) for m in backbone.transformer.modules())
     assert torch.equal(field(*scene), expected)
     assert not torch.equal(AdapterField(backbone, "late")(*scene), expected)
 

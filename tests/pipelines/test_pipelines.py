@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -307,3 +309,19 @@ def test_conditions_cost_no_more_than_their_encoders(pipe, edit, monkeypatch):
     for hook in hooks:
         hook.remove()
     assert sorted(calls) == ["image"] * 15 + ["text"]
+
+
+def test_a_vae_that_is_kept_elsewhere_decodes_on_the_device_of_the_latents(pipe):
+    vae, seen = SimpleNamespace(device="cpu"), []
+    vae.to = lambda device: setattr(vae, "device", device)
+
+    def decode(pipe, x, height, width):
+        seen.append(pipe.vae.device)
+        return [None] * len(x) if len(seen) < 3 else 1 / 0
+
+    pipeline = GenerationPipeline(SimpleNamespace(vae=vae), replace(family_of(pipe), decode=decode), CALL, chunk=1)
+    x = torch.empty(2, 16, 32, device="meta")
+    assert len(pipeline.images(x)) == 2 and seen == [x.device] * 2 and vae.device == "cpu"
+    with pytest.raises(ZeroDivisionError):
+        pipeline.images(x)
+    assert vae.device == "cpu"

@@ -1,0 +1,110 @@
+"""Memory that runs out: one sentence with what to change, the last step saved, and the same run goes on."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from diffusers import Flux2Transformer2DModel
+from safetensors.torch import load_file
+from tiny_merge import WEIGHTS, check_student, run, tiny_models, tiny_recipe
+
+from danceopd.common.system import out_of_memory
+from danceopd.errors import UserError
+from danceopd.run.limits import memory_error
+
+CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.5 GiB"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tiny_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(CUDA),
+        MemoryError(),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("unable to mmap 40861047832 bytes from file <x>: Cannot allocate memory (12)"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+    ids=lambda error: str(error)[:20] or "MemoryError",
+)
+def test_every_way_to_say_it_is_known(error):
+    assert out_of_memory(error)
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not out_of_memory(ValueError(str(error)))
+
+
+def fail_at(monkeypatch, call: int, error: Exception) -> None:
+    """The transformer raises in the `call`-th forward with a gradient."""
+    plain, calls = Flux2Transformer2DModel.forward, []
+
+    def full(self, *given, **more):
+        calls.append(1) if torch.is_grad_enabled() else None
+        if len(calls) == call:
+            raise error
+        return plain(self, *given, **more)
+
+    monkeypatch.setattr(Flux2Transformer2DModel, "forward", full)
+
+
+def test_the_step_before_is_saved_and_the_advice_can_be_followed(models, tmp_path, monkeypatch):
+    """Two batches an update: the sixth forward is in the middle of the third."""
+    recipe = tiny_recipe(models, tmp_path / "run", save_every=100)
+    run(tiny_recipe(models, tmp_path / "whole", save_every=100))
+    with monkeypatch.context() as context:
+        fail_at(context, 6, torch.OutOfMemoryError(CUDA))
+        with pytest.raises(UserError) as caught:
+            run(recipe)
+    said = str(caught.value)
+    advice = ("micro_batch: 1", "gradient_checkpointing: true", "merged: false", "`danceopd plan`")
+    assert all(part in said for part in ("Tried to allocate 2.00 GiB", *advice))
+    assert said.count("\n") == 0 and "continue after step 2" in said
+    less = {"micro_batch": 1, "gradient_checkpointing": True, "rollout": {"steps": 3, "merged": False}}
+    smaller = tiny_recipe(models, tmp_path / "run", save_every=100, **less)
+    assert run(smaller) == [3, 4]
+    check_student(tmp_path / "run", load_file(tmp_path / "whole" / WEIGHTS))
+    assert "micro_batch" not in str(memory_error(MemoryError(), smaller, None))
+
+
+def test_nothing_is_saved_that_no_step_left(models, tmp_path, monkeypatch):
+    """Before the first step, and where memory ran out among the weights that an update moves."""
+    with monkeypatch.context() as context:
+        fail_at(context, 1, MemoryError())
+        with pytest.raises(UserError, match="memory ran out .*run this again;"):
+            run(tiny_recipe(models, tmp_path / "run"))
+    assert not any((tmp_path / "run" / "checkpoints").iterdir())
+    calls, lerp = [], torch._foreach_lerp_
+
+    def full(*given):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError(CUDA)
+        return lerp(*given)
+
+    monkeypatch.setattr(torch, "_foreach_lerp_", full)
+    with pytest.raises(UserError, match="continue after step 1"):  # another recipe is welcome: nothing was learnt
+        run(tiny_recipe(models, tmp_path / "run", seed=1, save_every=1))
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_on_a_gpu_fp32_is_multiplied_in_tf32(models, tmp_path, monkeypatch):
+    found, before = [], torch.get_float32_matmul_precision()
+
+    def stop(*given):
+        found.append(torch.get_float32_matmul_precision())
+        raise UserError("stop")
+
+    monkeypatch.setattr(sys.modules["danceopd.merge"], "base_folder", stop)
+    for device in map(torch.device, ("cuda", "cpu")):
+        monkeypatch.setattr("danceopd.common.distributed.resolve_device", lambda name, device=device: device)
+        with pytest.raises(UserError, match="stop"):
+            run(tiny_recipe(models, tmp_path / "run"))
+        assert torch.get_float32_matmul_precision() == before
+    assert found == ["high", before]
