@@ -36,14 +36,16 @@ class Limits(Callback):
 def memory_error(error: BaseException, recipe: Recipe, run: RunDirectory | None) -> UserError:
     """What to say where memory ran out: what was asked for, what takes less, and from where the run continues."""
     said = (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
-    less = []
-    if (recipe.micro_batch or recipe.batch) > recipe.group_size:
+    rows, less = recipe.micro_batch, []
+    if (rows if isinstance(rows, int) else recipe.batch) > recipe.group_size:
         less.append(f"micro_batch: {recipe.group_size}")
-    if not recipe.gradient_checkpointing:
+    if recipe.gradient_checkpointing is not True:
         less.append("gradient_checkpointing: true")
     if recipe.rollout.merged:
         less.append("rollout: {merged: false}")
     advice = f"set {' or '.join(less)} in the recipe" if less else "take smaller pictures (call.height, call.width)"
     saved = None if run is None else run.checkpoints.latest()
-    again = "run this again" if saved is None else f"run this again to continue after step {int(saved.name[-6:])}"
-    return UserError(f"memory ran out ({said}); {advice} and {again}; `danceopd plan` says what takes how much")
+    where = "" if saved is None else f" to continue after step {int(saved.name.removeprefix('step-'))}"
+    return UserError(
+        f"memory ran out ({said}); {advice} and run this again{where}; `danceopd plan` says what takes how much"
+    )
