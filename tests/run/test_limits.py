@@ -12,6 +12,8 @@ from tiny_merge import WEIGHTS, check_student, run, tiny_models, tiny_recipe
 
 from danceopd.common.system import out_of_memory
 from danceopd.errors import UserError
+from danceopd.merge import merge
+from danceopd.recipe.recipe import Recipe
 from danceopd.run.limits import memory_error
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.5 GiB"
@@ -41,28 +43,25 @@ def test_every_way_to_say_it_is_known(error):
     assert not out_of_memory(ValueError(str(error)))
 
 
-def fail_at(monkeypatch, call: int, error: Exception) -> None:
-    """The transformer raises in the `call`-th forward with a gradient."""
-    plain, calls = Flux2Transformer2DModel.forward, []
+def fail_after(monkeypatch, recipe: Recipe, step: int, error: Exception) -> str:
+    """Merge; in the update after `step` the first forward with a gradient raises. What the user reads."""
+    plain, steps = Flux2Transformer2DModel.forward, [0]
 
     def full(self, *given, **more):
-        calls.append(1) if torch.is_grad_enabled() else None
-        if len(calls) == call:
+        if torch.is_grad_enabled() and steps[-1] == step:
             raise error
         return plain(self, *given, **more)
 
-    monkeypatch.setattr(Flux2Transformer2DModel, "forward", full)
+    with monkeypatch.context() as context, pytest.raises(UserError) as caught:
+        context.setattr(Flux2Transformer2DModel, "forward", full)
+        merge(recipe, lambda metrics, total: steps.append(metrics.step))
+    return str(caught.value)
 
 
 def test_the_step_before_is_saved_and_the_advice_can_be_followed(models, tmp_path, monkeypatch):
-    """Two batches an update: the sixth forward is in the middle of the third."""
-    recipe = tiny_recipe(models, tmp_path / "run", save_every=100)
     run(tiny_recipe(models, tmp_path / "whole", save_every=100))
-    with monkeypatch.context() as context:
-        fail_at(context, 6, torch.OutOfMemoryError(CUDA))
-        with pytest.raises(UserError) as caught:
-            run(recipe)
-    said = str(caught.value)
+    recipe = tiny_recipe(models, tmp_path / "run", save_every=100)
+    said = fail_after(monkeypatch, recipe, 2, torch.OutOfMemoryError(CUDA))
     advice = ("micro_batch: 1", "gradient_checkpointing: true", "merged: false", "`danceopd plan`")
     assert all(part in said for part in ("Tried to allocate 2.00 GiB", *advice))
     assert said.count("\n") == 0 and "continue after step 2" in said
@@ -75,10 +74,8 @@ def test_the_step_before_is_saved_and_the_advice_can_be_followed(models, tmp_pat
 
 def test_nothing_is_saved_that_no_step_left(models, tmp_path, monkeypatch):
     """Before the first step, and where memory ran out among the weights that an update moves."""
-    with monkeypatch.context() as context:
-        fail_at(context, 1, MemoryError())
-        with pytest.raises(UserError, match="memory ran out .*run this again;"):
-            run(tiny_recipe(models, tmp_path / "run"))
+    said = fail_after(monkeypatch, tiny_recipe(models, tmp_path / "run"), 0, MemoryError())
+    assert "memory ran out (MemoryError)" in said and "run this again;" in said
     assert not any((tmp_path / "run" / "checkpoints").iterdir())
     calls, lerp = [], torch._foreach_lerp_
 
