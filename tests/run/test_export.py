@@ -7,18 +7,13 @@ import gc
 import pytest
 import torch
 from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Transformer2DModel
-from tiny_merge import WEIGHTS, run, tiny_models, tiny_recipe
+from tiny_merge import WEIGHTS, run, tiny_recipe
 
 from danceopd.adapters.load import ExportError
 from danceopd.engine.trainer import Trainer
 from danceopd.kernels.processors import FusedProcessor
 from danceopd.models.backbone import Backbone
 from danceopd.models.lora import LoraLinear
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny_models(tmp_path_factory.mktemp("models"))
 
 
 def tensor_bytes() -> int:

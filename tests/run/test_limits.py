@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 from safetensors.torch import load_file
-from tiny_merge import WEIGHTS, check_student, run, tiny_models, tiny_recipe
+from tiny_merge import WEIGHTS, check_student, run, tiny_recipe
 
 from danceopd.common.system import out_of_memory
 from danceopd.errors import UserError
@@ -17,11 +17,6 @@ from danceopd.recipe.recipe import Recipe
 from danceopd.run.limits import memory_error
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.5 GiB"
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize(

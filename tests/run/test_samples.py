@@ -20,7 +20,7 @@ class Drawn:
 def test_only_a_process_that_draws_puts_the_average_on_its_backbone(files: dict[str, str]) -> None:
     data, grid = tiny_data(), Drawn()
     for one in (grid, None):
-        trainer = make_trainer(data, files, steps=2, callbacks=[Samples(one, None, 1, merged=True)])
+        trainer = make_trainer(data, files, steps=2, callbacks=[Samples(one, None, 1)])
         train(trainer)
         assert (EMA in trainer.backbone.adapters) == (one is not None)
     assert grid.count == 3
