@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -114,12 +113,14 @@ def _with_own_transformer(pipe: Any, transformer: nn.Module, base: Path) -> Any:
     """
     uninstall(transformer)
     eager_blocks(transformer)
-    with suppress(UserError):  # files that only stock `from_pretrained` reads
+    try:
         stored = open_checkpoint(base)
-        for name, tensor in transformer.state_dict().items():
-            there = stored.tensor(name) if name in stored.shapes else tensor
-            if not torch.equal(there.to(tensor.device, tensor.dtype), tensor):
-                raise ExportError(f"{name} of the base is not what {base} holds, so nothing proven on it would count")
+    except UserError:  # files that only stock `from_pretrained` reads
+        stored = None
+    for name, tensor in transformer.state_dict().items() if stored else ():
+        there = stored.tensor(name) if stored and name in stored.shapes else tensor
+        if not torch.equal(there.to(tensor.device, tensor.dtype), tensor):
+            raise ExportError(f"{name} of the base is not what {base} holds, so nothing proven on it would count")
     pipe.transformer = transformer
     return pipe
 
