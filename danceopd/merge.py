@@ -262,6 +262,7 @@ def _train(opened: _Opened, report: Report) -> Student:
     # the student's EMA, proven
     step, ema = validation.exported(trainer)
     student = trainer.ema_adapter(ema)
+    del ema  # the proof needs the memory
     if validation.chosen is not None and processes.broadcast(run is not None and not run.logger.picture(step).exists()):
         samples.draw(trainer, step, trainer.ema_field(student))
     known = {name: sha256 for name, sha256 in hashes.items() if sha256 is not None}
