@@ -1,76 +1,51 @@
-"""The cache folder that runs share, and files in it that are derived from other files.
+"""The cache folder that runs share: `DANCEOPD_CACHE`, else `danceopd` in the user's cache folder.
 
-The folder is `DANCEOPD_CACHE`, else `danceopd` in the user's cache folder. Deleting it is safe: everything in it can be
-made again. Files appear by one rename, so several processes may make the same one at the same time.
+Deleting it is safe: everything in it can be made again. Files appear by one rename, so several processes may make the
+same one at the same time.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from danceopd.common.files import partial_path
-
-MIN_CACHED_BYTES = 1 << 24
-"""The index of a smaller file is not cached."""
+from danceopd.errors import UserError
 
 
 def cache_folder() -> Path:
-    """`DANCEOPD_CACHE`, else `danceopd` below `XDG_CACHE_HOME`, `LOCALAPPDATA` or `~/.cache`. It may not exist yet."""
-    given = os.environ.get("DANCEOPD_CACHE")
-    if given:
-        return Path(given).expanduser().absolute()
-    root = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return (Path(root) if root else Path.home() / ".cache") / "danceopd"
+    """`DANCEOPD_CACHE`, else `danceopd` below `XDG_CACHE_HOME`, `LOCALAPPDATA` or `~/.cache`. It may not exist yet.
 
-
-def cached_index(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """The index that `make` computes of a file, from the cache when the file is large and has not changed since."""
-    if path.stat().st_size < MIN_CACHED_BYTES:
-        return make()
-
-    def write(part: Path) -> None:
-        with open(part, "wb") as file:
-            np.save(file, make())
-
-    try:
-        return np.load(cached_file(path, "rows.npy", write), mmap_mode="r")
-    except (OSError, ValueError):  # the cache cannot be written, or the file in it is damaged
-        return make()
-
-
-def cached_file(path: Path, kind: str, write: Callable[[Path], None]) -> Path:
-    """The cached file that `write` derives from `path`, made once for its size and modification time.
-
-    `kind` tells several derived files of one path apart; its suffix is kept. Files of older versions are removed.
+    UserError where the user has no home folder.
     """
-    stat = path.stat()
-    name = hashlib.sha256(f"{path.resolve()}\n{kind}".encode()).hexdigest()[:16]
-    folder = cache_folder() / "tables"
-    cached = folder / f"{name}-{stat.st_size:x}-{stat.st_mtime_ns:x}{Path(kind).suffix}"
-    if cached.is_file():
-        return cached
-    folder.mkdir(parents=True, exist_ok=True)
-    part = partial_path(cached)
+    given = os.environ.get("DANCEOPD_CACHE")
+    root = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
     try:
-        write(part)
-        os.replace(part, cached)
-    except BaseException:
-        with suppress(OSError):
-            part.unlink()
-        raise
-    for old in folder.glob(f"{name}-*"):
-        if old != cached:
-            with suppress(OSError):
-                old.unlink()
-    return cached
+        if given:
+            return Path(given).expanduser().absolute()
+        return (Path(root) if root else Path.home() / ".cache") / "danceopd"
+    except RuntimeError as error:  # a container's user without a home, or ~ of an unknown user
+        raise UserError(f"there is no folder for the cache ({error}); set DANCEOPD_CACHE to one") from None
+
+
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of a cache that may be read and not written: a run goes on, and keeps what it makes to itself."""
+
+
+def check_cache() -> None:
+    """Make the cache folder; UserError where it cannot be made, but for one that is read-only."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in READ_ONLY:
+            return
+        raise UserError(
+            f"the cache {folder} cannot be made ({error.strerror}); set DANCEOPD_CACHE to another folder"
+        ) from None
 
 
 def cache_key(*facts: Any) -> str:

@@ -150,3 +150,9 @@ def few(names: Iterable[str]) -> str:
     """Up to three names, and how many more there are: "a, b, c and 4 more"; long names are cut in the middle."""
     names = [name if len(name) <= 100 else f"{name[:60]}...{name[-30:]}" for name in sorted(names)]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def clipped(text: str, most: int) -> str:
+    """`text`, with "…" for its middle where it is longer than `most` characters."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[len(text) - half :]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from danceopd.common.cache import cache_key
 from danceopd.common.files import disk_errors
+from danceopd.common.messages import clipped
+from danceopd.data.store import UNREADABLE
 from danceopd.errors import UserError
 from danceopd.pipelines.condition import Condition
 from danceopd.pipelines.editing import EditingPipeline
@@ -17,13 +20,18 @@ from danceopd.pipelines.generation import GenerationPipeline, check_prompts
 from danceopd.pipelines.record import record
 from danceopd.recipe.parts import Teacher
 
+_log = logging.getLogger("danceopd")
+
 
 def null_condition(pipeline: GenerationPipeline, teacher: Teacher, base_sha256: str, cache: Path) -> Condition:
     """The teacher's null prompt (see `null_prompt`), kept in `cache`."""
     facts = [teacher.negative, base_sha256, teacher.capability, pipeline.family.name, pipeline.call]
     path = cache / f"null-{cache_key(*facts)[:16]}.safetensors"
     if path.exists():
-        return Condition.from_state(load_file(path))
+        try:
+            return Condition.from_state(load_file(path))
+        except UNREADABLE as error:
+            _log.warning("%s is damaged (%s); it is encoded again", path, clipped(str(error), 120))
     found = null_prompt(pipeline, teacher.name, teacher.negative)
     partial = path.with_suffix(".partial")
     with disk_errors(path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import CALL, random_image, tiny_klein
 
-from danceopd.common.cache import cache_key
+from danceopd.common.cache import cache_key, check_cache
 from danceopd.data.dataset import open_datasets, sampled_rows
 from danceopd.data.encode import Encoder, encoders_fingerprint, free_encoders
 from danceopd.data.routing import sample_batch
@@ -66,6 +69,59 @@ def test_rows_come_back_from_another_store(tmp_path: Path) -> None:
         again.row(cache_key(7))
 
 
+@pytest.mark.parametrize("harmed", [0, 1, 2])
+def test_a_flipped_bit_costs_its_row_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture, harmed: int) -> None:
+    """Rows of the same shard, read before or after, by this teacher or another, stay where they are."""
+    keys = [cache_key(seed) for seed in range(3)]
+    with Store(tmp_path).add() as add:
+        for seed, key in enumerate(keys):
+            add(key, row(seed))
+    (shard,) = tmp_path.iterdir()
+    content = bytearray(shard.read_bytes())
+    content[content.index(row(harmed)["x"].numpy().tobytes())] ^= 1
+    shard.write_bytes(content)
+    store = Store(tmp_path)
+    with caplog.at_level(logging.WARNING, "danceopd"):
+        assert missing(store, keys) == [keys[harmed]] and missing(store, keys) == [keys[harmed]]
+    assert len(caplog.records) == 1 and "its rows are encoded again" in caplog.text
+    for _ in range(2):
+        with store.add() as add:
+            add(keys[harmed], row(harmed))
+        assert not missing(store, keys)
+        for seed, key in enumerate(keys):
+            assert torch.equal(store.row(key)["x"], row(seed)["x"])
+        store = Store(tmp_path)  # the mended row wins over the damaged one
+
+
+@pytest.mark.parametrize(
+    "rows", ["[]", "5", "null", "{", "[" * 9999, '{"a": null}', '{"a": "x"}', '{"a": {}}', '{"a": [1]}', '{"a": 1e999}']
+)
+def test_shards_of_another_version(tmp_path: Path, caplog: pytest.LogCaptureFixture, rows: str) -> None:
+    save_file({"a/x": torch.zeros(3)}, tmp_path / "0.safetensors", metadata={"rows": rows})
+    with caplog.at_level(logging.WARNING, "danceopd"):
+        assert not Store(tmp_path) and not list(tmp_path.iterdir())
+    assert len(caplog.records) == 1
+
+
+def test_rows_of_another_version_are_encoded_again(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sound by their checksums, and no conditions: other names of tensors."""
+    (tmp_path / "p.txt").write_text("a red circle\na blue star\n")
+    data = prompts_from(tmp_path / "p.txt")
+    coder = encoder(base, tmp_path / "cache")
+    first = coder.encode("generation", data, [0, 1], STEPS)
+    for file in coder.store.folder.iterdir():
+        file.unlink()
+    foreign = Store(coder.store.folder)
+    with foreign.add() as add:
+        for key in first._keys.values():
+            add(key, {"prompt": torch.zeros(3)})
+    with caplog.at_level(logging.WARNING, "danceopd"):
+        again = encoder(base, tmp_path / "cache").encode("generation", data, [0, 1], STEPS)
+    assert equal(again.rows([0, 1]), first.rows([0, 1])) and len(caplog.records) == 1
+
+
 @pytest.mark.parametrize("harm", ["cut", "flip", "empty", "foreign"])
 def test_damage_is_found_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: str) -> None:
     for seed in range(2):  # a shard each
@@ -108,6 +164,40 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     add(cache_key(0), row(0))
     with pytest.raises(UserError, match="cannot be written .*set DANCEOPD_CACHE to another folder"):
         add.flush()
+
+
+def test_a_read_only_cache_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows are found, and new ones are kept for as long as the process lives."""
+    with Store(tmp_path).add() as add:
+        add(cache_key(0), row(0))
+    touch = Path.touch
+
+    def read_only(self: Path, *how: object) -> None:
+        if self.parent == tmp_path:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        touch(self)
+
+    monkeypatch.setattr(Path, "touch", read_only)
+    store = Store(tmp_path)
+    with caplog.at_level(logging.WARNING, "danceopd"):
+        for seed in range(3):
+            with store.add() as add:
+                add(cache_key(seed), row(seed))
+    assert not missing(store, map(cache_key, range(3))) and len(list(tmp_path.iterdir())) == 1
+    assert torch.equal(store.row(cache_key(2))["x"], row(2)["x"])
+    assert len(caplog.records) == 1 and f"the cache {tmp_path} is read-only" in caplog.text
+
+
+def test_a_cache_folder_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DANCEOPD_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match="cannot be made .*set DANCEOPD_CACHE"):
+        check_cache()
+    monkeypatch.setenv("DANCEOPD_CACHE", "~nosuchuser/cache")
+    with pytest.raises(UserError, match="set DANCEOPD_CACHE"):
+        check_cache()
 
 
 def test_the_dataset_holds_the_pipelines_own_conditions(base: Path, tmp_path: Path) -> None:
