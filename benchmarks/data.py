@@ -2,8 +2,8 @@
 
     python benchmarks/data.py [--rows 1000000]
 
-Writes a table of edits in each format (an instruction, and the path of one of 10,000 images), opens it cold (no index
-in the cache) and warm, checks every row and path, and reads 10,000 rows at random. Writes benchmarks/results/data.md.
+Writes a table of edits in each format (an instruction, and the path of one of 10,000 images), opens it, checks every
+row and path, and reads 10,000 rows at random. Writes benchmarks/results/data.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import csv
 import json
 import os
 import platform
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -37,7 +36,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="the Markdown file to write")
     given, load = parser.parse_args(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["DANCEOPD_CACHE"] = f"{folder}/cache"
         write_tables(Path(folder), given.rows)
         lines = [line for kind in ("csv", "jsonl", "parquet") if (line := measure(Path(folder), kind))]
     machine = f"{describe_machine()}, Python {platform.python_version()}"
@@ -51,11 +49,11 @@ REPORT = """# {rows:,} rows of edits
 
 `python benchmarks/data.py` on {machine}; load {load:.1f} when it began.
 
-Seconds, except a read. Cold: the first time the file is seen. Warm: its index is in the cache. Check: every row's text
-and every path. A read is one random row: its instruction and its image's path.
+Seconds, except a read. Check: every row's text and every path. A read is one random row: its instruction and its
+image's path.
 
-| format | MB | open, cold | open, warm | check | read |
-|---|---|---|---|---|---|
+| format | MB | open | check | read |
+|---|---|---|---|---|
 {table}
 """
 
@@ -95,13 +93,10 @@ def measure(folder: Path, kind: str) -> str:
     path = folder / f"edits.{kind}"
     if not path.exists():
         return ""
-    shutil.rmtree(folder / "cache", ignore_errors=True)
-    seconds = []
-    for _ in range(2):
-        began = time.perf_counter()
-        edits = edits_from(path, check=False)
-        edits[len(edits) // 2]
-        seconds.append(time.perf_counter() - began)
+    began = time.perf_counter()
+    edits = edits_from(path, check=False)
+    edits[len(edits) // 2]
+    seconds = [time.perf_counter() - began]
     began = time.perf_counter()
     edits.check()
     seconds.append(time.perf_counter() - began)

@@ -51,6 +51,7 @@ from danceopd.models.fsdp import ShardedForwards, shard
 from danceopd.models.source_cache import check_source_cache
 from danceopd.pipelines.record import empty_module
 from danceopd.pipelines.registry import family_of
+from danceopd.recipe.parts import Columns
 from danceopd.recipe.recipe import Recipe
 from danceopd.run.checkpoints import Checkpoints
 from danceopd.run.directory import RunDirectory
@@ -199,9 +200,9 @@ def _train(opened: _Opened, report: Report) -> Student:
         ]
         fields, bare = {t.name: t.field for t in teachers}, BaseField(backbone)
         teachers = contrasted(recipe, teachers, bare)
-        sources = dict[str, str]()  # the first teacher's, of each capability
+        sources = dict[str, tuple[str, Columns]]()  # the first teacher's, of each capability
         for teacher in recipe.teachers:
-            sources.setdefault(teacher.capability, recipe.data_source(teacher))
+            sources.setdefault(teacher.capability, (recipe.data_source(teacher), recipe.columns(teacher)))
         rows = recipe.micro_batch or recipe.batch
         grid = SampleGrid(sources, recipe.samples.count, recipe.seed + 1, encoder, device, rows)
         if recipe.validation.every and measures:

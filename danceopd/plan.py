@@ -104,6 +104,7 @@ def plan(recipe: Recipe, tflops: float | None = None) -> dict[str, Any]:
         "device": str(device), "objective": recipe.objective, "steps": recipe.steps, "batch": recipe.batch,
         "teachers": [
             {**teachers[t.name][0], "share": shares[t.name], "source": recipe.data_source(t),
+             "columns": datasets[t.name].data.roles,
              "rows": len(datasets[t.name].data), "drawn": len(datasets[t.name].rows)}
             for t in recipe.teachers
         ],

@@ -22,6 +22,9 @@ from .generation import GenerationPipeline, check_prompts
 from .record import record
 from .registry import class_name, family_of
 
+LONGEST = 8
+"""Longer side of a source, at most, in lengths of the shorter one."""
+
 
 class EditingPipeline(GenerationPipeline):
     """A stock editing pipeline taken apart as `GenerationPipeline` does; same `call`.
@@ -154,5 +157,10 @@ def check_image(image: Image, family: Family, name: str = "the source image") ->
         raise UserError(
             f"{name} is {width}x{height} pixels; give one with at least {family.smallest_source} pixels a side"
         )
-    if max(width, height) > 8 * min(width, height):
-        raise UserError(f"{name} is {width}x{height} pixels; crop it to at most 8 times as long as wide")
+    check_aspect(width, height, name)
+
+
+def check_aspect(width: int, height: int, name: str) -> None:
+    """UserError for a source that is more than 8 times as long as wide; `name` is how the message names it."""
+    if max(width, height) > LONGEST * min(width, height):
+        raise UserError(f"{name} is {width}x{height} pixels; crop it to at most {LONGEST} times as long as wide")

@@ -37,7 +37,7 @@ def show(facts: dict[str, Any]) -> None:
         ["name", "kind", "rank", "guidance", "share", "rows", "sampled", "data"],
         [
             [t["name"], t["kind"], str(t["rank"]), "" if t["guidance"] is None else f"{t['guidance']:g}",
-             f"{t['share']:.0%}", f"{t['rows']:,}", f"{t['drawn']:,}", t["source"]]
+             f"{t['share']:.0%}", f"{t['rows']:,}", f"{t['drawn']:,}", _data(t)]
             for t in facts["teachers"]
         ],
     )  # fmt: skip
@@ -91,6 +91,12 @@ def show(facts: dict[str, Any]) -> None:
         console.print(f"note: {note}", highlight=False)
     for warning in facts["warnings"]:
         console.print(f"warning: {warning}", style="yellow", highlight=False)
+
+
+def _data(teacher: dict[str, Any]) -> str:
+    """A teacher's data, and which of its columns are read as what."""
+    columns = ", ".join(f"{what}: {name}" for what, name in teacher["columns"].items())
+    return teacher["source"] + (f" ({columns})" if columns else "")
 
 
 def _duration(seconds: float) -> str:

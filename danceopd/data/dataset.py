@@ -17,10 +17,13 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from danceopd.common.cache import check_cache
 from danceopd.data.routing import sample_batch
 from danceopd.data.sources import Prompts, edits_from, prompts_from
 from danceopd.data.store import Store
+from danceopd.errors import UserError
 from danceopd.pipelines.condition import Condition, stack
+from danceopd.recipe.parts import Columns
 from danceopd.recipe.recipe import Recipe
 from danceopd.recipe.sampling import Sampling
 
@@ -114,12 +117,15 @@ def open_datasets(recipe: Recipe) -> dict[str, TeacherData]:
 
     Where the objective learns from finished pictures, each sampled row must have one.
     """
+    check_cache()
     targets = recipe.needs_targets
-    opened: dict[tuple[str, str], Prompts] = {}
-    keys = [(recipe.data_source(teacher), teacher.capability) for teacher in recipe.teachers]
-    for source, capability in dict.fromkeys(keys):
+    opened: dict[tuple[str, str, Columns], Prompts] = {}
+    keys = [(recipe.data_source(teacher), teacher.capability, recipe.columns(teacher)) for teacher in recipe.teachers]
+    for key in dict.fromkeys(keys):
+        source, capability, columns = key
         read = edits_from if capability == "editing" else prompts_from
-        opened[source, capability] = read(source, recipe.data.rows, recipe.seed, check=False, targets=targets)
+        opened[key] = read(source, recipe.data.rows, recipe.seed, check=False, targets=targets, columns=columns)
+    _refuse_unused(recipe, {(key[2], opened[key].has_columns) for key in keys})
     data = [opened[key] for key in keys]
     sampled = sampled_rows(recipe.sampling, [len(d) for d in data])
     for found in opened.values():
@@ -128,6 +134,15 @@ def open_datasets(recipe: Recipe) -> dict[str, TeacherData]:
         if targets:
             found.check_targets(rows)
     return {t.name: TeacherData(d, sorted(rows)) for t, d, rows in zip(recipe.teachers, data, sampled)}
+
+
+def _refuse_unused(recipe: Recipe, found: set[tuple[Columns, bool]]) -> None:
+    """UserError where the recipe names columns, and no data that it names them for has any."""
+    for columns in {columns for columns, _ in found}:
+        if columns != Columns() and (columns, True) not in found:
+            raise UserError("columns are named, and none of the data is a table; leave columns out")
+    if recipe.data.columns != Columns() and recipe.data.columns not in {columns for columns, _ in found}:
+        raise UserError("data.columns is set, and every teacher has its own; leave it out")
 
 
 def sampled_rows(sampling: Sampling, lengths: Sequence[int]) -> list[set[int]]:

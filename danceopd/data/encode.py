@@ -24,7 +24,7 @@ from PIL import Image
 from danceopd.common.cache import cache_folder, cache_key
 from danceopd.common.files import sha256
 from danceopd.data.dataset import CachedConditions, CachedTargets, Size
-from danceopd.data.images import ImageSource, image_size, open_image
+from danceopd.data.images import READING, ImageSource, image_size, open_image
 from danceopd.data.sources import Edits, Prompts
 from danceopd.data.store import Store, missing
 from danceopd.errors import UserError
@@ -99,7 +99,7 @@ class Encoder:
             size, shape, facts = self._facts_of(capability, data, row)
             keys[row], sizes[row] = cache_key(capability, *facts), size
             by_size.setdefault((size, shape), []).append(row)
-        absent = set(missing(self.store, keys.values()))
+        absent = set(missing(self.store, keys.values(), Condition.from_state))
         with self.store.add() as add:
             for (size, _), group in by_size.items():  # type: ignore[misc]
                 new = list({keys[row]: row for row in reversed(group) if keys[row] in absent}.values())[::-1]
@@ -118,7 +118,6 @@ class Encoder:
     def _targets(self, capability: str, data: Prompts, sizes: Mapping[int, Size]) -> dict[int, str]:
         """Where each row's clean latents are in the store, encoded if they were not, a chunk at once."""
         keys: dict[int, str] = {}
-        absent: dict[Size, dict[str, int]] = {}
         for row, size in sizes.items():
             picture = data.target(row)
             width, height = image_size(picture, data.where(row))
@@ -128,8 +127,11 @@ class Encoder:
                     f"{size[1]}x{size[0]}; crop it to that shape"
                 )
             keys[row] = cache_key("clean", capability, _image_hash(picture), size)
-            if not self.store.is_intact(keys[row]):
-                absent.setdefault(size, {})[keys[row]] = row
+        wanted = set(missing(self.store, keys.values(), lambda tensors: tensors["clean"]))
+        absent: dict[Size, dict[str, int]] = {}
+        for row, key in keys.items():
+            if key in wanted:
+                absent.setdefault(sizes[row], {})[key] = row
         with self.store.add() as add:
             for size, new in absent.items():
                 pipeline, order = self.sized(capability, size), list(new.items())
@@ -210,7 +212,8 @@ def encoders_fingerprint(folder: Path) -> str:
 
 
 def _image_hash(source: ImageSource) -> str:
-    """Of an image's content: the bytes of a file, or size and pixels."""
+    """Of an image's content, the bytes of a file or size and pixels, and of how it is read."""
     if isinstance(source, Path):
-        return sha256(source)
-    return hashlib.sha256(f"{source.mode} {source.size}".encode() + source.tobytes()).hexdigest()
+        return f"{sha256(source)} {READING}"
+    content = source if isinstance(source, bytes) else f"{source.mode} {source.size}".encode() + source.tobytes()
+    return f"{hashlib.sha256(content).hexdigest()} {READING}"

@@ -1,8 +1,10 @@
 """Two more tables: a folder of images with text files of the same names, and a dataset on the hub.
 
-A folder is either flat (`name.png` is the source image of the instruction in `name.txt`), or it has a `control`
-folder, as trainers lay out edits: then `control/name.png` is the source, and `name.png` beside the text is the
-target image, which only objectives that train on images need. Only the listing is kept; texts are read when a row is.
+In a folder, `name.png` is the source image of the instruction in `name.txt`. Where there is a folder `control` (or
+`source`, `input`, …), as trainers lay out edits, `control/name.png` is the source, and `name.png` beside the text, or
+in a folder `target` (`edited`, …), is the target image, which only objectives that train on images need. Folders may
+lie within folders. Only the listing is kept; texts are read when a row is. A folder with a `metadata.jsonl` or
+`metadata.csv` is that table.
 """
 
 from __future__ import annotations
@@ -12,11 +14,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from danceopd.common.messages import clipped
+from danceopd.data.columns import role_of
 from danceopd.data.images import IMAGES
-from danceopd.data.tables import Row, Table
+from danceopd.data.tables import LONGEST, TABLES, Row, Table
 from danceopd.errors import UserError
 
 CONTROL = "control"
+LISTED = tuple(f"metadata{kind}" for kind in TABLES)
+"""Tables that list a folder's pictures in a column `file_name`."""
 
 
 class FolderTable(Table):
@@ -24,23 +30,43 @@ class FolderTable(Table):
 
     def __init__(self, path: Path, images: bool) -> None:
         self.path = self._folder = path
-        self._sources: dict[str, str] = {}
-        self._targets: dict[str, str] = {}
-        texts, pictures = _listing(path)
+        texts, sources, targets, plain, control = _listing(path, images)
+        self._key = "source" if control else "image"
+        if control:  # pictures beside the texts are targets
+            twice = min(targets.keys() & plain.keys(), default=None)
+            if twice is not None:
+                raise _two(path, targets[twice], plain[twice])
+        self._sources = (sources if control else plain) if images else {}
+        self._targets = ({**plain, **targets} if control else targets) if images else {}
         if images:
-            controlled = (path / CONTROL).is_dir()
-            self._targets = pictures if controlled else {}
-            self._home = path / CONTROL if controlled else path
-            self._sources = _listing(self._home)[1] if controlled else pictures
-            lone = min(pictures.keys() - texts, default=None)
-            if lone is not None:
-                raise UserError(f"{path / pictures[lone]} has no instruction; write it into {path / lone}.txt")
-            missing = sorted(texts - self._sources.keys())
-            if missing:
-                wanted = f"source image {self._home / missing[0]}.png" if controlled else "image of the same name"
-                more = f" ({len(missing) - 1} more lack theirs)" if len(missing) > 1 else ""
-                raise UserError(f"{path / missing[0]}.txt has no {wanted}; add it or remove the text{more}")
-        self._stems = sorted(texts)
+            self._refuse_lone(texts, control)
+        if not texts:
+            others = [file.name for file in sorted(path.iterdir()) if file.suffix.lower() in TABLES]
+            more = f"give {path / others[0]} itself" if others else "add one of the two"
+            raise UserError(f"data source {path} has no rows: no .txt beside a picture, and no {LISTED[1]}; {more}")
+        self._texts, self._stems = texts, sorted(texts)
+
+    def _refuse_lone(self, texts: dict[str, str], control: str) -> None:
+        """UserError for a text without a source, and for a picture without a text."""
+        path, missing = self._folder, sorted(texts.keys() - self._sources.keys())
+        if missing:
+            numbered = re.compile(re.escape(missing[0]) + r"_\d+")
+            several = [file for key, file in self._sources.items() if numbered.fullmatch(key)]
+            if several:
+                listed = clipped(", ".join(several), 100)
+                raise UserError(
+                    f"{path / texts[missing[0]]} has several sources ({listed}), and one source is all there is today; "
+                    "keep one, under the name of the text"
+                )
+            wanted = "image of the same name"
+            if control:
+                wanted = f"source image {path / control / os.path.basename(missing[0])}.png"
+            more = f" ({len(missing) - 1} more lack theirs)" if len(missing) > 1 else ""
+            raise UserError(f"{path / texts[missing[0]]} has no {wanted}; add it or remove the text{more}")
+        lone = min({**self._targets, **self._sources}.keys() - texts.keys(), default=None)
+        if lone is not None:
+            picture = self._sources.get(lone) or self._targets[lone]
+            raise UserError(f"{path / picture} has no instruction; write it into {path / lone}.txt")
 
     def __len__(self) -> int:
         return len(self._stems)
@@ -48,34 +74,84 @@ class FolderTable(Table):
     def __getitem__(self, row: int) -> Row:
         stem, file = self._stems[row], self.where(row)
         try:
+            if not os.path.isfile(file):
+                raise UserError(f"{file} is not a file, or a link to none; write the text into it")
             with open(file, encoding="utf-8-sig") as text:
-                found: Row = {"prompt": text.read()}
+                found: Row = {"prompt": text.read(LONGEST + 1)}
         except UnicodeDecodeError:
             raise UserError(f"{file} is not text in UTF-8; save it as UTF-8") from None
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}") from None
-        if self._sources:
-            found["image"] = os.path.join(self._home.absolute(), self._sources[stem])
+        if len(found["prompt"]) > LONGEST:
+            raise UserError(f"{file} has more than {LONGEST:,} characters, more than any prompt; shorten it")
+        home = self._folder.absolute()
+        if stem in self._sources:
+            found[self._key] = str(home / self._sources[stem])
         if stem in self._targets:
-            found["target"] = os.path.join(self._folder.absolute(), self._targets[stem])
+            found["target"] = str(home / self._targets[stem])
         return found
 
     def where(self, row: int) -> str:
-        return f"{self._folder / self._stems[row]}.txt"
+        return str(self._folder / self._texts[self._stems[row]])
 
 
-def _listing(path: Path) -> tuple[set[str], dict[str, str]]:
-    """The stems of text files, and the names of image files by stem."""
-    texts: set[str] = set()
-    pictures: dict[str, str] = {}
-    with os.scandir(path) as entries:
-        for entry in entries:
-            stem, kind = os.path.splitext(entry.name)
-            if kind == ".txt":
-                texts.add(stem)
-            elif kind.lower() in IMAGES:
-                pictures[stem] = entry.name
-    return texts, pictures
+def metadata_of(path: Path) -> Path | None:
+    """The table in a folder that lists its pictures, if there is one; UserError where it is not clear what counts."""
+    found = [path / name for name in LISTED if (path / name).is_file()]
+    texts = any(path.glob("*.txt"))
+    inside = None if found or texts else next((file for name in LISTED for file in path.glob(f"*/{name}")), None)
+    if inside is not None:
+        raise UserError(f"data source {path} has {inside} in a folder of its own; give {inside.parent}")
+    if len(found) > 1 or found and texts:
+        other = found[1].name if len(found) > 1 else ".txt files"
+        raise UserError(f"data source {path} has {found[0].name} and {other}; give the one that counts by its own path")
+    return found[0] if found else None
+
+
+def refuse_target_folder(path: Path) -> None:
+    """UserError for a folder of finished pictures whose sources lie in a folder beside it."""
+    if role_of(path.absolute().name) != "target":
+        return
+    for beside in sorted(path.absolute().parent.iterdir()):
+        if beside.is_dir() and role_of(beside.name) == "source":
+            raise UserError(
+                f"data source {path} holds finished pictures, and their sources are in {beside}; give {beside.parent}"
+            )
+
+
+def _listing(path: Path, images: bool) -> tuple[dict[str, str], dict[str, str], dict[str, str], dict[str, str], str]:
+    """Texts, sources, targets and other pictures: the path below the folder by the path without folders that say a role
+    and without suffix. And the first folder that says it holds sources, or nothing."""
+    texts: dict[str, str] = {}
+    pictures: dict[str, dict[str, str]] = {"source": {}, "target": {}, "picture": {}}
+    control, seen = "", set[tuple[int, int]]()
+    for place, folders, names in os.walk(path, followlinks=True):
+        stat, below = os.stat(place), os.path.relpath(place, path)
+        parts = [] if below == "." else below.split(os.sep)
+        roles = {part: role_of(part) for part in parts}
+        if (stat.st_dev, stat.st_ino) in seen or "mask" in roles.values():
+            folders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+        role = next((role for role in ("source", "target") if role in roles.values()), "picture")
+        if role == "source":
+            control = control or below
+        home = "/".join(part for part in parts if roles[part] not in ("source", "target"))
+        for name in sorted(names):
+            stem, kind = os.path.splitext(name)
+            if name.startswith(".") or not (kind.lower() == ".txt" or images and kind.lower() in IMAGES):
+                continue
+            mine = texts if kind.lower() == ".txt" else pictures[role]
+            key, file = f"{home}/{stem}".lstrip("/"), os.path.join(*parts, name)
+            if key in mine:
+                raise _two(path, mine[key], file)
+            mine[key] = file
+    return texts, pictures["source"], pictures["target"], pictures["picture"], control
+
+
+def _two(path: Path, one: str, other: str) -> UserError:
+    return UserError(f"{path / one} and {path / other} are two files for one row; keep one")
 
 
 class HubTable(Table):
@@ -107,8 +183,11 @@ class HubTable(Table):
         features = self._rows.features
         text = ("string", "large_string")
         texts = [key for key, kind in features.items() if getattr(kind, "dtype", "") in text]
-        self._images = [key for key, kind in features.items() if isinstance(kind, datasets.Image)]
-        self._texts = self._rows.select_columns(texts)
+        self._images = [
+            key for key, kind in features.items()
+            if isinstance(kind, datasets.Image) or isinstance(getattr(kind, "feature", None), datasets.Image)
+        ]  # fmt: skip
+        self._texts, self.columns = self._rows.select_columns(texts), [*texts, *self._images]
 
     def __len__(self) -> int:
         return len(self._rows)

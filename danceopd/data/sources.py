@@ -1,55 +1,59 @@
 """`prompts_from`, `edits_from`: a data source of the recipe goes in, prompts or (instruction, source image) pairs out.
 
 A source is "scenes" (synthetic scenes; "scenes:local", "scenes:counting,position" for some of its tasks), a .txt (a
-prompt a line), a .csv, .jsonl or .parquet with named columns, a folder of images with same-named .txt files, or
-"hub:owner/name[:config][:split]". Rows are lazy: a million of them open at once, and each is parsed when it is read.
-`check` runs before a model is loaded: it tests every row's text, every path (by listing folders, not one file at a
-time), and the image headers of the rows that the run will use. Errors name the file and the line.
+prompt a line), a .csv, .jsonl or .parquet with named columns (`columns.py` says which is what), a folder of images with
+same-named .txt files or a `metadata.jsonl`, or "hub:owner/name[:config][:split]". Rows are lazy: a million of them open
+at once, and each is parsed when it is read. `check` runs before a model is loaded: it tests every row's text, every
+path (by listing folders, not one file at a time), and the image headers of the rows that the run will use. Errors name
+the file and the line.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from PIL import Image
-
-from danceopd.common.messages import did_you_mean
-from danceopd.data.folders import FolderTable, HubTable
-from danceopd.data.images import ImageSource, image_size
-from danceopd.data.tables import TABLES, CsvTable, InMemoryTable, JsonTable, ParquetTable, Row, Table, TextTable
+from danceopd.common.messages import clipped
+from danceopd.data.columns import INSTRUCTION, PROMPT, Layout, image_cell, is_text, no_column, shown
+from danceopd.data.folders import FolderTable, HubTable, metadata_of, refuse_target_folder
+from danceopd.data.images import ImageSource, image_size, missing_image
+from danceopd.data.parquet import ParquetTable
+from danceopd.data.tables import TABLES, CsvTable, InMemoryTable, JsonTable, Row, Table, TextTable
 from danceopd.errors import UserError
+from danceopd.recipe.parts import Columns
+from danceopd.worlds.scenes.rows import is_scenes, scene_rows
 
-PROMPT = ("prompt", "caption", "text")
-INSTRUCTION = ("instruction", "edit_instruction", "edit_prompt", *PROMPT)
-SOURCE = (
-    "source", "source_image", "source_path", "input_image", "cond_image", "control_image", "control_path", "control",
-    "image",
-)  # fmt: skip
-"""Where a table has both a source and an `image` column, the image is the target, which only `target` reads."""
-TARGET = (
-    "target", "target_image", "target_path", "edited_image", "edited_path", "output_image", "result", "output", "image",
-)  # fmt: skip
-"""The target image of a row, for objectives that train on images; of an edit, never the column of its source."""
-REWORDINGS = ("paraphrases", "expanded")
-"""Other texts of a row for label-free gates: paraphrases (a list, or one text with | between), and a longer version."""
+KNOWN = Columns()
+"""Columns are told by their names."""
 CHECKED_HEADERS = 1000
 """Image headers that `check` opens when it is not told which rows will be used, spread evenly."""
 
 
 class Prompts(Sequence[str]):
-    """The prompts of a table, each parsed when it is read."""
+    """The prompts of a table, each parsed when it is read. `columns` name columns that the table calls otherwise."""
 
-    columns: tuple[str, ...] = PROMPT
+    texts: tuple[str, ...] = PROMPT  # names of a text's column
+    parts: tuple[str, ...] = ("text",)  # what a row always has
 
-    def __init__(self, table: Table) -> None:
-        self.table = table
+    def __init__(self, table: Table, columns: Columns = KNOWN) -> None:
+        self.table, self.named = table, columns
+        self.has_columns = not isinstance(table, TextTable | FolderTable | InMemoryTable)
+        self._mapped = self._needed(columns) if self.has_columns else {}
         self._home = os.path.dirname(table.path) if isinstance(table.path, Path) else ""
+        self._layouts: dict[tuple[str, ...], Layout] = {}
         if not len(table):
             raise UserError(f"data source {table.path} has no rows; add some")
+        if table.columns is not None:
+            for role, name in self._mapped.items():
+                if name not in table.columns:
+                    raise UserError(f"{table.path} {no_column(table.columns, name, role)}")
+
+    def _needed(self, columns: Columns) -> dict[str, str]:
+        """Of the columns that the recipe names, those that are read here, by role."""
+        named = {"prompt": columns.prompt, "target": columns.target}
+        return {role: name for role, name in named.items() if name is not None}
 
     def __len__(self) -> int:
         return len(self.table)
@@ -68,13 +72,48 @@ class Prompts(Sequence[str]):
     def _item(self, row: int, cells: Row) -> Any:
         return self._prompt(row, cells)
 
+    def column(self, row: int, what: str) -> str | None:
+        """The name of a row's column for its "text", "source" or "target"; None where it has none."""
+        return self._column(row, self.table[row], what)
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """What the columns of the first row are read as; empty where the data has none."""
+        found = [(what, self.column(0, what)) for what in self.parts if self.has_columns]
+        return {what: name for what, name in found if name is not None}
+
+    def _column(self, row: int, cells: Row, what: str) -> str | None:
+        """The column that the recipe names, else the one that says it by name or content; UserError: it cannot be told.
+        """
+        layout, mapped = self._layout(cells), self._mapped
+        role = ("instruction" if "instruction" in mapped else "prompt") if what == "text" else what
+        if role in mapped:
+            if mapped[role] not in cells:
+                raise UserError(f"{self.where(row)} {no_column(cells, mapped[role], role)}")
+            return mapped[role]
+        if what == "text":
+            filled = (name for name in layout.texts if cells[name] not in (None, ""))
+            return next(filled, next(iter(layout.texts), None))
+        try:
+            if what == "source":
+                return layout.source(cells, mapped.get("target"))
+            return layout.target(cells, self._source_column(row, cells))
+        except ValueError as error:
+            raise UserError(f"{self.where(row)} {error}") from None
+
+    def _source_column(self, row: int, cells: Row) -> str | None:
+        """The column that is no target, since it is the source."""
+        return None
+
+    def _layout(self, cells: Row) -> Layout:
+        names = tuple(cells)
+        if names not in self._layouts:
+            self._layouts[names] = Layout.of(names, self.texts)
+        return self._layouts[names]
+
     def target(self, row: int) -> ImageSource:
         """The target image of a row, or its path; UserError where the row has none."""
-        cells = self.table[row]
-        return self._image(row, cells, self._targets(cells))
-
-    def _targets(self, cells: Row) -> tuple[str, ...]:
-        return TARGET
+        return self._image(row, self.table[row], "target")
 
     def where(self, row: int) -> str:
         """The file and line of a row, for messages."""
@@ -90,9 +129,10 @@ class Prompts(Sequence[str]):
         if value is None or value == "":
             return []
         found = value.split("|") if isinstance(value, str) else value
-        if not isinstance(found, list) or not all(isinstance(one, str) and one.strip() for one in found):
+        if not isinstance(found, list) or not all(is_text(one) and one.strip() for one in found):
             raise UserError(
-                f"{self.where(row)}: paraphrases is {value!r}; give a list of texts, or one text with | between them"
+                f"{self.where(row)}: paraphrases is {shown(value)}; give a list of texts, or one text with | between "
+                "them"
             )
         return [one.strip() for one in found]
 
@@ -101,8 +141,8 @@ class Prompts(Sequence[str]):
         value = self.table[row].get("expanded")
         if value is None or value == "":
             return None
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{self.where(row)}: expanded is {value!r}, not text; mend that row")
+        if not is_text(value) or not value.strip():
+            raise UserError(f"{self.where(row)}: expanded is {shown(value)}, not text; mend that row")
         return value.strip()
 
     def check_targets(self, rows: Iterable[int]) -> None:
@@ -120,9 +160,9 @@ class Prompts(Sequence[str]):
         if not isinstance(self.table, FolderTable | InMemoryTable):
             passes = self._quick_test()
             for row, cells in enumerate(self.table.scan()):
-                if type(cells) is dict and passes(cells):
-                    continue
-                fault = cells if isinstance(cells, UserError) else self._fault(row, cells)
+                fault = cells if isinstance(cells, UserError) else None
+                if not isinstance(cells, UserError) and not passes(cells):
+                    fault = self._fault(row, cells)
                 first, count = first or fault, count + (fault is not None)
         if first is None:
             every = max(1, -(-len(self) // CHECKED_HEADERS))
@@ -136,20 +176,22 @@ class Prompts(Sequence[str]):
 
     def _quick_test(self) -> Callable[[Row], bool]:
         """A quick test that most rows pass; those that fail are checked by `_fault`."""
-        columns = self._present(self.columns)
+        known: dict[tuple[str, ...], str] = {}  # the column that says the text, by the names of a row's columns
 
         def passes(cells: Row) -> bool:
-            for column in columns:
-                value = cells.get(column)
-                if value is not None:
-                    return type(value) is str and value != "" and not value.isspace()
-            return False
+            names = tuple(cells)
+            if names not in known:
+                try:
+                    column = self._column(0, cells, "text")
+                except UserError:
+                    return False
+                if column is None:
+                    return False
+                known[names] = column
+            value = cells[known[names]]
+            return type(value) is str and value != "" and not value.isspace() and is_text(value)
 
         return passes
-
-    def _present(self, columns: tuple[str, ...]) -> list[str]:
-        known = self.table.columns
-        return [column for column in columns if known is None or column in known]
 
     def _fault(self, row: int, cells: Row) -> UserError | None:
         try:
@@ -163,58 +205,61 @@ class Prompts(Sequence[str]):
         self[row]
 
     def _prompt(self, row: int, cells: Row) -> str:
-        """The text in the first of `columns` that the row has."""
-        value = self._cell(row, cells, self.columns)
-        if not isinstance(value, str):
-            raise UserError(f"{self.where(row)}: {_named(cells, self.columns)} is {value!r}, not text; mend that row")
-        if not value.strip():
-            column = _named(cells, self.columns)
+        """The text of a row."""
+        column = self._column(row, cells, "text")
+        if column is None:
+            raise UserError(f"{self.where(row)} {no_column(cells, self.texts[0])}")
+        value = cells[column]() if callable(cells[column]) else cells[column]
+        if value is None or isinstance(value, str) and not value.strip():
             raise UserError(f"{self.where(row)}: {column} is empty; write it or remove the row")
+        if not isinstance(value, str):
+            raise UserError(f"{self.where(row)}: {column} is {shown(value)}, not text; mend that row")
+        if not is_text(value):
+            raise UserError(f"{self.where(row)}: {column} has half a character (a lone surrogate); write it again")
         return value.strip()
 
-    def _image(self, row: int, cells: Row, columns: tuple[str, ...]) -> ImageSource:
-        """The image in the first of `columns` that the row has, or its path."""
-        value = self._cell(row, cells, columns)
-        value = value() if callable(value) else value
-        if isinstance(value, Image.Image):
-            return value
-        if not isinstance(value, str) or not value.strip():
-            shown = "empty" if isinstance(value, str) else f"{value!r}, not a path"
-            raise UserError(f"{self.where(row)}: {_named(cells, columns)} is {shown}; write it or remove the row")
-        return Path(self._home, value.strip())
-
-    def _cell(self, row: int, cells: Row, columns: tuple[str, ...]) -> Any:
-        column = _named(cells, columns)
+    def _image(self, row: int, cells: Row, what: str) -> ImageSource:
+        """The "source" or "target" of a row, or its path."""
+        column = self._column(row, cells, what)
         if column is None:
-            hint = did_you_mean(columns[0], [str(key) for key in cells])
-            hint = hint.replace("did you mean", "is it called").replace("known:", "it has:")
-            raise UserError(f"{self.where(row)} has no column {columns[0]!r}{hint}")
-        return cells[column]
+            raise UserError(f"{self.where(row)} {no_column(cells, what)}")
+        try:
+            found = image_cell(cells[column], self._home)
+            if isinstance(cells[column], list) and column == "image":  # of one, here: other rows may have several
+                raise ValueError("is a list; give one path, or call the column images")
+            return found
+        except ValueError as error:
+            raise UserError(f"{self.where(row)}: {column} {error}") from None
 
 
 class Edits(Prompts):
     """(instruction, source image or its path) pairs of a table; the image is not opened here."""
 
-    columns = INSTRUCTION
+    texts, parts = INSTRUCTION, ("text", "source")
 
-    def __init__(self, table: Table) -> None:
-        super().__init__(table)
+    def __init__(self, table: Table, columns: Columns = KNOWN) -> None:
+        super().__init__(table, columns)
         self._names: dict[tuple[str, str], frozenset[str]] = {}  # listings of folders, while all rows are checked
 
-    def _item(self, row: int, cells: Row) -> tuple[str, ImageSource]:
-        return self._prompt(row, cells), self._image(row, cells, SOURCE)
+    def _needed(self, columns: Columns) -> dict[str, str]:
+        text = columns.instruction or columns.prompt
+        named = {"instruction": text, "source": columns.source, "target": columns.target}
+        return {role: name for role, name in named.items() if name is not None}
 
-    def _targets(self, cells: Row) -> tuple[str, ...]:
-        return tuple(column for column in TARGET if column != _named(cells, SOURCE))
+    def _item(self, row: int, cells: Row) -> tuple[str, ImageSource]:
+        return self._prompt(row, cells), self._image(row, cells, "source")
+
+    def _source_column(self, row: int, cells: Row) -> str | None:
+        return self._column(row, cells, "source")
 
     def size(self, row: int) -> tuple[int, int]:
-        """(width, height) of a row's source image in pixels, from its header."""
-        try:
-            return image_size(self[row][1])
-        except UserError as error:
-            if str(error).startswith(str(self.table.path)):
-                raise
-            raise UserError(f"{self.where(row)}: {error}") from None
+        """(width, height) of a row's source image in pixels, from its header; UserError for a shape no family edits."""
+        from danceopd.pipelines.editing import check_aspect  # late: it imports torch
+
+        picture, where = self[row][1], self.where(row)
+        size = image_size(picture, where)
+        check_aspect(*size, f"{where}: {clipped(str(picture), 160)}" if isinstance(picture, Path) else where)
+        return size
 
     def _open(self, row: int) -> None:
         self.size(row)
@@ -225,27 +270,30 @@ class Edits(Prompts):
 
     def _exists(self) -> Callable[[Row], bool]:
         """A test of whether a row's image is in the listing of its folder."""
-        columns, names = self._present(SOURCE), self._names
+        names = self._names
 
         def exists(cells: Row) -> bool:
-            for column in columns:
-                value = cells.get(column)
-                if value is None:
-                    continue
-                if type(value) is not str:
-                    return callable(value)
-                folder, slash, name = value.rpartition(os.sep)
-                if (slash, folder) not in names:
-                    names[slash, folder] = _names(os.path.join(self._home, folder + slash))
-                return name in names[slash, folder]
-            return False
+            try:
+                column = self._column(0, cells, "source")
+            except UserError:  # it cannot be told which it is
+                return False
+            value = None if column is None else cells[column]
+            if type(value) is not str:
+                return callable(value)
+            folder, slash, name = value.rpartition(os.sep)
+            if (slash, folder) not in names:
+                names[slash, folder] = _names(os.path.join(self._home, folder + slash))
+            return name in names[slash, folder]
 
         return exists
 
     def _fault(self, row: int, cells: Row) -> UserError | None:
         fault = super()._fault(row, cells)
-        if fault is None and isinstance(path := self._image(row, cells, SOURCE), Path) and not path.exists():
-            return UserError(f"{self.where(row)}: image {path} does not exist; check the path")
+        if fault is None and isinstance(path := self._image(row, cells, "source"), Path):
+            try:
+                path.stat()
+            except (OSError, ValueError):
+                return UserError(missing_image(path, self.where(row)))
         return fault
 
     def check(self, rows: Iterable[int] | None = None) -> None:
@@ -253,108 +301,74 @@ class Edits(Prompts):
             super().check(rows)
         finally:
             self._names.clear()
+        self._check_guesses()
+
+    def _check_guesses(self) -> None:
+        """UserError for a row whose only picture is in a column that in other rows, with a source, is the finished one.
+        """
+        finished = {name for layout in self._layouts.values() if layout.sources for name in layout.pictures}
+        guesses = {names for names, layout in self._layouts.items() if layout.only_picture in finished}
+        if not guesses or "source" in self._mapped:
+            return
+        for row, cells in enumerate(self.table.scan()):
+            if isinstance(cells, dict) and tuple(cells) in guesses:
+                raise UserError(
+                    f"{self.where(row)} has no source: its {self._layout(cells).only_picture} is the finished picture "
+                    "in other rows; add the source, or remove the row"
+                )
 
 
 def prompts_from(
-    spec: str | Path, rows: int = 1024, seed: int = 0, check: bool = True, targets: bool = False
-) -> Prompts:
+    spec: str | Path, rows: int = 1024, seed: int = 0, check: bool = True, targets: bool = False,
+    columns: Columns = KNOWN,
+) -> Prompts:  # fmt: skip
     """The prompts of a data source: `rows` of them from "scenes" with `seed`, all of a file, folder or dataset.
 
-    With `check` the rows are checked now. With `targets` the target images are read, too.
+    With `check` the rows are checked now. With `targets` the target images are read, too. `columns` says what a table
+    calls its columns, where it does not use a known name.
     """
     if is_scenes(spec):
-        tasks = scene_tasks(spec, "generation", "train", rows, seed)
-        cells = [{"prompt": task.prompt, "target": partial(_rendered, task.scene)} for task in tasks]
-        return Prompts(InMemoryTable(str(spec), cells))
-    found = Prompts(_table(spec, PROMPT + REWORDINGS + (TARGET if targets else ()), images=targets))
+        return Prompts(InMemoryTable(str(spec), scene_rows(spec, "generation", rows, seed)))
+    found = Prompts(_table(spec, images=targets), columns if targets else columns.model_copy(update={"target": None}))
     if check:
         found.check()
     return found
 
 
 def edits_from(
-    spec: str | Path, rows: int = 1024, seed: int = 0, check: bool = True, targets: bool = False
-) -> Edits:
+    spec: str | Path, rows: int = 1024, seed: int = 0, check: bool = True, targets: bool = False,
+    columns: Columns = KNOWN,
+) -> Edits:  # fmt: skip
     """The (instruction, source image or its path) pairs of a data source; arguments as for `prompts_from`."""
     if is_scenes(spec):
-        return Edits(InMemoryTable(str(spec), _made_edits(spec, rows, seed)))
+        return Edits(InMemoryTable(str(spec), scene_rows(spec, "editing", rows, seed)))
     if Path(spec).suffix.lower() == ".txt" and Path(spec).is_file():
         raise UserError(f"{spec} holds prompts only; edits need a source image each: give a .csv, .jsonl or folder")
-    found = Edits(_table(spec, INSTRUCTION + SOURCE + REWORDINGS + (TARGET if targets else ()), images=True))
+    if Path(spec).is_dir():
+        refuse_target_folder(Path(spec))
+    found = Edits(_table(spec, images=True), columns)
     if check:
         found.check()
     return found
 
 
-def is_scenes(spec: str | Path) -> bool:
-    """Whether the source is "scenes" or some of its tasks, whose rows are generated and not read from a file."""
-    return str(spec).partition(":")[0] == "scenes"
-
-
-def scene_tasks(spec: str | Path, capability: str, split: str, count: int, seed: int) -> list[Any]:
-    """`count` `Prompt`s or `Edit`s of `danceopd.worlds.scenes` from one split, of the tasks that `spec` names."""
-    if capability != "editing":
-        from danceopd.worlds.scenes.prompts import TAGS, prompts
-
-        return prompts(split, count, seed, _only(spec, {tag: (tag,) for tag in TAGS}))
-    from danceopd.worlds.scenes.edits import TASKS, edits, group_of
-
-    known = {task: (task,) for task in TASKS}
-    for task in TASKS:
-        known[group_of(task)] = (*known.get(group_of(task), ()), task)
-    return edits(split, count, seed, _only(spec, known))
-
-
-def _made_edits(spec: str | Path, rows: int, seed: int) -> list[Row]:
-    return [
-        {"instruction": e.instruction, "source": _rendered(e.source), "target": partial(_rendered, e.target)}
-        for e in scene_tasks(spec, "editing", "train", rows, seed)
-    ]
-
-
-def _rendered(scene: Any) -> Image.Image:
-    from danceopd.worlds.scenes.render import render
-
-    return Image.fromarray(render(scene))
-
-
-def _only(spec: str | Path, known: Mapping[str, tuple[str, ...]]) -> tuple[str, ...] | None:
-    """The tasks that `scenes:a,b` names; None for all of them."""
-    _, _, names = str(spec).partition(":")
-    if not names:
-        return None
-    chosen: tuple[str, ...] = ()
-    for name in (part.strip() for part in names.split(",")):
-        if name not in known:
-            hint = did_you_mean(name, known)
-            raise UserError(f"data source {str(spec)!r} names the task {name!r}, which does not exist{hint}")
-        chosen += known[name]
-    return chosen
-
-
-def _table(spec: str | Path, columns: tuple[str, ...], images: bool) -> Table:
+def _table(spec: str | Path, images: bool) -> Table:
     if str(spec).startswith("hub:"):
         return HubTable(str(spec))
     path = Path(spec).expanduser()
     if not path.exists():
         raise UserError(f'data source {str(spec)!r} does not exist; give "scenes", a file, a folder or hub:owner/name')
-    kind = path.suffix.lower()
     if path.is_dir():
-        return FolderTable(path, images)
-    if kind == ".parquet":
-        return ParquetTable(path, columns)
-    kinds: dict[str, type[TextTable | JsonTable | CsvTable]] = {
-        ".txt": TextTable, ".jsonl": JsonTable, ".csv": CsvTable
+        return _table(listed, images) if (listed := metadata_of(path)) else FolderTable(path, images)
+    if not path.is_file():
+        raise UserError(f"data source {path} is a pipe or a device; give a file or a folder")
+    kinds: dict[str, Callable[[Path], Table]] = {
+        ".txt": TextTable, ".jsonl": JsonTable, ".csv": CsvTable, ".parquet": ParquetTable
     }  # fmt: skip
+    kind = path.suffix.lower()
     if kind not in kinds:
         raise UserError(f"data source {path} is of an unknown kind; give .txt, {', '.join(TABLES)} or a folder")
     return kinds[kind](path)
-
-
-def _named(cells: Row, columns: tuple[str, ...]) -> str | None:
-    """The first of `columns` that is filled in the row, or else is there; None when it has none of them."""
-    filled = next((c for c in columns if cells.get(c) is not None), None)
-    return filled or next((c for c in columns if c in cells), None)
 
 
 def _names(folder: str) -> frozenset[str]:

@@ -1,9 +1,8 @@
-"""`Table`: a .csv, .jsonl, .txt or .parquet file goes in, rows (dicts) come out one at a time; a million open at once.
+"""`Table`: a .csv, .jsonl or .txt file goes in, rows (dicts) come out one at a time; a million of them open at once.
 
-CSV, JSONL and text files are memory-mapped and indexed by the byte at which each row begins (numpy; CSV by the parity
-of its quotes, so that quoted newlines stay inside their row). Of a parquet file, the columns that are needed are copied
-once into an Arrow file that can be mapped. Indices of large files are kept in the cache folder under the file's size
-and time. `scan` streams all rows for checking; the rows are never held in a list.
+Files are memory-mapped and indexed by the byte at which each row begins (numpy; CSV by the parity of its quotes, so
+that quoted newlines stay inside their row). The index is made anew each time, in less than a second for a million rows,
+so it is never that of another file. `scan` streams all rows for checking; the rows are never held in a list.
 """
 
 from __future__ import annotations
@@ -14,18 +13,21 @@ import json
 import mmap
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from danceopd.common.cache import cached_file, cached_index
+from danceopd.common.messages import clipped
 from danceopd.errors import UserError
 
 TABLES = (".csv", ".jsonl", ".parquet")
 BLOCK = 1 << 26  # bytes indexed at a time
 SCAN = 2048  # rows parsed at a time in a scan
+LONGEST = 1 << 20  # bytes of a row, far above any text encoder's limit
 NEWLINE, QUOTE, COMMA, RETURN = b'\n",\r'
 BOM = b"\xef\xbb\xbf"
 
@@ -86,7 +88,7 @@ class LineTable(Table):
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from None
         self._first = len(BOM) if self._map[: len(BOM)] == BOM else 0
-        self._bounds = cached_index(path, self._index)
+        self._bounds = self._index()
 
     @abstractmethod
     def _index(self) -> np.ndarray:
@@ -97,11 +99,16 @@ class LineTable(Table):
 
     def text(self, row: int) -> str:
         """The text of a row in the file, without its newline."""
-        start, stop = self._bounds[row].tolist()
         try:
-            return self._map[start:stop].decode()
+            return self._bytes(row).decode()
         except UnicodeDecodeError:
             raise UserError(f"{self.where(row)} is not text in UTF-8; save the file as UTF-8") from None
+
+    def _bytes(self, row: int) -> bytes:
+        start, stop = self._bounds[row].tolist()
+        if stop - start > LONGEST:
+            raise UserError(f"{self.where(row)} has {stop - start:,} bytes, more than any prompt; remove or shorten it")
+        return self._map[start:stop]
 
     def where(self, row: int) -> str:
         return f"{self.path}, line {self._line(int(self._bounds[row][0]))}"
@@ -137,12 +144,21 @@ class TextTable(LineTable):
     def _index(self) -> np.ndarray:
         bounds = self._between(self._newlines())
         rows = len(bounds)
-        while rows and not self._map[slice(*bounds[rows - 1].tolist())].strip():
+        while rows and self._is_blank(*bounds[rows - 1].tolist()):
             rows -= 1
         return bounds[:rows]
 
+    def _is_blank(self, start: int, stop: int) -> bool:
+        return stop - start <= LONGEST and not self._map[start:stop].strip()
+
     def __getitem__(self, row: int) -> Row:
-        return {"prompt": self.text(row)}
+        text = self.text(row)
+        if "\r" in text:
+            raise UserError(
+                f"{self.where(row)} has a carriage return inside, as files of old Macs end their lines; save the file "
+                "with the line ends of Unix or Windows"
+            )
+        return {"prompt": text}
 
 
 class JsonTable(LineTable):
@@ -160,16 +176,16 @@ class JsonTable(LineTable):
         return bounds[~blank]
 
     def __getitem__(self, row: int) -> Row:
-        start, stop = self._bounds[row].tolist()
-        return self._object(row, self._map[start:stop])
+        return self._object(row, self._bytes(row))
 
     def _object(self, row: int, line: bytes) -> Row:
         try:
             value = json.loads(line)
         except UnicodeDecodeError:
             raise UserError(f"{self.where(row)} is not text in UTF-8; save the file as UTF-8") from None
-        except ValueError as error:
-            raise UserError(f"{self.where(row)} is not valid JSON: {error}; mend that line") from None
+        except (ValueError, RecursionError) as error:
+            reason = clipped(str(error), 120)
+            raise UserError(f"{self.where(row)} is not valid JSON: {reason}; mend that line") from None
         if not isinstance(value, dict):
             raise UserError(f"{self.where(row)} is not a JSON object; write one {{...}} a line")
         return value
@@ -178,17 +194,17 @@ class JsonTable(LineTable):
         """Many lines are parsed as one array, which is faster; a block with an error in it, line by line."""
         for first in range(0, len(self), SCAN):
             bounds = self._bounds[first : first + SCAN].tolist()
-            lines = [self._map[start:stop] for start, stop in bounds]
+            lines = [self._map[start:stop] for start, stop in bounds if stop - start <= LONGEST]
             try:
                 values = json.loads(b"[[" + b"],[".join(lines) + b"]]")
-            except ValueError:
+            except (ValueError, RecursionError):
                 values = []
-            if len(values) == len(lines) and all(len(v) == 1 and type(v[0]) is dict for v in values):
+            if len(values) == len(bounds) and all(len(v) == 1 and type(v[0]) is dict for v in values):
                 yield from (value[0] for value in values)
                 continue
-            for row, line in enumerate(lines, first):
+            for row in range(first, first + len(bounds)):
                 try:
-                    yield self._object(row, line)
+                    yield self[row]
                 except UserError as error:
                     yield error
 
@@ -203,6 +219,9 @@ class CsvTable(LineTable):
         if not len(self._bounds):
             raise UserError(f"{path} is empty; write a header line and rows below it")
         self.columns, self._bounds = self._fields(0), self._bounds[1:]
+        twice = next((name for name, count in Counter(self.columns).items() if name and count > 1), None)
+        if twice is not None:
+            raise UserError(f"{path} has the column {clipped(twice, 60)!r} twice; rename or remove one")
 
     def _index(self) -> np.ndarray:
         """Bounds with the header's row: by the parity of quotes where all quotes are well placed, else by `csv`."""
@@ -261,7 +280,7 @@ class CsvTable(LineTable):
     def _row(self, row: int, fields: list[str]) -> Row:
         if len(fields) > len(self.columns):
             raise UserError(f"{self.where(row)} has more fields than the header; quote commas")
-        return dict(zip(self.columns, fields))
+        return dict(zip_longest(self.columns, fields))
 
     def __getitem__(self, row: int) -> Row:
         return self._row(row, self._fields(row))
@@ -271,79 +290,19 @@ class CsvTable(LineTable):
         for first in range(0, len(self), SCAN):
             rows = range(first, min(first + SCAN, len(self)))
             try:
+                bounds = self._bounds[first : first + SCAN]
+                if (bounds[:, 1] - bounds[:, 0]).max() > LONGEST:
+                    raise csv.Error("a row is too long")
                 block = self._map[int(self._bounds[first][0]) : int(self._bounds[rows[-1]][1])].decode()
                 parsed = [fields for fields in csv.reader(io.StringIO(block, newline="\n"), strict=True) if fields]
             except (csv.Error, UnicodeDecodeError):
                 parsed = []
             if len(parsed) == len(rows) and max(map(len, parsed)) <= width:
                 for fields in parsed:
-                    yield dict(zip(header, fields))
+                    yield dict(zip_longest(header, fields))
                 continue
             for row in rows:
                 try:
                     yield self[row]
                 except UserError as error:
                     yield error
-
-
-class ParquetTable(Table):
-    """A parquet file, read through a memory-mapped Arrow file with the columns that are needed."""
-
-    columns: list[str]
-
-    def __init__(self, path: Path, columns: Iterable[str]) -> None:
-        try:
-            import pyarrow
-            from pyarrow import parquet
-        except ImportError:
-            raise UserError(
-                f'reading {path} needs pyarrow; `pip install "danceopd[data]"`, or give a .csv or .jsonl'
-            ) from None
-        self.path = path
-        try:
-            with parquet.ParquetFile(path) as file:
-                known = file.schema_arrow.names
-                self.columns = [name for name in dict.fromkeys(columns) if name in known] or known
-
-                def write(part: Path) -> None:
-                    batches = file.iter_batches(batch_size=self._step, columns=self.columns)
-                    schema = pyarrow.schema([file.schema_arrow.field(name) for name in self.columns])
-                    with pyarrow.OSFile(str(part), "wb") as sink, pyarrow.ipc.new_file(sink, schema) as out:
-                        for batch in batches:
-                            out.write_batch(batch.select(self.columns))
-
-                self._rows = file.metadata.num_rows
-                mapped = cached_file(path, f"{','.join(self.columns)}.arrow", write)
-            self._file = pyarrow.ipc.open_file(pyarrow.memory_map(str(mapped)))
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
-            raise UserError(f"{path} is not a readable parquet file: {error}") from None
-        sizes = [self._file.get_batch(i).num_rows for i in range(self._file.num_record_batches)]
-        self._ends = np.cumsum(sizes)
-        self._batches: dict[int, Any] = {}
-
-    _step = 1 << 16  # rows a batch
-
-    def __len__(self) -> int:
-        return self._rows
-
-    def _batch(self, number: int) -> Any:
-        if number not in self._batches:
-            self._batches[number] = self._file.get_batch(number)  # mapped, not read
-        return self._batches[number]
-
-    def __getitem__(self, row: int) -> Row:
-        if not 0 <= row < self._rows:
-            raise IndexError(row)
-        number = int(np.searchsorted(self._ends, row, side="right"))
-        batch = self._batch(number)
-        at = row - int(self._ends[number]) + batch.num_rows
-        return {name: batch.column(i)[at].as_py() for i, name in enumerate(self.columns)}
-
-    def where(self, row: int) -> str:
-        return f"{self.path}, row {row + 1}"
-
-    def scan(self) -> Iterator[Row | UserError]:
-        for number in range(len(self._ends)):
-            values = [column.to_pylist() for column in self._batch(number).columns]
-            for row in zip(*values):
-                yield dict(zip(self.columns, row))

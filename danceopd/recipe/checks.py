@@ -138,6 +138,11 @@ def _names(recipe: Recipe) -> Iterator[str]:
         if name in TAKEN:
             yield f"a teacher may not be named {name!r}, which means something else; rename it"
     for teacher in recipe.teachers:
+        if teacher.capability == "generation" and teacher.columns and (
+            teacher.columns.source or teacher.columns.instruction
+        ):
+            key = "source" if teacher.columns.source else "instruction"
+            yield f"teacher {teacher.name!r} draws from prompts, so columns.{key} has no meaning; leave it out"
         if teacher.negative is not None and teacher.guidance is None:
             yield (
                 f"teacher {teacher.name!r} has a negative prompt and no guidance; give it guidance, such as 3.5"

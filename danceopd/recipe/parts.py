@@ -37,6 +37,7 @@ def _data(value: Any) -> Any:
 
 
 DataSource = Annotated[str, BeforeValidator(_data)]
+ColumnName = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 BlendMethod = Literal[
@@ -70,6 +71,26 @@ class Part(BaseModel):
         return data
 
 
+class Columns(Part):
+    """What a table calls its columns, where it uses none of the names that are known (docs/data.md).
+
+    `instruction` is the text of an edit, `prompt` that of a picture; of an edit without `instruction`, too.
+    """
+
+    source: ColumnName | None = None  # the picture that is edited
+    target: ColumnName | None = None  # the finished picture
+    instruction: ColumnName | None = None
+    prompt: ColumnName | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Columns:
+        named = [name for name in (self.source, self.target, self.instruction or self.prompt) if name is not None]
+        for name in named:
+            if named.count(name) > 1:
+                raise ValueError(f"{name!r} is named twice; one column cannot be two things")
+        return self
+
+
 class Teacher(Part):
     """A frozen velocity field: "base", a LoRA, or a whole model trained from the base (a folder or a file).
 
@@ -90,6 +111,7 @@ class Teacher(Part):
     negative: str | None = None
     accept: tuple[Literal["base", "scheduler", "components"], ...] = ()
     data: Annotated[str | None, BeforeValidator(_data)] = None  # its own data; None: its capability's
+    columns: Columns | None = None  # of its data; None: data.columns, or known names where it has data of its own
 
 
 class Student(Part):
@@ -166,6 +188,7 @@ class Data(Part):
 
     generation: DataSource = "scenes"
     editing: DataSource = "scenes"
+    columns: Columns = Columns()  # of both, where they are tables
     rows: PositiveInt = 1024  # drawn from "scenes", for each capability
 
 

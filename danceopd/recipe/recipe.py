@@ -33,6 +33,7 @@ from danceopd.recipe.aliases import modernise
 from danceopd.recipe.checks import check
 from danceopd.recipe.labelfree import Contrast, Gates, Monitor
 from danceopd.recipe.parts import (
+    Columns,
     Data,
     FlowOPD,
     Guidance,
@@ -275,3 +276,7 @@ class Recipe(Part):
     def data_source(self, teacher: Teacher) -> str:
         """Where the prompts, or edit pairs, of a teacher come from."""
         return teacher.data or getattr(self.data, teacher.capability)
+
+    def columns(self, teacher: Teacher) -> Columns:
+        """What the columns of a teacher's data are called."""
+        return teacher.columns or (self.data.columns if teacher.data is None else Columns())

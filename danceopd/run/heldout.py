@@ -11,19 +11,21 @@ import logging
 import random
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
 from danceopd.data.dataset import CachedConditions, TeacherData
 from danceopd.data.encode import Encoder
 from danceopd.data.images import ImageSource
-from danceopd.data.sources import Edits, Prompts, is_scenes, scene_tasks
+from danceopd.data.sources import Edits, Prompts
 from danceopd.data.tables import InMemoryTable
 from danceopd.errors import UserError
 from danceopd.recipe.parts import Teacher
 from danceopd.worlds.scenes.edits import Edit
 from danceopd.worlds.scenes.prompts import Prompt
 from danceopd.worlds.scenes.render import render
+from danceopd.worlds.scenes.rows import is_scenes, scene_tasks
 
 TRIED = 40
 """Rows of a table that are tried for each that is wanted: some are sampled by updates, doubles, or faulty."""
@@ -91,7 +93,7 @@ def encode_rows(
         data = Prompts(InMemoryTable("held-out rows", [{"prompt": prompt} for prompt in prompts]))
     else:
         cells = [
-            {"instruction": prompt, "source": row.source if isinstance(row.source, Image.Image) else str(row.source)}
+            {"instruction": prompt, "source": str(row.source) if isinstance(row.source, Path) else row.source}
             for prompt, row in zip(prompts, rows, strict=True)
         ]
         data = Edits(InMemoryTable("held-out rows", cells))

@@ -23,11 +23,12 @@ from danceopd.common.files import write_json
 from danceopd.data.dataset import TeacherData, sampled_rows
 from danceopd.data.folders import HubTable
 from danceopd.data.images import ImageSource
-from danceopd.data.sources import Edits, Prompts, is_scenes
+from danceopd.data.sources import Edits, Prompts
 from danceopd.engine.teachers import TeacherWeights
 from danceopd.errors import UserError
 from danceopd.recipe.recipe import Recipe
 from danceopd.run.directory import differences
+from danceopd.worlds.scenes.rows import is_scenes
 
 RECORD = "data.json"  # in the run folder
 PIECES = 1024
@@ -132,6 +133,8 @@ def _facts(recipe: Recipe, data: Prompts, row: int) -> list[Any]:
 def _picture(source: ImageSource) -> list[Any]:
     if isinstance(source, Path):
         return [source.name, source.stat().st_size]
+    if isinstance(source, bytes):
+        return [len(source)]
     return [source.mode, *source.size]
 
 

@@ -18,6 +18,7 @@ from danceopd.engine.callbacks import Callback
 from danceopd.engine.metrics import StepMetrics
 from danceopd.engine.trainer import Trainer
 from danceopd.models.fields import VelocityField, acting, in_micro_batches
+from danceopd.recipe.parts import Columns
 from danceopd.run.logger import Logger
 from danceopd.run.plots import grid
 
@@ -26,17 +27,18 @@ class SampleGrid:
     """Conditions and noise of the grid, encoded once; `draw` costs one rollout for each capability."""
 
     def __init__(
-        self, sources: Mapping[str, str], count: int, seed: int, encoder: Encoder, device: torch.device, rows: int
-    ) -> None:
+        self, sources: Mapping[str, tuple[str, Columns]], count: int, seed: int, encoder: Encoder, device: torch.device,
+        micro_batch: int,
+    ) -> None:  # fmt: skip
         """`count` pictures of each capability, from its data source; `seed` draws the built-in scenes.
 
-        A forward has at most `rows` pictures.
+        A forward has at most `micro_batch` pictures.
         """
-        self.device, self.rows = device, rows
+        self.device, self.micro_batch = device, micro_batch
         self.parts = []
-        for capability, spec in sources.items():
+        for capability, (spec, columns) in sources.items():
             read = edits_from if capability == "editing" else prompts_from
-            data = read(spec, count, seed, check=False)
+            data = read(spec, count, seed, check=False, columns=columns)
             first = range(min(count, len(data)))
             steps = encoder.pipelines[capability].call["num_inference_steps"]
             dataset = encoder.encode(capability, data, first, steps)
@@ -55,7 +57,7 @@ class SampleGrid:
         rows: list[list[Image.Image | None]] = []
         labels: list[str] = []
         for pipeline, condition, noise, prompts, sources in self.parts:
-            field = in_micro_batches(student, self.rows)
+            field = in_micro_batches(student, self.micro_batch)
             with acting(student):
                 *_, last = pipeline.denoise(condition.to(self.device), noise.to(self.device), field)
             made = pipeline.images(last.x)

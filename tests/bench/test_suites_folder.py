@@ -96,7 +96,7 @@ def test_faults(table):
     (table.parent / "photos/bad.png").write_text("no picture")
     for change, match in (
         ({"instruction": ""}, "line 1: instruction is empty"),
-        ({"source": None}, "line 1: source is None, not a path"),
+        ({"source": None}, "line 1: source is empty"),
         ({"source": "photos/absent.png"}, "line 1: image .*absent.png does not exist"),
         ({"source": "photos/bad.png"}, "line 1: .*bad.png is not an image"),
         ({"target": "photos/bad.png"}, "line 1: .*bad.png is not an image"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -12,9 +13,8 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
-from danceopd.common import cache
 from danceopd.data import tables
-from danceopd.data.images import image_size, open_image, picture
+from danceopd.data.images import open_image
 from danceopd.data.sources import Edits, edits_from, prompts_from
 from danceopd.data.tables import CsvTable, JsonTable
 from danceopd.errors import UserError
@@ -117,63 +117,32 @@ def test_sources_that_are_none(here: Path) -> None:
     Path("p.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="p.txt, line 1 is not text in UTF-8"):
         prompts_from("p.txt")
-
-
-def _alpha(path: Path) -> None:
-    Image.new("RGBA", (64, 64)).save(path)
-
-
-def _palette_alpha(path: Path) -> None:
-    Image.new("P", (64, 64)).save(path, transparency=0)
-
-
-def _cut(path: Path) -> None:
-    Image.effect_noise((96, 96), 50).save(path)
-    path.write_bytes(path.read_bytes()[:900])
+    os.mkfifo("pipe.txt")
+    with pytest.raises(UserError, match="pipe.txt is a pipe or a device"):
+        prompts_from("pipe.txt")
 
 
 @pytest.mark.parametrize(
-    ("make", "message", "at_once"),
+    ("name", "content", "says"),
     [
-        (lambda path: path.write_text("hello"), "is not an image", True),
-        (lambda path: path.write_bytes(b""), "is not an image", True),
-        (lambda path: path.mkdir(), "is not an image", True),
-        (lambda path: None, "does not exist", True),
-        (_alpha, "has an alpha channel", True),
-        (_palette_alpha, "has an alpha channel", True),
-        (lambda path: Image.new("RGB", (63, 200)).save(path), "is 63x200 pixels, too small", True),
-        (_cut, "is a damaged image", False),
+        ("p.csv", b"prompt,x,prompt\na,b,c\n", "p.csv has the column 'prompt' twice"),
+        ("p.csv", b"x,prompt\n1,a fox\n2\n", "line 3: prompt is empty"),
+        ("p.txt", b"a fox\ra dog\r", "line 1 has a carriage return inside"),
+        ("p.txt", b"fox " * 300_000, "line 1 has 1,200,000 bytes"),
+        ("p.csv", b"prompt\n" + b"fox " * 300_000, "line 2 has 1,200,000 bytes"),
+        ("p.jsonl", b'{"prompt": "' + b"fox " * 300_000 + b'"}', "line 1 has 1,200,014 bytes"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "a \\ud800 fox"}\n', "line 2: prompt has half a character"),
+        ("p.jsonl", b'{"prompt": "a", "x": ' + b"[" * 9999 + b"]" * 9999 + b"}", "line 1 is not valid JSON"),
+        ("p.jsonl", b'{"prompt": "a", "x": ' + b"9" * 5000 + b"}", "line 1 is not valid JSON"),
+        ("p.jsonl", b'{"prompt": {"bytes": "' + b"A" * 9999 + b'"}}', "line 1: prompt is a mapping of 1, not text"),
+        ("p.csv", b"a" * 9999 + b"\nfox\n", "has no column 'prompt'; it has: a"),
     ],
 )
-def test_bad_images(here: Path, make, message: str, at_once: bool) -> None:
-    make(here / "bad.png")
-    Path("d.csv").write_text("instruction,image\nmake it blue,bad.png\n")
-    with pytest.raises(UserError, match=message):
-        open_image(Path("bad.png"))
-    if at_once:
-        with pytest.raises(UserError, match=f"d.csv, line 2: .*{message}"):
-            edits_from("d.csv")
-
-
-def test_open_image_is_upright_rgb(here: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    Image.new("L", (80, 64)).save("turned.jpg", exif=exif)
-    image = open_image(Path("turned.jpg"))
-    assert (image.mode, image.size) == ("RGB", (64, 80))
-    assert picture(Path("turned.jpg")).tobytes() == image.tobytes()
-    assert image_size(Path("turned.jpg")) == (64, 80)
-    with pytest.raises(UserError, match="alpha"):
-        open_image(Image.new("RGBA", (64, 64)))
-
-
-def test_pictures_of_a_benchmark_may_be_small_and_have_alpha(here: Path) -> None:
-    Image.new("RGBA", (8, 8), (10, 20, 30, 0)).save("small.png")
-    for source in (Path("small.png"), Image.open("small.png")):
-        assert picture(source).getpixel((0, 0)) == (10, 20, 30)
-    Path("bad.png").write_text("hello")
-    with pytest.raises(UserError, match="bad.png is not an image"):
-        picture(Path("bad.png"))
+def test_hostile_tables(here: Path, name: str, content: bytes, says: str) -> None:
+    Path(name).write_bytes(content)
+    with pytest.raises(UserError, match=says) as caught:
+        prompts_from(name)
+    assert len(str(caught.value)) <= 400
 
 
 # -- lazy tables ------------------------------------------------------------------------------------------
@@ -271,20 +240,76 @@ def test_folder_with_a_control_folder(here: Path) -> None:
         edits_from("edits")
 
 
-def test_large_indices_are_kept_until_the_file_changes(here: Path, monkeypatch) -> None:
-    monkeypatch.setenv("DANCEOPD_CACHE", str(here / "cache"))
-    monkeypatch.setattr(cache, "MIN_CACHED_BYTES", 0)
-    Path("d.jsonl").write_text('{"prompt": "a"}\n')
-    assert len(prompts_from("d.jsonl")) == 1
-    (kept,) = (here / "cache/tables").iterdir()
-    with monkeypatch.context() as inside:
-        inside.setattr(JsonTable, "_index", lambda self: pytest.fail("indexed again"))
-        assert prompts_from("d.jsonl")[:] == ["a"]
-    Path("d.jsonl").write_text('{"prompt": "a"}\n{"prompt": "bc"}\n')
-    assert prompts_from("d.jsonl")[:] == ["a", "bc"]
-    assert [path != kept for path in (here / "cache/tables").iterdir()] == [True]
-    next((here / "cache/tables").iterdir()).write_bytes(b"cut")
-    assert prompts_from("d.jsonl")[:] == ["a", "bc"]
+def _files(*names: str) -> None:
+    """Pictures, texts and folders, by their suffix."""
+    for name in names:
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix in (".png", ".jpg"):
+            Image.new("RGB", (64, 64)).save(path)
+        elif path.suffix:
+            listed = '{"file_name": "a.png", "edited_file_name": "b.png", "text": "x"}\n'
+            path.write_text(listed if path.suffix == ".jsonl" else "x")
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "source", "target"),
+    [
+        (["s/control/a.png", "s/target/a.jpg", "s/target/a.txt"], "s/control/a.png", "s/target/a.jpg"),
+        (["s/source/a.png", "s/edited/a.png", "s/a.txt"], "s/source/a.png", "s/edited/a.png"),
+        (["s/input/a.png", "s/output/a.png", "s/input/a.txt"], "s/input/a.png", "s/output/a.png"),
+        (["s/x/a.png", "s/x/a.txt", "s/masks/a.png", "s/.hidden/a.png", "s/._a.png"], "s/x/a.png", None),
+        (["s/x/control/a.png", "s/x/a.png", "s/x/a.TXT"], "s/x/control/a.png", "s/x/a.png"),
+        (["s/control/x/a.png", "s/x/a.png", "s/x/a.txt"], "s/control/x/a.png", "s/x/a.png"),
+        (["s/metadata.jsonl", "s/a.png", "s/b.png"], "s/a.png", "s/b.png"),
+    ],
+)
+def test_layouts_of_folders(here: Path, names: list[str], source: str, target: str | None) -> None:
+    _files(*names)
+    found = edits_from("s", targets=True)
+    assert found[:] == [("x", Path(found[0][1]))] and found[0][1].samefile(source)
+    if target:
+        assert found.target(0).samefile(target)  # type: ignore[union-attr]
+    assert prompts_from("s")[:] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["s/a.png", "s/a.jpg", "s/a.txt"], "s/a.jpg and s/a.png are two files for one row"),
+        (["s/control/a.png", "s/target/a.png", "s/a.png", "s/a.txt"], "s/target/a.png and s/a.png are two files"),
+        (["s/control/a.png", "s/control/a.txt", "s/target/a.png", "s/target/a.txt"], "are two files for one row"),
+        (["s/control/a_0.png", "s/control/a_1.png", "s/a.png", "s/a.txt"], "several sources .* one source is all"),
+        (["s/metadata.jsonl", "s/a.png", "s/a.txt"], "has metadata.jsonl and .txt files"),
+        (["s/metadata.jsonl", "s/metadata.csv"], "has metadata.csv and metadata.jsonl"),
+        (["s/train/metadata.jsonl", "s/train/a.png"], "give s/train$"),
+        (["s/data.jsonl"], "has no rows: no .txt beside a picture, and no metadata.jsonl; give s/data.jsonl itself"),
+        (["s/a.png"], "a.png has no instruction; write it into s/a.txt"),
+        (["s/a.png", "control/a.png", "s/a.txt"], None),
+    ],
+)
+def test_folders_that_are_refused(here: Path, names: list[str], says: str | None) -> None:
+    _files(*names)
+    if says is None:  # a folder of finished pictures, named without the one of their sources
+        Path("s").rename("target")
+        with pytest.raises(UserError, match="holds finished pictures, and their sources are in .*/control"):
+            edits_from("target")
+        return
+    with pytest.raises(UserError, match=says):
+        edits_from("s")
+
+
+@pytest.mark.parametrize(("name", "texts"), [("d.txt", ("ab\nc\n", "a\nbc\n")), ("d.jsonl", ('{"prompt": "ab"}\n' * 2,
+    '{"prompt": "a"}\n{"prompt": "abc"}\n'))])  # fmt: skip
+def test_a_file_of_the_same_size_and_time_has_its_own_rows(here: Path, name: str, texts: tuple[str, str]) -> None:
+    found = []
+    for text in texts:
+        Path(name).write_text(text)
+        os.utime(name, (1, 1))
+        found.append(prompts_from(name)[:])
+    assert len(texts[0]) == len(texts[1]) and found[0] != found[1] and found[1] in (["a", "bc"], ["a", "abc"])
 
 
 def test_parquet_rows_across_groups(here: Path) -> None:
@@ -293,9 +318,30 @@ def test_parquet_rows_across_groups(here: Path) -> None:
     texts = [f"row {i}" for i in range(1000)]
     parquet.write_table(arrow.table({"n": list(range(1000)), "text": texts}), "d.parquet", row_group_size=90)
     prompts = prompts_from("d.parquet")
-    assert prompts[:] == texts and prompts[-1] == "row 999" and prompts.table[5] == {"text": "row 5"}
+    assert prompts[:] == texts and prompts[-1] == "row 999" and prompts.table[5] == {"n": 5, "text": "row 5"}
     with pytest.raises(IndexError):
         prompts[1000]
+
+
+@pytest.mark.parametrize("cell", ["struct", "bytes", "list", "path"])
+def test_pictures_inside_a_parquet_file(here: Path, cell: str) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = []
+    for i in range(5):
+        Image.new("RGB", (64 + i, 64), (i, 0, 0)).save(f"{i}.png")
+        held = Path(f"{i}.png").read_bytes()
+        kinds = {"struct": {"bytes": held, "path": "x"}, "bytes": held, "list": [held], "path": {"path": f"{i}.png"}}
+        rows.append({"image": b"finished", "input_image": kinds[cell], "instruction": f"row {i}", "noise": [0.5]})
+    parquet.write_table(arrow.Table.from_pylist(rows), "d.parquet", row_group_size=2)
+    found = edits_from("d.parquet")
+    assert [found.size(i) for i in range(5)] == [(64 + i, 64) for i in range(5)]
+    assert open_image(found[3][1]).getpixel((0, 0)) == (3, 0, 0) and found[3][0] == "row 3"
+    rows[4]["input_image"] = None if cell != "list" else [held, held]
+    parquet.write_table(arrow.Table.from_pylist(rows), "d.parquet", row_group_size=2)
+    with pytest.raises(UserError, match="row 5: input_image (is empty|holds 2 pictures)"):
+        edits_from("d.parquet")
+    assert "noise" not in found.table[0]
 
 
 def test_a_dataset_on_the_hub(here: Path, monkeypatch) -> None:

@@ -24,7 +24,7 @@ from danceopd.bench.suites.protocol import Item, JudgedSuite, json_sha256
 from danceopd.bench.suites.records import file_name, header_checked, located
 from danceopd.data.folders import CONTROL
 from danceopd.data.images import IMAGES
-from danceopd.data.sources import SOURCE, Edits, edits_from
+from danceopd.data.sources import Edits, edits_from
 from danceopd.errors import UserError
 
 TARGETS = ("target", "target_image", "edited_image", "output_image")
@@ -108,7 +108,8 @@ def _rows_of(edits: Edits) -> Iterator[tuple[Item, str]]:
         instruction, source = edits[number]
         own = _first(cells, KEYS)
         if own is None:
-            key = hashlib.sha256(f"{_first(cells, SOURCE)}\n{instruction}".encode()).hexdigest()[:12]
+            picture = cells.get(edits.column(number, "source") or "")
+            key = hashlib.sha256(f"{picture}\n{instruction}".encode()).hexdigest()[:12]
         else:
             key = file_name(str(own).strip(), f"{where}: key")
         given = {name: _first(cells, columns) for name, columns in (("target", TARGETS), ("mask", ("mask",)))}

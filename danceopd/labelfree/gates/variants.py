@@ -34,7 +34,7 @@ class Reworded(Prompts):
     """The rows of `data` with other `prompts`, by row; only these rows can be read."""
 
     def __init__(self, data: Prompts, prompts: Mapping[int, str]) -> None:
-        super().__init__(data.table)
+        super().__init__(data.table, data.named)
         self._prompts = prompts
 
     def _item(self, row: int, cells: Any) -> Any:
@@ -45,7 +45,7 @@ class RewordedEdits(Edits):
     """The same for edits: the source images stay."""
 
     def __init__(self, data: Edits, prompts: Mapping[int, str]) -> None:
-        super().__init__(data.table)
+        super().__init__(data.table, data.named)
         self._prompts = prompts
 
     def _item(self, row: int, cells: Any) -> tuple[str, ImageSource]:
@@ -56,7 +56,7 @@ class Degraded(Edits):
     """The rows of `data` with degraded source images: one kind of degradation, its strength drawn for each row."""
 
     def __init__(self, data: Edits, kind: str, seed: int) -> None:
-        super().__init__(data.table)
+        super().__init__(data.table, data.named)
         self._kind, self._seed = kind, seed
 
     def _item(self, row: int, cells: Any) -> tuple[str, ImageSource]:
