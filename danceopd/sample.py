@@ -1,7 +1,8 @@
 """`sample`: a student and a prompt (and a source image) go in, PNG files from the stock diffusers pipeline come out.
 
 Added to the stock call are only the base's settings (`danceopd.json` beside its `model_index.json`: size, steps,
-guidance), those of the student's recipe, one CPU generator for each image (`seed + i`), and a new file name.
+guidance), those of the student's recipe, one CPU generator for each image (`seed + i`), and a new file name. An edit
+has the size that it has in a merge: the source's shape, in about the area of the settings' height and width.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ def _generate(
     count: int,
     editing_base: str | None,
     settings: dict[str, Any],
+    size: tuple[int, int] | None,
 ) -> Iterator[Image]:
     """`count` images of a prompt, or edits of `image`, one after the other, so that each is saved before the next.
 
-    `editing_base` has what the base's editing pipeline may lack; `settings` override the base's own.
+    `editing_base` has what the base's editing pipeline may lack; `settings` override the base's own, `size` (height,
+    width) theirs.
     """
     import torch
 
@@ -48,7 +51,10 @@ def _generate(
         pipe = generation_pipe(pipe, family)
     else:
         pipe = editing_pipe(pipe, editing_base, family)
+        size = size or family.size_of(pipe, image, call)
         call["image"] = image
+    if size is not None:
+        call["height"], call["width"] = size
     call = family.extra(pipe, call) | call
     _warn_if_truncated(pipe, family, prompt, call)
     for i in range(count):
@@ -73,12 +79,14 @@ def sample(
     base: str | Path | None = None,
     device: str | None = None,
     report: Callable[[Path], object] = lambda path: None,
+    size: tuple[int, int] | None = None,
 ) -> list[Path]:
     """Write `count` PNGs into `output` and return their paths; image i has the seed `seed + i`.
 
     `student` and `base` as for `load_student`; `device` None or "auto" takes a GPU where there is one. Each picture is
-    written, and `report(path)` called, before the next is generated. UserError for an empty prompt, a bad count or
-    seed, and an image that cannot be read.
+    written, and `report(path)` called, before the next is generated. `size` is (height, width) in pixels; None: the
+    settings' own, and of an edit the source's shape. UserError for an empty prompt, a bad count, seed or size, and an
+    image that cannot be read.
     """
     if not prompt.strip():
         raise UserError("the prompt is empty; write what the image should show")
@@ -86,7 +94,13 @@ def sample(
         raise UserError(f"{count} images were asked for; ask for at least one with -n")
     if not 0 <= seed <= 2**63 - count:
         raise UserError(f"the seed is {seed}; give a whole number from 0, below 2**63")
+    if size is not None and min(size) < 16:
+        raise UserError(f"the size is {size[1]}x{size[0]} pixels; give at least 16 a side")
     source = None if image is None else open_image(Path(image))
+    if source is not None:
+        from danceopd.pipelines.editing import check_aspect
+
+        check_aspect(*source.size, str(image))
     folder = Path(output)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +112,7 @@ def sample(
     pipe.set_progress_bar_config(disable=True)
     settings, written = _recipe_settings(Path(student)), []
     editing_base = settings.pop("editing_base", None)
-    for i, picture in enumerate(_generate(pipe, prompt, source, seed, count, editing_base, settings)):
+    for i, picture in enumerate(_generate(pipe, prompt, source, seed, count, editing_base, settings, size)):
         path = _new_path(folder, prompt, seed + i)
         with disk_errors(path):
             picture.save(path)

@@ -68,6 +68,8 @@ MergeBase = Annotated[
     str | None, typer.Option(help="Base model: a folder, or owner/name on the hub; default: the shipped one.")
 ]
 RunFolder = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; default: student.")]
+Height = Annotated[int | None, typer.Option(help="Pixels; default: the model's, and of an edit the source's shape.")]
+Width = Annotated[int | None, typer.Option(help="Pixels, with --height.")]
 MergeSteps = Annotated[int | None, typer.Option(help="Optimizer steps; default: 2000, of the shipped recipe 180.")]
 
 
@@ -148,11 +150,16 @@ def sample(
     output: Output = Path("samples"),
     base: Base = None,
     device: Device = None,
+    height: Height = None,
+    width: Width = None,
 ) -> None:
     """Generate or edit images with a student, through the stock diffusers pipeline."""
+    if (height is None) != (width is None):
+        raise UserError("only one of --height and --width is given; give both, or neither")
     from danceopd.sample import sample as run
 
-    run(student, prompt, image, seed, count, output, base, device, report=typer.echo)
+    size = None if height is None or width is None else (height, width)
+    run(student, prompt, image, seed, count, output, base, device, report=typer.echo, size=size)
 
 
 app.command()(commands.bench)

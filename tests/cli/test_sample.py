@@ -11,12 +11,16 @@ import torch
 from conftest import Program
 from diffusers import DiffusionPipeline
 from PIL import Image
+from tinies import TINIES
 from tiny import random_adapter, random_image, tiny_klein
+from tiny_parts import Tiny
 
 from danceopd.adapters.write import write_adapter
 from danceopd.errors import UserError
 from danceopd.models.base import call_defaults
-from danceopd.sample import sample
+from danceopd.pipelines import editing_pipe, family_of
+from danceopd.pipelines.family import source_size
+from danceopd.sample import _generate, sample
 
 CALL = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 1.0, "max_sequence_length": 24}
 
@@ -54,6 +58,40 @@ def test_bit_for_bit_the_stock_pipeline(made: Path, stock, tmp_path: Path, edit:
     assert not np.array_equal(*pictures)
 
 
+def test_an_edit_has_the_shape_of_its_source(made: Path, stock, tmp_path: Path) -> None:
+    """As in a merge, in the area of the settings; a size that is given wins."""
+    random_image(4, 128, 64).save(tmp_path / "wide.png")
+    options = {"image": tmp_path / "wide.png", "base": made / "base", "device": "cpu", "output": tmp_path}
+    (path,) = sample(made / "student", "a red circle", **options)
+    size = source_size(stock, Image.open(tmp_path / "wide.png"), CALL)
+    assert Image.open(path).size == (size[1], size[0]) == (80, 32)
+    call = {**CALL, "height": size[0], "width": size[1], "image": Image.open(tmp_path / "wide.png")}
+    expected = stock(prompt="a red circle", generator=torch.Generator().manual_seed(0), **call).images[0]
+    assert np.array_equal(np.array(Image.open(path)), np.array(expected))
+    (path,) = sample(made / "student", "a red circle", size=(64, 96), **options)
+    assert Image.open(path).size == (96, 64)
+    (path,) = sample(made / "student", "a red circle", size=(96, 64), **{**options, "image": None})
+    assert Image.open(path).size == (64, 96)
+    random_image(4, 1024, 64).save(tmp_path / "wide.png")
+    with pytest.raises(UserError, match="wide.png is 1024x64 pixels; crop it"):
+        sample(made / "student", "a red circle", **options)
+
+
+@pytest.mark.parametrize("tiny", [t for t in TINIES if t.editing is not None], ids=lambda tiny: tiny.family)
+def test_every_family_edits_in_the_source_s_shape(tiny: Tiny, tmp_path: Path) -> None:
+    """At the size that a merge encodes the edit at, and never in the square of the settings."""
+    pipe, components = tiny.build(), None
+    pipe.set_progress_bar_config(disable=True)
+    if tiny.components is not None:
+        components = str(tmp_path / "components")
+        tiny.components(tmp_path / "components")
+    call = {key: value for key, value in tiny.call.items() if key != "steps"} | {"num_inference_steps": 2}
+    family, wide = family_of(pipe), random_image(4, 128, 64)
+    (made,) = _generate(pipe, "a red circle", wide, 0, 1, components, call, None)
+    assert made.size[::-1] == family.size_of(editing_pipe(pipe, components, family), wide, call)
+    assert made.width > 1.8 * made.height
+
+
 def test_the_program_says_where_the_pictures_are_and_replaces_none(danceopd: Program, made: Path, tmp_path) -> None:
     command = ("sample", made / "student", "a red circle!", "--base", made / "base", "-o", "out", "--seed", 7)
     assert danceopd(*command).stdout == "out/a-red-circle-seed7.png\n"
@@ -82,7 +120,8 @@ def test_each_picture_is_kept_before_the_next_is_drawn(made: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("bad", "says"), [({"device": "gpu"}, "device is 'gpu'"), ({"seed": 2**63}, "below 2[*][*]63")]
+    ("bad", "says"),
+    [({"device": "gpu"}, "device is 'gpu'"), ({"seed": 2**63}, "below 2[*][*]63"), ({"size": (64, 8)}, "is 8x64")],
 )
 def test_what_torch_would_refuse(made: Path, tmp_path: Path, bad: dict, says: str) -> None:
     with pytest.raises(UserError, match=says):
