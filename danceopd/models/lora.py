@@ -134,7 +134,7 @@ class LoraLinear(nn.Module):
         ]
         for letter, half in zip("AB", halves):
             self.register_parameter(f"lora_{letter}_{name}", half)
-        self.loras[name] = LayerLora(*halves, scale)
+        self.loras[name] = LayerLora(halves[0], halves[1], scale)
 
     def activate(self, name: str | None) -> None:
         """Make one LoRA the active one; None, or one that this layer has not: none."""
