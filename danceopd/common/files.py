@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from danceopd.errors import UserError
 
 _PARTIAL = re.compile(r"\..+\.\d+")
+_LINE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -125,6 +126,21 @@ def json_safe(value: Any, text: bool = True) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value) if text else None
     return value
+
+
+def json_line(value: Any) -> str:
+    """`value` as one line of a JSON Lines file, in whatever way its readers split lines (U+2028 counts for some)."""
+    return json.dumps(value, ensure_ascii=False).translate(_LINE_BREAKS) + "\n"
+
+
+def read_lines(path: Path) -> Iterator[dict]:
+    """The objects in a JSON Lines file, none where there is no file; lines that hold none (cut off) are skipped."""
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for text in file:
+                with suppress(ValueError, RecursionError):
+                    if isinstance(line := json.loads(text), dict):
+                        yield line
 
 
 def write_json(path: Path, value: Any, text: bool = True) -> None:

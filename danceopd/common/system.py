@@ -1,4 +1,4 @@
-"""This machine: a device by name, peak memory, and a description for results."""
+"""This machine and this run: a device by name, peak memory, and for results the machine and the command line."""
 
 from __future__ import annotations
 
@@ -18,6 +18,28 @@ OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|(can't|cannot|faile
 """What CUDA, its libraries, torch's allocators and `mmap` say."""
 CPUINFO = Path("/proc/cpuinfo")
 """Where Linux describes the processor."""
+
+
+PUBLIC_QUERY = ("api-version", "api_version", "version", "model", "deployment")
+"""Names in a URL's query whose values are no keys."""
+_USER = re.compile(r"(?<=://)[^\s'\"]*@")
+_QUERY = re.compile(rf"([?&](?!(?:{'|'.join(PUBLIC_QUERY)})=)[\w.~-]+=)[^&#\s'\"]*", re.I)
+_NAMED = re.compile(
+    r"((?:^|[\s'\":-])(?:[\w-]*[_-])?(?:key|token|secret|password|bearer)(?:=|\s+|['\"],?\s*['\"]))[^\s'\"]+", re.I
+)
+_TOKEN = re.compile(r"\b(?:sk|pk|rk|hf|gh[opsu]|github_pat|gsk|xai|r8|AIza)[-_]?[\w-]{16,}")
+
+
+def redacted(text: str) -> str:
+    """The text without the keys in it: of a URL the user and the query's values, what follows a word such as
+    --api-key, and what looks like a key of a known service."""
+    text = _QUERY.sub(r"\1***", _USER.sub("", text))
+    return _TOKEN.sub("***", _NAMED.sub(r"\1***", text))
+
+
+def command_line() -> str:
+    """The command that runs, as results record it: without keys."""
+    return redacted(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
 
 
 def describe_machine(device: str = "cpu") -> str:

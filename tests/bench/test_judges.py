@@ -114,6 +114,63 @@ def test_a_server_that_misbehaves_gets_right_scores_and_counted_failures(tmp_pat
     assert session.stopped is None
 
 
+ODD = {
+    **dict.fromkeys(("null choice", "null message", "no message", "number"), "unparsable"),
+    **dict.fromkeys(("draft", "thought", "digits", "brackets"), "unparsable"),
+    **dict.fromkeys(("word", "deep", "list"), "failed"),  # as if nothing had come: asked again first
+    **dict.fromkeys(("parts", "half character", "usage words", "usage nan", "usage negative"), "ok"),
+}
+
+
+def test_any_reply_is_one_recorded_answer(tmp_path: Path) -> None:
+    plan = {f"item-{n}": [step] * 9 for n, step in enumerate(ODD)}
+    with JudgeServer(plan) as server:
+        judge = endpoint(server, tries=2, price_in=2.0, price_out=8.0, thinking=50)
+        session = JudgeSession(judge, tmp_path / "judge.jsonl")
+        answers = session.answers(question(n) for n in range(len(ODD)))
+        asked = sum(server.asked.values())
+        again = JudgeSession(judge, tmp_path / "judge.jsonl").answers(question(n) for n in range(len(ODD)))
+        assert sum(server.asked.values()) == asked + 2 * 3  # only what had failed, twice each
+    for n, (step, status) in enumerate(ODD.items()):
+        (answer,) = answers[f"m/{n}/SC"]
+        assert (answer.status, answer.numbers) == (status, right(n) if status == "ok" else None), step
+        assert again[f"m/{n}/SC"][0].status == status and answer.cost is not None and 0 <= answer.cost < 0.1
+    lines = (tmp_path / "judge.jsonl").read_text(encoding="utf-8").splitlines()  # which splits at U+2028 too
+    assert all(json.loads(line) for line in lines)
+    said = {step: answers[f"m/{n}/SC"][0].reasoning for n, step in enumerate(ODD)}
+    assert "after 100 tokens, for its context is full" in said["draft"] and "--judge-longest" in said["draft"]
+    assert "--judge-thinking" in said["thought"] and said["half character"] == "a?\u2028b"
+
+
+def test_a_prompt_that_is_too_long_is_said_with_its_mend(tmp_path: Path) -> None:
+    said = pytest.raises(UserError, match="maximum model length of 32768.*--judge-longest")
+    with JudgeServer({f"item-{n}": ["long"] for n in range(40)}) as server, said:
+        JudgeSession(endpoint(server), tmp_path / "j.jsonl").answers(question(n) for n in range(40))
+
+
+@pytest.mark.parametrize("place", ["user:sk-in-url@", "sk-in-url@", "?key=sk-in-url", "?api-version=1&token=sk-in-url"])
+def test_a_key_in_the_url_is_for_the_endpoint_alone(tmp_path: Path, place: str) -> None:
+    with JudgeServer({"item-2": ["401 with the key"]}) as server:
+        url = f"{server.url}{place}" if place[0] == "?" else server.url.replace("//", f"//{place}")
+        judge = load_judge(f"openai:gpt-4.1@{url}", timeout=5.0, first_wait=0.02)
+        JudgeSession(judge, tmp_path / "j.jsonl").answers([question(1)])
+        with pytest.raises(UserError, match="401") as refused:
+            JudgeSession(judge, tmp_path / "j.jsonl").answers([question(2)])
+        sent = " ".join(server.paths)
+    assert ("sk-in-url" in sent) == (place[0] == "?") and "/v1/chat/completions" in sent
+    written = (tmp_path / "j.jsonl").read_text() + json.dumps(judge.identity) + judge.url + str(refused.value)
+    assert "sk-in-url" not in written and "***" in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://127.0.0.1:99999/v1", "http://u:sk-x/y@h:1/v1", "http:///v1"])
+def test_a_url_that_is_none(url: str) -> None:
+    with pytest.raises(UserError, match="the judge's URL .* names no host and port") as refused:
+        load_judge(f"openai:m@{url}")
+    assert "sk-x" not in str(refused.value)
+    with pytest.raises(UserError, match="has no URL"):
+        load_judge("openai:m@ftp://host/v1")
+
+
 def test_a_model_that_thinks_may_think_before_its_answer(tmp_path: Path) -> None:
     asked = question(3)
     with JudgeServer() as server:
@@ -334,6 +391,9 @@ def test_an_estimate_asks_nothing(tmp_path: Path) -> None:
         assert (got.questions, got.recorded, got.equal, got.to_ask) == (4, 1, 1, 2)
         assert got.cost == pytest.approx(2 * judge.quote(question(2)).cost)
         assert got.at_most > got.cost and got.tokens_in > 2 * 2 * 765
+        to_come = [question(1), replace(question(1), key="n/1/SC")]  # no image is equal to one that is not there yet
+        more = JudgeSession(judge, tmp_path / "j.jsonl").estimate([question(1)], to_come)
+        assert (more.questions, more.recorded, more.equal, more.to_ask) == (3, 1, 0, 2)
         assert sum(server.asked.values()) == 1 and (tmp_path / "j.jsonl").read_text() == before
 
 

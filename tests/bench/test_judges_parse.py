@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import time
 from pathlib import Path
 
 import pytest
 
 from danceopd.bench.judges.agreement import agreement, agreement_of_files
+from danceopd.bench.judges.answers import reparse
 from danceopd.bench.judges.cost import Prices, image_tokens, prices_of, text_tokens
 from danceopd.bench.judges.parse import read
-from danceopd.bench.judges.protocol import Answer, Reads
+from danceopd.bench.judges.protocol import Answer, Question, Reads
+from danceopd.common.system import redacted
 from danceopd.errors import UserError
 
 TWO, ONE, FIVE = Reads(2, 0, 10), Reads(1, 0, 10), Reads(3, 1, 5)
@@ -41,7 +45,16 @@ READ = [
     (ONE, '{"score": 7}', (7,)),
     (ONE, '{"score": [7]}', (7,)),
     (ONE, '{"score": 7, "reasoning": "cut of', (7,)),
-]
+    (FIVE, "Brief reasoning: fine.\n1. Compliance: 4\n2) Seamlessness: 3\n(3) Detail: 5\r\n", (4, 3, 5)),
+    (FIVE, "**1. Compliance: 4**\n- 2. Seamlessness: **3**\n3. Detail：5", (4, 3, 5)),
+    *((TWO, f'{draft}{end}{{"score": [8, 7]}}', (8, 7)) for draft, end in (
+        ('<thinking>{"score": [1, 2]}', "</thinking>"),
+        ('[THINK]{"score": [1, 2]}', "[/THINK]"),
+        ('◁think▷{"score": [1, 2]}', "◁/think▷"),
+        ('{"score": [1, 2]} but wait', "</think>\n"),
+        ('<|channel|>analysis<|message|>{"score": [1, 2]}', "<|end|><|start|>assistant<|channel|>final<|message|>"),
+    )),
+]  # fmt: skip
 NOT_READ = [
     (TWO, ""),
     (TWO, "8"),
@@ -69,7 +82,31 @@ NOT_READ = [
     (ONE, "7 8"),
     (ONE, '{"confidence": 9}'),
     (ONE, "Score: 7\nScore: 8"),
-]
+    (FIVE, "1. 4\n2. 3\n3. 5"),
+    *((TWO, f'{begin}perhaps {{"score": [1, 2]}}, but wait') for begin in (
+        "<think>", "<THINK>", "<thinking>", "[THINK]", "◁think▷", "<seed:think>", "<reasoning>", "<|begin_of_thought|>",
+        "<think>a</think><think>", "<|channel|>analysis<|message|>", "<think>x<thinking>y</thinking>",
+    )),
+    (TWO, '{"score": [8, 7]}<think>or rather'),
+    (TWO, '{"score": [1' + "0" * 400 + ", 8]}"),
+]  # fmt: skip
+HOSTILE = {
+    "open brackets": "[" * 49_000,
+    "too long": "[" * 60_000,
+    "deep": "[" * 20_000 + "]" * 20_000,
+    "deep Python": "[" + "(" * 5_000 + ")" * 5_000 + "]",
+    "newlines": "x" + "\n" * 49_000 + "y",
+    "spaces": "x: " + " " * 49_000 + "y",
+    "signs": "a: " + "* " * 20_000 + "b",
+    "digits": '{"score": [' + "9" * 5_000 + ", 8]}",
+    "a long name": "score1" + "1" * 20_000 + ": 3",
+    "numbers": '{"score1' + "1" * 5_000 + '": 3}',
+    "quotes": '"' * 49_000 + "{}",
+    "halves of objects": '{"a":[' * 8_000,
+    "punctuation": ". " * 24_000,
+    "thoughts": "<think>" * 6_000,
+}
+"""Answers that a parser without bounds would be at for minutes, or fail at."""
 
 
 @pytest.mark.parametrize(("reads", "text", "numbers"), READ)
@@ -82,6 +119,42 @@ def test_what_is_certain_is_read(reads: Reads, text: str, numbers: tuple[float, 
 def test_what_is_not_is_a_status_and_never_a_number(reads: Reads, text: str) -> None:
     got = read(text, reads)
     assert (got.status, got.numbers, got.choice) == ("unparsable", None, None)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_any_answer_is_read_at_once(name: str) -> None:
+    began = time.process_time()
+    for reads in (TWO, VOTE):
+        got = read(HOSTILE[name], reads)
+        assert (got.status, got.numbers, got.choice) == ("unparsable", None, None)
+    assert time.process_time() - began < 5  # 60,000 brackets took 90 s
+
+
+def test_what_was_cut_off_is_read_only_where_it_answers_at_once() -> None:
+    """A model's thoughts often have no mark at their begin, so what was cut off may be nothing but thoughts."""
+    sure = '{"score": [8, 7], "reasoning": "good'
+    assert read(sure, TWO, cut=True).numbers == read(f"```json\n{sure}", TWO, cut=True).numbers == (8, 7)
+    draft = 'The hat is missing. {"score": [1, 2]}. But'
+    got = read(draft, TWO, cut=True)
+    assert got.status == "unparsable" and "--judge-thinking" in got.reasoning and read(draft, TWO).numbers == (1, 2)
+    assert "--judge-thinking" in read(f"<think>{draft}", TWO).reasoning
+    asked = Question("k", "SC", (), TWO)  # and not when it is read again from a file
+    assert reparse(Answer("k", "ok", (1.0, 2.0), text=draft, cut=True), asked).status == "unparsable"
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("--judge openai:m@http://user:KEY@h/v1?key=KEY&api-version=1 -o x", "openai:m@http://h/v1?key=***&api-version=1"),
+        ("openai:m@http://u:KE/Y@h/v1", "openai:m@http://h/v1"),
+        ("cmd:python j.py --api-key KEY -x", "--api-key *** -x"),
+        ("cmd:API_KEY=KEY python j.py", "API_KEY=*** python"),
+        ("x sk-proj-KEYKEYKEYKEYKEYKEY y", "x *** y"),
+        ("--judge-key-file key.txt --seed 1", "--judge-key-file key.txt --seed 1"),
+    ],
+)
+def test_a_recorded_command_has_no_keys(text: str, left: str) -> None:
+    assert left in redacted(text) and "KEY" not in redacted(text).replace("API_KEY", "")
 
 
 @pytest.mark.parametrize(
@@ -191,3 +264,5 @@ def test_tokens_are_estimated_from_above() -> None:
     assert image_tokens(1024, 1024) == 765 + 604  # 37 x 37 patches of 28 pixels are the larger
     assert image_tokens(512, 512) == 85 + 170 * 4  # scaled to 768: four tiles
     assert image_tokens(4096, 512) == 147 * 19
+    assert image_tokens(512, 512, "gpt-4o-mini-2024-07-18") == 2833 + 4 * 5667  # which counts a tile 33 times
+    assert image_tokens(1024, 1024, "gpt-4.1-nano") == math.ceil(37 * 37 * 2.46)

@@ -63,9 +63,7 @@ for line in sys.stdin:
 
 def program(folder: Path, text: str = PROGRAM, **options: Any) -> Any:
     (folder / "score.py").write_text(text)
-    judge = load_judge(f"cmd:{sys.executable} '{folder / 'score.py'}'", **{"timeout": 20.0, **options})
-    judge.start = 0.0  # type: ignore[attr-defined]
-    return judge
+    return load_judge(f"cmd:{sys.executable} '{folder / 'score.py'}'", **{"timeout": 20.0, **options})
 
 
 def test_a_program_is_started_once_and_asked_in_lines(tmp_path: Path) -> None:
@@ -112,7 +110,47 @@ def test_a_program_that_never_works_is_left_alone(tmp_path: Path) -> None:
     answers = session.answers(question(n) for n in range(8))
     assert session.usage["statuses"] == {"failed": 8}
     texts = [held[0].text for held in answers.values()]
-    assert sum("no GPU here" in text for text in texts) == 3 and "3 times in a row" in texts[-1]
+    assert all("no GPU here" in text for text in texts)
+    assert [text.startswith("not asked, for ") for text in texts] == [False] * 3 + [True] * 5
+
+
+HANGS = {
+    "sleeps": "import time\ntime.sleep(60)",
+    "closes its input": "import os, time\nos.close(0)\ntime.sleep(60)",
+    "one endless line": "import sys\nwhile True: sys.stdout.write('y' * 65536)",
+    "another key": "import sys\nfor line in sys.stdin: print('{\"key\": \"x\", \"numbers\": [1, 1]}', flush=True)",
+}
+
+
+@pytest.mark.parametrize("how", HANGS)
+def test_a_timeout_bounds_the_start_too(tmp_path: Path, how: str) -> None:
+    judge = program(tmp_path, HANGS[how], timeout=1.0)
+    began = time.monotonic()
+    answers = asked(judge, *(question(n) for n in range(6)))
+    assert [a.status for a in answers] == ["failed"] * 6 and time.monotonic() - began < 8
+    assert "closed its input" in answers[0].text or "--judge-start give it longer" in answers[0].text
+
+
+def test_a_program_may_take_its_time_to_start(tmp_path: Path) -> None:
+    slow = "import time\ntime.sleep(1.5)" + PROGRAM
+    assert asked(program(tmp_path, slow, timeout=1.0, start=20.0), question(1))[0].status == "ok"
+    assert load_judge("cmd:true").start == 600 and load_judge("cmd:true", timeout=5.0).start == 0
+    for flag in ("timeout", "start"):
+        with pytest.raises(UserError, match=f"--judge-{flag} is nan"):
+            load_judge("cmd:true", **{flag: float("nan")})
+
+
+def test_odd_lines_of_a_program_are_no_answers(tmp_path: Path) -> None:
+    odd = "print('[' * 100000 + ']' * 100000); print('9' * 10000); print('x' * 40_000_000)"
+    judge = program(tmp_path, PROGRAM.replace('    print("{not json")', f"    {odd}"))
+    assert [a.numbers for a in asked(judge, question(1), question(2))] == [(1, 1), (2, 2)]
+    cut = PROGRAM.replace('"key": q["key"], ', '"key": q["key"], "finish_reason": "length", ')
+    assert asked(program(tmp_path, cut), question(1, step="text"))[0].status == "unparsable"
+
+
+def test_a_key_in_a_programs_command_is_not_recorded(tmp_path: Path) -> None:
+    judge = load_judge(f"cmd:{sys.executable} -c pass --api-key sk-1234 --token=sk-5678")
+    assert judge.identity["command"][-3:] == ["--api-key", "***", "--token=***"]
 
 
 def test_a_programs_code_and_a_questions_facts_are_part_of_the_question(tmp_path: Path) -> None:
@@ -165,9 +203,13 @@ def test_lines_that_somebody_wrote_are_found_by_key(tmp_path: Path) -> None:
     assert got[0].numbers == (8, 7) and got[0].reasoning == "fine" and got[1].numbers == (4, 5) and got[5].choice == "A"
     session = JudgeSession(replay, tmp_path / "j.jsonl", repeats=2)
     assert [a.status for a in session.answers([question(1)])["m/1/SC"]] == ["ok", "unparsable"]
-    (tmp_path / "b.jsonl").write_text('{"key": "m/1/SC", "numbers": 7}')
-    with pytest.raises(UserError, match="line 1"):
-        load_judge(f"replay:{tmp_path / 'b.jsonl'}")
+    for odd in ({"numbers": 7}, {"text": "", "cost": "free"}, {"text": "", "hash": [1]}, {"numbers": [10**400]}):
+        (tmp_path / "b.jsonl").write_text(json.dumps({"key": "m/1/SC"} | odd))
+        with pytest.raises(UserError, match="line 1"):
+            load_judge(f"replay:{tmp_path / 'b.jsonl'}")
+    lines = ['{"identity": 5, "sees": 5}', "[" * 100_000, '{"key": "m/1/SC", "numbers": [' + "9" * 5000 + "]}"]
+    (tmp_path / "b.jsonl").write_text("\n".join([*lines, '{"key": "m/1/SC", "numbers": [4, 5]}']))
+    assert asked(load_judge(f"replay:{tmp_path / 'b.jsonl'}"), question(1))[0].numbers == (4, 5)
 
 
 def test_viescore_files_are_read_as_their_scorer_writes_them(tmp_path: Path) -> None:
@@ -226,7 +268,8 @@ def test_geneval_and_imgedit_results_are_read(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text(json.dumps({"17": said, "18": {"error": "x"}}))
     replay = load_judge(f"replay:{tmp_path / 'result.json'}")
     got = asked(replay, *(question(n, "score", Reads(3, 1, 5), place=f"{n}.png") for n in (17, 18, 19)))
-    assert [a.status for a in got] == ["ok", "unparsable", "missing"] and got[0].numbers == (4, 3, 3)
+    assert [a.status for a in got] == ["ok", "failed", "missing"] and got[0].numbers == (4, 3, 3)
+    assert got[1].text == "x"
 
 
 # a vision-language model ----------------------------------------------------------------------------------------------

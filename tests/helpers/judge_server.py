@@ -22,6 +22,21 @@ from typing import Any
 from PIL import Image
 
 MODEL = "judge-2025-04-14"
+BODIES = {
+    "null choice": '{"choices": [null]}',
+    "null message": '{"choices": [{"message": null, "finish_reason": "stop"}]}',
+    "no message": '{"choices": [{"finish_reason": "stop"}]}',
+    "number": '{"choices": [{"message": {"content": 5}}], "usage": [1], "model": ["x"]}',
+    "word": '{"choices": "abc"}',
+    "deep": "[" * 100_000 + "]" * 100_000,
+    "list": "[1, 2]",
+}
+"""Replies that are JSON and not the protocol."""
+USAGES = {
+    "usage words": {"prompt_tokens": "many", "completion_tokens": None},
+    "usage nan": {"prompt_tokens": float("nan"), "completion_tokens": 5},
+    "usage negative": {"prompt_tokens": -(10**9), "completion_tokens": -5},
+}
 
 
 class JudgeServer(ThreadingHTTPServer):
@@ -40,6 +55,7 @@ class JudgeServer(ThreadingHTTPServer):
         self.answered: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self.keys: set[str] = set()
+        self.paths: list[str] = []
         self.times: dict[str, list[float]] = {}
         self.out = self.most = 0
         self.guard = threading.Lock()
@@ -77,6 +93,7 @@ class Handler(BaseHTTPRequestHandler):
             server.times.setdefault(name, []).append(time.monotonic())
             server.bodies.append(body)
             server.keys.add(self.headers["Authorization"])
+            server.paths.append(self.path)
             step = server.plan[name].pop(0) if server.plan.get(name) else "ok"
             server.out += 1
             server.most = max(server.most, server.out)
@@ -96,6 +113,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(500, {"error": {"message": "oops"}})
         if step == "400":
             return self.send(400, {"error": {"message": "too large"}})
+        if step == "long":
+            why = "The decoder prompt (length 60025) is longer than the maximum model length of 32768."
+            return self.send(400, {"object": "error", "message": why, "type": "BadRequestError", "code": 400})
+        if step == "401 with the key":
+            return self.send(401, {"error": {"message": "Incorrect API key sk-in-url of user:sk-in-url."}})
         if step == "401":
             return self.send(401, {"error": {"message": "Incorrect API key provided."}})
         if step == "filter400":
@@ -118,8 +140,12 @@ class Handler(BaseHTTPRequestHandler):
             return None
         if step == "nothing":
             return self.send(200, {"id": "x", "object": "chat.completion", "model": MODEL, "choices": []})
+        if step in BODIES:
+            return self.send(200, BODIES[step])
         text, finish, refusal = self.reply_text(step, content)
-        message = {"role": "assistant", "content": text, "refusal": refusal}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": refusal}
+        if step == "parts":
+            message["content"] = [{"type": "thinking", "thinking": "[1, 2]"}, {"type": "text", "text": text}]
         reply: dict[str, Any] = {
             "id": "x",
             "object": "chat.completion",
@@ -134,6 +160,8 @@ class Handler(BaseHTTPRequestHandler):
         }
         if step == "no-usage":
             del reply["usage"]
+        if step in USAGES:
+            reply["usage"] = USAGES[step]
         if step == "half":  # half a body: valid HTTP, broken JSON
             return self.send(200, json.dumps(reply)[:60])
         with self.server.guard:
@@ -158,6 +186,11 @@ class Handler(BaseHTTPRequestHandler):
             "filter": ("", "content_filter", None),
             "sorry": ("I'm sorry, but I can't assist with that.", "stop", None),
             "empty": ("", "length", None),
+            "draft": (f"The hat is missing. {right} But", "length", None),
+            "thought": (f"<think>{right} But", "stop", None),
+            "half character": (f'{{"reasoning": "a\ud800\u2028b", "score": {numbers}}}', "stop", None),
+            "digits": ('{"score": [' + "9" * 5000 + ", 1]}", "stop", None),
+            "brackets": ("[" * 60_000, "stop", None),
         }.get(step, (right, "stop", None))
 
     def send(self, status: int, body: dict[str, Any] | str, headers: dict[str, str] | None = None) -> None:

@@ -8,6 +8,7 @@ unparsable counts as answered and is not asked again; one that failed is.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
@@ -16,7 +17,7 @@ from typing import IO, Any, get_args
 
 from danceopd.bench.judges.parse import read
 from danceopd.bench.judges.protocol import Answer, Judge, Question, Status
-from danceopd.common.files import disk_errors, lock_file
+from danceopd.common.files import disk_errors, json_line, lock_file
 from danceopd.errors import UserError
 
 ANSWERED = ("ok", "unparsable", "refused")
@@ -42,16 +43,16 @@ def read_log(file: Path) -> Iterator[LoggedAnswer]:
         for number, text in enumerate(opened, 1):
             try:
                 row = json.loads(text)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
             if not isinstance(row, dict):
                 continue
-            if "identity" in row:
-                identity, sees = row["identity"], tuple(row.get("sees", ()))
+            if isinstance(row.get("identity"), dict) and isinstance(row.get("sees", []), list):
+                identity, sees = row["identity"], tuple(map(str, row.get("sees", ())))
             elif "key" in row:
                 try:
                     answer = _answer(row)
-                except (TypeError, ValueError):
+                except (TypeError, ValueError, OverflowError):
                     raise UserError(
                         f'{file} line {number} is no answer: it needs "key" and "text", or "numbers" (a list), or '
                         '"choice" (a string); correct or remove that line'
@@ -60,14 +61,21 @@ def read_log(file: Path) -> Iterator[LoggedAnswer]:
 
 
 def _answer(row: dict[str, Any]) -> Answer:
+    """The answer in a line; TypeError or ValueError where a field is of another kind."""
     known = {name: row[name] for name in FIELDS & row.keys()}
     numbers, choice = known.get("numbers"), known.get("choice")
     if not all(isinstance(known.get(name, ""), str) for name in ("key", "text", "reasoning", "judge")):
         raise TypeError("strings are expected")
+    if not all(isinstance(row.get(name) or "", str) for name in ("hash", "aspect")):
+        raise TypeError("strings are expected")
     if numbers is not None:
         known["numbers"] = tuple(float(n) for n in numbers)
-    if not (choice is None or isinstance(choice, str)) or not isinstance(known.get("repeat", 0), int):
-        raise TypeError("a string, and an integer")
+    for name in ("cost", "seconds", "tokens_in", "tokens_out", "attempts", "repeat"):
+        value = known.get(name) or 0
+        if not isinstance(value, int if name == "repeat" else int | float) or not 0 <= value < math.inf:
+            raise TypeError("numbers are expected")
+    if not (choice is None or isinstance(choice, str)):
+        raise TypeError("a string is expected")
     known.setdefault("status", "unparsable" if numbers is None and choice is None else "ok")
     if known["status"] not in get_args(Status):
         raise ValueError("a status")
@@ -82,7 +90,7 @@ def reparse(answer: Answer, question: Question) -> Answer:
     answer = replace(answer, key=question.key, repeat=question.repeat)
     if answer.status not in ("ok", "unparsable") or not answer.text:
         return answer
-    got = read(answer.text, question.reads)
+    got = read(answer.text, question.reads, answer.cut)
     return replace(
         answer, status=got.status, numbers=got.numbers, choice=got.choice, reasoning=got.reasoning or answer.reasoning
     )
@@ -133,5 +141,5 @@ class AnswerLog:
 
     def _write(self, row: dict[str, Any], before: str = "") -> None:
         assert self._opened is not None, "open the log with `with` before adding to it"
-        self._opened.write(f"{before}{json.dumps(row, ensure_ascii=False, allow_nan=False)}\n")
+        self._opened.write(before + json_line(row))
         self._opened.flush()

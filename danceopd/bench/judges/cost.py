@@ -30,6 +30,7 @@ LIST_PRICES = {  # OpenAI's list prices of March 2026: dollars per million token
     "gpt-5-nano": (0.05, 0.40),
     "gpt-5": (1.25, 10.00),
 }
+PATCH_FACTORS = {"mini": 1.72, "nano": 2.46}  # by which OpenAI's small models multiply an image's patches
 TYPICAL_OUT = 250  # tokens of a score with its reasoning
 TYPICAL_THINKING = 1000  # tokens before it, of a reasoning model: a guess
 OVERHEAD = 30  # tokens of the message format
@@ -68,14 +69,17 @@ def text_tokens(text: str) -> int:
     return math.ceil(len(text.encode()) / 3)
 
 
-def image_tokens(width: int, height: int) -> int:
-    """An upper estimate of an image's tokens over the models in use."""
+def image_tokens(width: int, height: int, model: str = "") -> int:
+    """An upper estimate of an image's tokens over the models in use, and of one that counts an image as several."""
     shrink = min(1.0, 2048 / max(width, height))
     scale = 768 / (min(width, height) * shrink) * shrink
     scale = min(scale, 2048 / max(width, height))
     tiles = math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
     patches = math.ceil(width / 28) * math.ceil(height / 28)
-    return max(85 + 170 * tiles, patches)
+    if model.startswith("gpt-4o-mini"):
+        return 2833 + 5667 * tiles
+    factor = PATCH_FACTORS.get("mini" if "-mini" in model else "nano" if "-nano" in model else "", 1.0)
+    return max(85 + 170 * tiles, math.ceil(patches * factor))
 
 
 @dataclass(frozen=True)

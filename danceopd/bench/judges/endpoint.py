@@ -19,7 +19,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from danceopd.bench.judges.cost import (
     OPENAI_HOST,
@@ -33,15 +32,21 @@ from danceopd.bench.judges.cost import (
 )
 from danceopd.bench.judges.parse import read
 from danceopd.bench.judges.protocol import Answer, Question, Quote, Status
+from danceopd.bench.judges.wire import Address, Reply, read_reply
 from danceopd.data.images import picture
 from danceopd.errors import UserError
 
 DEFAULT_URL = f"https://{OPENAI_HOST}/v1"
 FILTERED = re.compile(r"content[_ ]?(?:filter|policy)|responsible_?ai|moderation|safety", re.I)
+TOO_LONG = re.compile(r"context (?:length|window|size)|model length|too (?:long|large|many)|token limit", re.I)
+MAX_BODY = 1 << 24  # bytes of a reply, once it is unpacked
+NO_KEY = "none"  # a local server needs no key, but the client insists on one
+SHORTEST_KEY = 5
+SMALLER = "send smaller images with --judge-longest 768"
 THINKING = 8000  # tokens that a reasoning model may spend before its answer
 MAX_LOST = 2  # how often a request may be sent and get no whole answer, before its question has failed
 MAX_WAIT = 60.0  # seconds; a server may ask for twice that
-RATE_LIMIT_FACTOR = 5  # a rate limit may reject a question this many times more often than ``tries``
+RATE_LIMIT_FACTOR = 5  # a rate limit that says how long it holds may reject a question so many times ``tries``
 MAX_FAILURES = 12  # failed questions in a row after which the endpoint counts as down
 
 
@@ -78,12 +83,13 @@ class EndpointJudge:
         if concurrency < 1 or tries < 1 or not timeout > 0:
             raise UserError("--judge-concurrency, --judge-timeout and the judge's tries must be above zero")
         self.model = model
-        self.url = (url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL).rstrip("/")
+        self.address = Address.parse(url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL)
+        self.url, self.secrets = self.address.shown, self.address.secrets
         self.codec = Codec.parse(codec, longest)
         self.temperature, self.detail, self.key_file = temperature, detail, key_file
         self.concurrency, self.timeout, self.tries, self.first_wait = concurrency, timeout, tries, first_wait
         self.prices = prices_of(model, self.url, price_in, price_out)
-        self.thinks = bool(re.match(r"(?:gpt-5|o\d)", model)) and urlsplit(self.url).hostname == OPENAI_HOST
+        self.thinks = bool(re.match(r"(?:gpt-5|o\d)", model)) and self.address.name == OPENAI_HOST
         if self.thinks:
             self.temperature = None  # these models refuse one
         if thinking is not None and thinking < 0:
@@ -92,7 +98,7 @@ class EndpointJudge:
         self.identity: dict[str, Any] = {
             "kind": "openai",
             "model": model,
-            "host": urlsplit(self.url).netloc.rpartition("@")[2] + urlsplit(self.url).path,
+            "host": self.address.host,
             "temperature": self.temperature,
             "detail": detail,
             **self.codec.identity,
@@ -112,7 +118,7 @@ class EndpointJudge:
         tokens_in = text_tokens(question.text) + OVERHEAD
         for part in question.parts:
             if not isinstance(part, str):
-                tokens_in += image_tokens(*self.codec.size(picture(part)))
+                tokens_in += image_tokens(*self.codec.size(picture(part)), self.model)
         expected = min(TYPICAL_OUT, question.max_tokens) + min(TYPICAL_THINKING, self.thinking)
         if self.prices is None:
             return Quote(tokens_in, expected, None, None)
@@ -140,8 +146,8 @@ class EndpointJudge:
                     in_a_row = in_a_row + 1 if answer.status == "failed" else 0
                     if in_a_row >= MAX_FAILURES:
                         wrong = wrong or UserError(
-                            f"judge {self.name} at {self.url} failed {in_a_row} times in a row ({answer.text}); the "
-                            "answers so far are kept, so run the same command again when it is back"
+                            f"judge {self.name} at {self.url} failed {in_a_row} times in a row ({answer.text}); mend "
+                            "that and run the same command again: the answers so far are kept"
                         )
                     yield answer
         if wrong is not None:
@@ -158,9 +164,16 @@ class EndpointJudge:
             return key
         if key := os.environ.get("OPENAI_API_KEY", "").strip():
             return key
-        if urlsplit(self.url).hostname == OPENAI_HOST:
+        if self.address.name == OPENAI_HOST:
             raise UserError(f"judge {self.name} needs an API key; set OPENAI_API_KEY or give --judge-key-file")
-        return "none"  # a local server needs no key, but the client insists on one
+        return NO_KEY
+
+    def without_keys(self, text: str) -> str:
+        """A text of the server or the client as one line, without the keys that it may repeat."""
+        for secret in self.secrets:
+            if len(secret) >= SHORTEST_KEY:  # a shorter one stands in many a word
+                text = text.replace(secret, "***")
+        return " ".join(text.split())
 
 
 @dataclass
@@ -181,6 +194,7 @@ class _Client:
         self.judge = judge
         self.openai = _package()
         self.key = judge._key()
+        judge.secrets += (self.key,)
         self.not_before = 0.0  # monotonic seconds: a pause that the server asked for holds for all questions
 
     def __enter__(self) -> _Client:
@@ -225,7 +239,13 @@ class _Client:
     async def _connect(self) -> Any:
         # retries and deadlines are done here: the client's own neither count attempts nor stop a slow drip of bytes
         judge = self.judge
-        return self.openai.AsyncOpenAI(api_key=self.key, base_url=judge.url, max_retries=0, timeout=judge.timeout)
+        return self.openai.AsyncOpenAI(
+            api_key=self.key,
+            base_url=judge.address.client,
+            default_query=judge.address.query,
+            max_retries=0,
+            timeout=judge.timeout,
+        )
 
     async def _close(self) -> None:
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
@@ -234,6 +254,19 @@ class _Client:
         await asyncio.gather(*others, return_exceptions=True)
         await self.client.close()
 
+    async def _reply(self, body: dict[str, Any]) -> str:
+        """The text of the reply to a request; ValueError for half a reply, and for one that does not end."""
+        content = bytearray()
+        async with self.client.chat.completions.with_streaming_response.create(**body) as response:
+            try:
+                async for part in response.iter_bytes():
+                    content += part
+                    if len(content) > MAX_BODY:
+                        raise ValueError(f"more than {MAX_BODY >> 20} MiB")
+            except Exception as error:  # of the client's transport, whichever it is built on
+                raise ValueError(f"half an answer: {error or type(error).__name__}") from None
+        return content.decode("utf-8", "replace")
+
     async def _answer(self, question: Question, body: dict[str, Any]) -> Answer:
         tried = _Attempts(time.monotonic())
         while True:
@@ -241,23 +274,25 @@ class _Client:
             tried.count += 1
             pause: float | None = None
             try:
-                reply = await asyncio.wait_for(self.client.chat.completions.create(**body), self.judge.timeout)
-                if getattr(reply, "choices", None):
+                reply = read_reply(await asyncio.wait_for(self._reply(body), self.judge.timeout))
+                if isinstance(reply, Reply):
                     return self._parsed(question, reply, tried)
-                tried.why = f"an answer without choices: {str(getattr(reply, 'error', reply))[:200]}"
+                tried.why = reply
                 tried.lost += 1
             except self.openai.APIStatusError as error:
                 if refused := self._refused(question, error, tried):
                     return refused
-                tried.why = f"HTTP {error.status_code}: {error.message[:200]}"
+                tried.why = f"HTTP {error.status_code}: {error.message[:300]}"
+                if error.status_code == 400 and TOO_LONG.search(error.message):
+                    tried.why += f"; {SMALLER}"
                 pause = _retry_after(error.response.headers)
-                tried.limited += error.status_code == 429
+                tried.limited += error.status_code == 429 and pause is not None
                 if error.status_code not in (408, 409, 429) and error.status_code < 500:
                     return self._ended(question, "failed", tried)
             except (self.openai.APIError, ValueError, asyncio.TimeoutError) as error:
                 # no connection, a timeout, or half an answer; what was sent may be billed
                 late = isinstance(error, (asyncio.TimeoutError, self.openai.APITimeoutError))
-                fault = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                fault = f"{type(error).__name__}: {error}"[:200]
                 tried.why = f"no answer in {self.judge.timeout:g} s" if late else fault
                 tried.lost += 1
             tries = self.judge.tries
@@ -271,39 +306,45 @@ class _Client:
                 longest * random.uniform(0.5, 1.0) if pause is None else pause * random.uniform(1.0, 1.1)
             )
 
-    def _parsed(self, question: Question, reply: Any, tried: _Attempts) -> Answer:
-        choice, message = reply.choices[0], reply.choices[0].message
-        text = message.content if isinstance(message.content, str) else ""
-        got = read(text, question.reads)
-        if getattr(message, "refusal", None):
-            got, text = replace(got, status="refused", numbers=None, choice=None), message.refusal
-        elif choice.finish_reason == "content_filter":
+    def _parsed(self, question: Question, reply: Reply, tried: _Attempts) -> Answer:
+        text, got = reply.text, read(reply.text, question.reads, reply.cut)
+        if reply.refusal:
+            got, text = replace(got, status="refused", numbers=None, choice=None), reply.refusal
+        elif reply.finish == "content_filter":
             got, text = replace(got, status="refused", numbers=None, choice=None), text or "content_filter"
         elif not text.strip():
-            text = f"(empty answer; it ended by {choice.finish_reason})"
-        spent = self._ended(question, got.status, tried, text=text, usage=getattr(reply, "usage", None) or 0)
-        judge = reply.model if isinstance(reply.model, str) and reply.model else self.judge.model
-        return replace(spent, numbers=got.numbers, choice=got.choice, reasoning=got.reasoning, judge=judge)
+            text = f"(empty answer; it ended by {reply.finish or 'nothing that it named'})"
+        if reply.cut and got.status != "ok" and 0 < reply.tokens_out < question.max_tokens + self.judge.thinking:
+            got = replace(got, reasoning=f"cut off after {reply.tokens_out} tokens, for its context is full; {SMALLER}")
+        spent = self._ended(question, got.status, tried, text=text, usage=(reply.tokens_in, reply.tokens_out))
+        judge = self.judge.without_keys(reply.model) or self.judge.model
+        found = replace(spent, numbers=got.numbers, choice=got.choice, reasoning=got.reasoning)
+        return replace(found, judge=judge, cut=reply.cut)
 
     def _refused(self, question: Question, error: Any, tried: _Attempts) -> Answer | None:
         """The answer to a refusal, None for other errors; UserError where no question could ever be answered."""
         if error.status_code in (400, 403) and FILTERED.search(f"{error.code} {error.message}"):
-            return self._ended(question, "refused", tried, text=error.message)
+            return self._ended(question, "refused", tried, text=self.judge.without_keys(error.message))
         if error.status_code in (401, 403, 404) or error.code == "insufficient_quota":
-            why = " ".join(error.message.split())[:200].rstrip(".")
+            why = self.judge.without_keys(error.message)[:200].rstrip(".")
             raise UserError(
                 f"judge {self.judge.name} at {self.judge.url} cannot be asked (HTTP {error.status_code}, {why}); "
-                "correct the key, the model's name or the account, and run the same command again"
+                "check the key, the model's name and the account, then run the same command again"
             ) from None
         return None
 
     def _ended(
-        self, question: Question, status: Status, tried: _Attempts, text: str | None = None, usage: Any = None
+        self,
+        question: Question,
+        status: Status,
+        tried: _Attempts,
+        text: str | None = None,
+        usage: tuple[int, int] | None = None,
     ) -> Answer:
-        """An answer with its attempts and price. ``usage`` None: no answer came; without counts the estimate counts."""
+        """An answer with its attempts and price. ``usage``: tokens in and out, None: no answer came; without counts the
+        estimate counts."""
         prices, quote = self.judge.prices, self.judge.quote(question)
-        tokens_in = getattr(usage, "prompt_tokens", None) or 0
-        tokens_out = getattr(usage, "completion_tokens", None) or 0
+        tokens_in, tokens_out = usage or (0, 0)
         lost = tried.lost + (usage is not None and not tokens_in)
         cost = None
         if prices is not None:
@@ -312,7 +353,7 @@ class _Client:
         return Answer(
             question.key,
             status,
-            text=tried.why if text is None else text,
+            text=self.judge.without_keys(tried.why) if text is None else text,
             attempts=tried.count,
             tokens_in=tokens_in,
             tokens_out=tokens_out,

@@ -27,7 +27,10 @@ FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 
 
 class LocalJudge:
-    """A model in a folder, or `owner/name` on the hub. ``longest``: the longest side of an image in pixels."""
+    """A model in a folder, or `owner/name` on the hub. ``longest``: the longest side of an image in pixels.
+
+    ``thinking``: tokens that may be spent before an answer, besides those of the answer.
+    """
 
     sees = ()
     deterministic = True
@@ -40,10 +43,13 @@ class LocalJudge:
         dtype: str | None = None,
         batch: int = 4,
         longest: int | None = None,
+        thinking: int = 0,
     ) -> None:
         if batch < 1:
             raise UserError(f"--judge-batch is {batch}; give 1 or more")
-        self.model, self.batch = model, batch
+        if thinking < 0:
+            raise UserError(f"--judge-thinking is {thinking}; give 0 or more tokens")
+        self.model, self.batch, self.thinking = model, batch, thinking
         self.codec = Codec.parse("png", longest)  # used for the size only; nothing is encoded
         self._device, self._dtype = device, dtype
 
@@ -64,6 +70,7 @@ class LocalJudge:
             "batch": self.batch,  # padding changes the last bits of a batch
             "longest": self.codec.longest,
             "transformers": transformers.__version__,
+            **({"thinking": self.thinking} if self.thinking else {}),
         }
 
     @cached_property
@@ -107,7 +114,7 @@ class LocalJudge:
             if not isinstance(part, str):
                 width, height = self.codec.size(picture(part))
                 patches += (width // 28 + 1) * (height // 28 + 1)
-        return Quote(text_tokens(question.text) + patches, min(250, question.max_tokens))
+        return Quote(text_tokens(question.text) + patches, min(250, question.max_tokens) + self.thinking)
 
     def ask(self, questions: Iterable[Question]) -> Generator[Answer, None, None]:
         source = iter(questions)
@@ -137,17 +144,19 @@ class LocalJudge:
             if torch.is_tensor(value) and value.is_floating_point():
                 inputs[key] = value.to(model.dtype)
         with torch.inference_mode():
-            made = model.generate(**inputs, **GREEDY, max_new_tokens=max(q.max_tokens for q in questions))
+            longest = max(q.max_tokens for q in questions) + self.thinking
+            made = model.generate(**inputs, **GREEDY, max_new_tokens=longest)
         start = inputs["input_ids"].shape[1]
-        pad = self._processor.tokenizer.pad_token_id
+        pad, ends = self._processor.tokenizer.pad_token_id, _end_tokens(model)
         seconds = (time.monotonic() - began) / len(questions)
         answers = []
         for question, ids, mask in zip(questions, made[:, start:], inputs["attention_mask"]):
-            ids = ids[: question.max_tokens]
+            ids = ids[: question.max_tokens + self.thinking]
+            cut = len(ids) == question.max_tokens + self.thinking and int(ids[-1]) not in (pad, *ends)
             text = self._processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
             used = {"attempts": 1, "tokens_in": int(mask.sum()), "tokens_out": int((ids != pad).sum())}
-            fields = {**used, "seconds": round(seconds, 3), "judge": self.name}
-            answers.append(read(text, question.reads).answer(question, text, **fields))
+            fields = {**used, "seconds": round(seconds, 3), "judge": self.name, "cut": cut}
+            answers.append(read(text, question.reads, cut).answer(question, text, **fields))
         return answers
 
     def _conversation(self, question: Question) -> list[dict[str, Any]]:
@@ -196,6 +205,12 @@ class LocalJudge:
                 "AutoModelForImageTextToText supports"
             ) from None
         return model.eval().to(self.device)
+
+
+def _end_tokens(model: Any) -> tuple[int, ...]:
+    """The tokens with which a model ends its answer."""
+    found = getattr(model.generation_config, "eos_token_id", None)
+    return tuple(found) if isinstance(found, list | tuple) else () if found is None else (found,)
 
 
 def _load_processor(folder: Path) -> Any:

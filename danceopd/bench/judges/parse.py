@@ -1,9 +1,10 @@
 """Parsing a judge's text into the numbers or the choice that were asked for, or into a status.
 
 Accepted are: a JSON object with a score, in or out of code fences, with prose around it, trailing commas, single
-quotes, or cut off after the score; a bare list; as many "name: number" lines as numbers are asked for (ImgEdit's form);
-one number alone where one is asked for. Two objects that disagree, a wrong count, a number out of range or a number
-somewhere in prose are unparsable. Nothing is guessed, clamped or filled in.
+quotes, or cut off after the score; a bare list; as many "name: number" lines as numbers are asked for (ImgEdit's form,
+numbered or not); one number alone where one is asked for. Two objects that disagree, a wrong count, a number out of
+range or a number somewhere in prose are unparsable. So is all that stands in a model's thoughts, whose end is missing
+where the answer was cut off. Nothing is guessed, clamped or filled in. Time is linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from danceopd.bench.judges.protocol import Answer, Question, Reads, Status
@@ -23,17 +24,37 @@ WORDS = dict(zip("zero one two three four five six seven eight nine ten".split()
 
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 _RATIO = re.compile(rf"({_NUMBER})(?:\s*(?:/|out of)\s*({_NUMBER}))?")
+_GAP = r"[ \t*]{0,9}"  # bounded, as every repetition of characters that may stand anywhere
 _LINE = re.compile(
-    rf"^[\s*#>-]*([A-Za-z][^:\n]{{0,80}}?)[\s*]*[:=][\s*]*({_NUMBER})(?:\s*/\s*({_NUMBER}))?[\s*.]*$", re.M
-)
+    rf"^[ \t*#>-]{{0,9}}(?:\(?\d{{1,2}}[.)]{_GAP})?([A-Za-z][^:\n]{{0,80}}?){_GAP}[:=：]{_GAP}({_NUMBER})"
+    rf"(?:[ \t]?/[ \t]?({_NUMBER}))?[ \t\r*.]{{0,9}}$", re.M
+)  # fmt: skip
 _CUT = re.compile(rf"[\"'](?:scores?|ratings?)[\"']\s*:\s*(\[[^\[\]{{}}]*\]|{_NUMBER}(?=\s*[,}}]))", re.I)
 _REFUSAL = re.compile(
-    r"^\W*(?:i['’]m|i am)?\s*(?:very )?sorry\b.{0,40}?\b(?:can(?:['’]t|not)|unable)\b"
-    r"|^\W*(?:i\b.{0,12}\b)?(?:can(?:['’]t|not)|am unable to|['’]m unable to|won['’]t)\s+"
+    r"^\W{0,9}(?:i['’]m|i am)?\s{0,9}(?:very )?sorry\b.{0,40}?\b(?:can(?:['’]t|not)|unable)\b"
+    r"|^\W{0,9}(?:i\b.{0,12}\b)?(?:can(?:['’]t|not)|am unable to|['’]m unable to|won['’]t)\s+"
     r"(?:assist|help|comply|evaluate|judge|rate|score|provide|process|analy[sz]e|fulfil)",
     re.I | re.S,
 )
 _OPEN = re.compile(r"[{\[]")
+_BRACKETS = re.compile(r'\\.|["{}\[\]]', re.S)
+_THOUGHTS = [
+    (re.compile(begin, re.I), re.compile(end, re.I))
+    for begin, end in (
+        (r"<(?:seed:)?think>", r"</(?:seed:)?think>"),
+        (r"<thinking>", r"</thinking>"),
+        (r"<(thoughts?|reasoning|analysis|scratchpad)>", r"</(?:thoughts?|reasoning|analysis|scratchpad)>"),
+        (r"\[THINK\]", r"\[/THINK\]"),
+        ("◁think▷", "◁/think▷"),
+        (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
+        (r"<\|channel\|?>\s?(?:analysis|thought)\b", r"<\|channel\|>\s?final\s?<\|message\|>|<channel\|>"),
+    )
+]
+"""How models mark the begin and the end of what they think before they answer."""
+MAX_LENGTH, MAX_OBJECTS = 50_000, 20
+"""Characters of an answer, and brackets that do not parse in it, beyond which it is none."""
+UNFINISHED = "cut off while the judge was still reasoning; give it more tokens with --judge-thinking 8000"
+CUT = "cut off before its end; give a judge that reasons first more tokens with --judge-thinking 8000"
 
 
 @dataclass(frozen=True)
@@ -51,9 +72,35 @@ class ParsedAnswer:
         return Answer(question.key, *parsed, text, repeat=question.repeat, **fields)
 
 
-def read(text: str, reads: Reads) -> ParsedAnswer:
-    """Parse a judge's ``text`` as ``reads`` asks; status unparsable or refused where it does not hold that."""
-    answer = text.rpartition("</think>")[2].replace("||V^=^V||", " ").strip()
+def read(text: str, reads: Reads, cut: bool = False) -> ParsedAnswer:
+    """Parse a judge's ``text`` as ``reads`` asks; status unparsable or refused where it does not hold that.
+
+    ``cut``: the text is known to stop before the judge's end. Then only an answer that it begins with is read.
+    """
+    answer = _without_thoughts(text)
+    if answer is None:
+        return ParsedAnswer("unparsable", reasoning=UNFINISHED)
+    readable = len(answer) <= MAX_LENGTH and (not cut or re.match(r"(?:```\w*\s{0,9})?[{\[]", answer))
+    try:
+        got = _read(answer, reads) if readable else ParsedAnswer("unparsable")
+    except (RecursionError, OverflowError, ValueError):  # nested too deeply, or numbers of thousands of digits
+        got = ParsedAnswer("unparsable")
+    return replace(got, reasoning=CUT) if cut and got.status != "ok" else got
+
+
+def _without_thoughts(text: str) -> str | None:
+    """What a model says after its thoughts; None where they have no end. An end without a begin counts: the begin is
+    often part of the prompt."""
+    last = 0
+    for begin, end in _THOUGHTS:
+        begins, ends = ([found.end() for found in mark.finditer(text)] for mark in (begin, end))
+        if begins and begins[-1] > max(ends, default=0):
+            return None
+        last = max(last, *ends, 0)
+    return text[last:].replace("||V^=^V||", " ").strip()
+
+
+def _read(answer: str, reads: Reads) -> ParsedAnswer:
     objects = [found for found in _objects(answer) if isinstance(found, dict)]
     reasoning = next((r for r in map(_reason, objects) if r), answer if not objects else "")
     # None stands for a score or choice that is there but not as asked; it must not be skipped
@@ -76,7 +123,7 @@ def _scores(answer: str, objects: list[dict], reads: Reads) -> list[Any]:
         return []
     if cut := _CUT.findall(answer):  # the object is cut off or broken by prose, but its list is complete
         return [_numbers(_literal(value), reads) for value in cut]
-    bare = re.sub(r"^```\w*\s*|\s*```$", "", answer).strip()
+    bare = re.sub(r"^```\w*|```$", "", answer).strip()
     if bare.startswith("[") and bare.endswith("]"):
         return [_numbers(_literal(bare), reads)]
     lines = _LINE.findall(answer)
@@ -93,12 +140,12 @@ def _choices(answer: str, objects: list[dict], reads: Reads) -> list[Any]:
         return [_choice(value, reads) for value in held]
     if marked := re.findall(r"\[\[([^\[\]]+)\]\]", answer):
         return [_choice(value, reads) for value in marked]
-    lines = re.findall(r"^[\s*#>-]*([A-Za-z][\w ]{0,40}?)[\s*]*:[\s*]*(.+?)[\s*]*$", answer, re.M)
+    lines = re.findall(rf"^[ \t*#>-]{{0,9}}([A-Za-z][\w ]{{0,40}}?){_GAP}:(.+)$", answer, re.M)
     if named := [_choice(value, reads) for name, value in lines if _named(name, CHOICES)]:
         return named
     if (whole := _choice(answer, reads)) is not None:
         return [whole]
-    first = re.match(r"[\s*\"']*([\w ]+?)[*\"']*(?:[.,:;!\n]|\s[-–—])", answer)
+    first = re.match(r"[\s*\"']{0,9}([\w ]{1,40}?)[*\"']{0,9}(?:[.,:;!\n]|\s[-–—])", answer)
     others = [c for c in reads.choices or () if re.search(rf"\b{re.escape(c)}\b", answer, re.I)]
     return [_choice(first[1], reads)] if first and len(others) == 1 else []
 
@@ -108,7 +155,7 @@ def _choice(value: Any, reads: Reads) -> str | None:
     if isinstance(value, bool):
         value = next((word for word in (("yes", "true", "correct") if value else ("no", "false", "incorrect"))
                       if word in known), "")  # fmt: skip
-    return known.get(str(value).strip(" \t\n*.\"'`()").casefold())
+    return known.get(str(value).strip(" \t\r\n*.\"'`()").casefold())
 
 
 def _numbers(value: Any, reads: Reads) -> tuple[float, ...] | None:
@@ -152,7 +199,7 @@ def _field(found: dict, names: tuple[str, ...]) -> Any:
 
 def _numbered(found: dict) -> list[Any] | None:
     """{"score1": 8, "score2": 7} as a list; None where the numbering has gaps."""
-    names = {key: re.fullmatch(r"(?i)scores?[ _-]?(\d+)", str(key)) for key in found}
+    names = {key: re.fullmatch(r"(?i)scores?[ _-]?(\d{1,3})", str(key)) for key in found}
     held = {int(match[1]): found[key] for key, match in names.items() if match}
     return [held[n] for n in sorted(held)] if held and sorted(held) == list(range(1, len(held) + 1)) else None
 
@@ -163,36 +210,30 @@ def _reason(found: dict) -> str:
 
 
 def _objects(text: str) -> list[Any]:
-    """Every outermost JSON object or list in the text, parsed leniently."""
-    found, at = [], 0
+    """Every outermost JSON object or list in the text, parsed leniently; ValueError for a text full of brackets."""
+    found, at, failed = [], 0, 0
     while match := _OPEN.search(text, at):
         end = _closing(text, match.start())
         value = _literal(text[match.start() : end]) if end else None
         if value is not None:
             found.append(value)
+        elif (failed := failed + 1) > MAX_OBJECTS:
+            raise ValueError("a text full of brackets")
         at = end if end and value is not None else match.start() + 1
     return found
 
 
 def _closing(text: str, start: int) -> int | None:
     """The end of the bracket at ``start``, brackets in quotes not counted."""
-    depth, quoted, at = 0, False, start
-    while at < len(text):
-        char = text[at]
-        if quoted:
-            if char == "\\":
-                at += 1
-            elif char == '"':
-                quoted = False
-        elif char == '"':
-            quoted = True
-        elif char in "{[":
-            depth += 1
-        elif char in "}]":
-            depth -= 1
+    depth, quoted = 0, False
+    for match in _BRACKETS.finditer(text, start):
+        sign = match[0]
+        if sign == '"':
+            quoted = not quoted
+        elif not quoted and len(sign) == 1:
+            depth += 1 if sign in "{[" else -1
             if depth == 0:
-                return at + 1
-        at += 1
+                return match.end()
     return None
 
 
@@ -201,7 +242,7 @@ def _literal(text: str) -> Any:
     for candidate in (text, re.sub(r",(?=\s*[}\]])", "", text)):
         try:
             return json.loads(candidate, strict=False)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
     try:
         return ast.literal_eval(text)

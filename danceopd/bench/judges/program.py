@@ -4,12 +4,14 @@ So GenEval's detector, or anything else with its own dependencies, is used witho
 is started once and reads one object a line: {"key", "aspect", "system", "parts": [{"text"} or {"picture": path}],
 "reads", "facts", "max_tokens", "repeat"}. It answers each with one line: {"key", "numbers": [...]} or {"key",
 "choice"} or {"key", "text": what a language model said} or {"key", "status": "refused"}, optionally with "reasoning";
-other lines are ignored. Images are PNG files that are deleted after the answer. A crash or a timeout is a failed
-answer, and the program is restarted for the next question; after three in a row the rest fails without being asked.
+"finish_reason": "length" for a text that was cut off; other lines are ignored. Images are PNG files that are deleted
+after the answer. A crash or a timeout is a failed answer, and the program is restarted for the next question; after
+three in a row, or one timeout of a program that has never answered, the rest fails without being asked.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import queue
@@ -21,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -30,41 +32,55 @@ from typing import IO, Any
 from danceopd.bench.judges.parse import ParsedAnswer, read
 from danceopd.bench.judges.protocol import Answer, Question, Quote
 from danceopd.common.files import sha256
+from danceopd.common.system import redacted
 from danceopd.data.images import picture
 from danceopd.errors import UserError
 
 MAX_FAILURES = 3
 """Failed answers in a row after which the program is not started again."""
+TIMEOUT, START = 300.0, 600.0
+"""Seconds until an answer counts as lost, and further ones for the first, in which the program may load a model."""
+MAX_LINE = 1 << 24
+"""Bytes of a line of the program's output, of which longer ones are dropped."""
 
 
 class ProgramJudge:
-    """``command`` is split as by a shell. ``timeout`` in seconds; the first answer may take ``start`` seconds more."""
+    """``command`` is split as by a shell. ``timeout`` in seconds; the first answer may take ``start`` seconds more, by
+    default `START`, and nothing where a timeout is given."""
 
     sees = ("facts",)
     deterministic = False
 
-    def __init__(self, command: str, *, timeout: float = 300.0, start: float = 600.0) -> None:
+    def __init__(self, command: str, *, timeout: float | None = None, start: float | None = None) -> None:
         try:
             self.command = shlex.split(command)
         except ValueError as error:
-            raise UserError(f"judge cmd:{command} cannot be split into words ({error}); correct its quotes") from None
+            raise UserError(
+                f"judge cmd:{redacted(command)} cannot be split into words ({error}); correct its quotes"
+            ) from None
         if not self.command:
             raise UserError("--judge cmd: names no program; write cmd:PROGRAM, such as cmd:'python score.py'")
-        if not timeout > 0:
+        if timeout is not None and not 0 < timeout < threading.TIMEOUT_MAX:
             raise UserError(f"--judge-timeout is {timeout}; give seconds above zero")
-        self.timeout, self.start = timeout, start
+        if start is not None and not 0 <= start < threading.TIMEOUT_MAX:
+            raise UserError(f"--judge-start is {start}; give seconds, zero or more")
+        self.timeout = TIMEOUT if timeout is None else timeout
+        self.start = start if start is not None else START if timeout is None else 0.0
         self.check()
-        files = [Path(word) for word in self.command if Path(word).is_file()]
+        files = [Path(word) for word in self.command if _is_file(word)]
         own = [file for file in files if file.suffix or len(self.command) == 1]  # not the interpreter
+        words = "\n".join(Path(word).name if _is_file(word) else word for word in self.command)
         self.identity: dict[str, Any] = {
             "kind": "cmd",
-            "command": [Path(word).name if Path(word).is_file() else word for word in self.command],
+            "command": redacted(words).split("\n"),
             "files": {file.name: sha256(file) for file in own},
         }
+        if redacted(words) != words:  # two commands with different keys are still two
+            self.identity["sha256"] = hashlib.sha256(words.encode()).hexdigest()
 
     @property
     def name(self) -> str:
-        return next((Path(word).name for word in self.command[1:] if Path(word).is_file()), Path(self.command[0]).name)
+        return next((Path(word).name for word in self.command[1:] if _is_file(word)), Path(self.command[0]).name)
 
     def check(self) -> None:
         """UserError where the program does not exist."""
@@ -75,24 +91,25 @@ class ProgramJudge:
         return Quote()
 
     def ask(self, questions: Iterable[Question]) -> Generator[Answer, None, None]:
-        failures = 0
+        failures, answered, why = 0, False, ""
         running: _Process | None = None
         try:
             for question in questions:
                 if failures >= MAX_FAILURES:
-                    why = f"not asked: the program failed {failures} times in a row"
-                    yield Answer(question.key, "failed", text=why, judge=self.name, repeat=question.repeat)
+                    lost = ParsedAnswer("failed")
+                    yield lost.answer(question, f"not asked, for {why}", judge=self.name)
                     continue
                 first = running is None
                 if running is None:
                     running = _Process(self.command)
                 answer = self._answer(running, question, self.timeout + (self.start if first else 0.0))
                 if answer.status == "failed":
-                    failures += 1
+                    hopeless = running.late and not answered  # it would hang again, for as long
+                    failures, why = MAX_FAILURES if hopeless else failures + 1, answer.text
                     running.stop()
                     running = None
                 else:
-                    failures = 0
+                    failures, answered = 0, True
                 yield answer
         finally:
             if running is not None:
@@ -107,7 +124,8 @@ class ProgramJudge:
         else:
             got, text = _parsed(row, question), _text(row)
         seconds = round(time.monotonic() - began, 3)
-        return got.answer(question, text, attempts=1, seconds=seconds, judge=self.name)
+        cut = isinstance(row, dict) and _is_cut(row)
+        return got.answer(question, text, attempts=1, seconds=seconds, judge=self.name, cut=cut)
 
 
 def _request(question: Question, folder: Path) -> dict[str, Any]:
@@ -135,7 +153,18 @@ def _parsed(row: dict[str, Any], question: Question) -> ParsedAnswer:
     """A program's line, parsed as strictly as a language model's answer."""
     if row.get("status") in ("refused", "failed"):
         return ParsedAnswer(row["status"], reasoning=str(row.get("reasoning", "")))
-    return read(_text(row), question.reads)
+    return read(_text(row), question.reads, _is_cut(row))
+
+
+def _is_cut(row: dict[str, Any]) -> bool:
+    return row.get("finish_reason") == "length"
+
+
+def _is_file(word: str) -> bool:
+    try:
+        return Path(word).is_file()
+    except (OSError, ValueError):  # too long for a name, or with NUL in it
+        return False
 
 
 def _text(row: dict[str, Any]) -> str:
@@ -155,24 +184,29 @@ class _Process:
             start_new_session=True,  # so that its own children end with it
         )
         self.rows: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.key: str | None = None  # of the question that waits for its answer
+        self.late = False  # whether an answer did not come in time
         self.errors: deque[str] = deque(maxlen=5)
         self.readers = [self._thread(self._read_rows), self._thread(self._read_errors)]
 
     def answer(self, request: dict[str, Any], key: str, seconds: float) -> dict[str, Any] | str:
         """The program's line for this key, or why there is none."""
-        deadline = time.monotonic() + seconds
+        self.key, deadline = key, time.monotonic() + seconds
         self._thread(self._write, f"{json.dumps(request, ensure_ascii=False)}\n".encode())
         while True:
             try:
                 row = self.rows.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                return f"the program gave no answer in {seconds:g} s"
+                self.late = True
+                return f"the program gave no answer in {seconds:g} s; --judge-timeout and --judge-start give it longer"
             if row is None:
                 with suppress(subprocess.TimeoutExpired):  # it closed its output, but may still run
                     self.process.wait(timeout=1)
                 self.readers[1].join(timeout=1)
                 stderr = " ".join(self.errors)[-300:]
-                return f"the program ended with status {self.process.returncode}{': ' if stderr else ''}{stderr}"
+                status = self.process.poll()
+                how = "closed its input or output" if status is None else f"ended with status {status}"
+                return f"the program {how}{': ' if stderr else ''}{stderr}"
             if row.get("key") == key:
                 return row
 
@@ -196,21 +230,32 @@ class _Process:
         return thread
 
     def _write(self, line: bytes) -> None:
-        with suppress(OSError, ValueError):  # it has ended, which the reading thread notices
+        try:
             stdin: IO[bytes] = self.process.stdin  # type: ignore[assignment]
             stdin.write(line)
             stdin.flush()
+        except (OSError, ValueError):  # it has ended, or reads no more: no answer will come
+            self.rows.put(None)
 
     def _read_rows(self) -> None:
-        with suppress(OSError, ValueError):
-            for line in self.process.stdout or ():
-                with suppress(ValueError):
-                    row = json.loads(line)
-                    if isinstance(row, dict):
-                        self.rows.put(row)
+        for line in _lines(self.process.stdout):
+            with suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and row.get("key") == self.key:
+                    self.rows.put(row)
         self.rows.put(None)
 
     def _read_errors(self) -> None:
-        with suppress(OSError, ValueError):
-            for line in self.process.stderr or ():
-                self.errors.append(line.decode(errors="replace").strip())
+        for line in _lines(self.process.stderr):
+            self.errors.append(line[:1000].decode(errors="replace").strip())
+
+
+def _lines(stream: IO[bytes] | None) -> Iterator[bytes]:
+    """The lines of a stream that have at most `MAX_LINE` bytes, until it ends or is closed."""
+    whole = True
+    with suppress(OSError, ValueError):
+        while stream is not None and (line := stream.readline(MAX_LINE)):
+            ends = line.endswith(b"\n")
+            if whole and (ends or len(line) < MAX_LINE):
+                yield line
+            whole = ends

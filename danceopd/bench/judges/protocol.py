@@ -65,7 +65,8 @@ class Answer:
 
     unparsable: an answer came, but does not hold what was asked for (``text`` keeps it). refused: the judge or a
     content filter declined. failed: no answer came. missing: not asked, or not recorded. ``cost`` is in US dollars,
-    None where the price is unknown; ``judge`` is the name under which the judge answered.
+    None where the price is unknown; ``judge`` is the name under which the judge answered. ``cut``: the judge was
+    stopped before its end. Halves of characters (lone surrogates), which no file can hold, are replaced.
     """
 
     key: str
@@ -81,6 +82,12 @@ class Answer:
     seconds: float = 0.0
     judge: str = ""
     repeat: int = 0
+    cut: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("choice", "reasoning", "text", "judge"):
+            if value := getattr(self, name):
+                object.__setattr__(self, name, value.encode("utf-8", "replace").decode())
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from danceopd.bench.judges.protocol import Judge
 from danceopd.common.messages import did_you_mean
+from danceopd.common.system import redacted
 from danceopd.errors import UserError
 
 FLAGS = {
@@ -37,14 +38,15 @@ def load_judge(text: str, **options: Any) -> Judge:
     if not colon or kind not in KINDS or not rest.strip():
         known = "; ".join(KINDS.values())
         hint = did_you_mean(kind, KINDS) if kind not in KINDS else "; nothing follows the colon"
-        raise UserError(f"--judge {text!r} is no judge{hint}; give one of: {known}")
+        raise UserError(f"--judge {redacted(text)!r} is no judge{hint}; give one of: {known}")
     given = {key: value for key, value in options.items() if value is not None}
     made: Any
     if kind == "openai":
         from danceopd.bench.judges.endpoint import EndpointJudge as made
 
-        match = re.fullmatch(r"(.*?)(?:@(https?://.+))?", rest.strip())
-        assert match is not None
+        match = re.fullmatch(r"(.*?)(?:@((?i:https?)://.+))?", rest.strip())
+        if match is None or "://" in match[1]:
+            raise UserError(f"--judge {redacted(text)!r} has no URL; write openai:MODEL@http://HOST:PORT/v1")
         rest = match[1]
         if match[2]:
             given["url"] = match[2]

@@ -116,8 +116,9 @@ class ReplayJudge:
                 self._read_imgedit(file)
             else:
                 self._read_lines(file)
-        except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
-            raise UserError(f"recorded answers {file} cannot be read ({error}); give the scorer's own file") from None
+        except (ValueError, RecursionError, csv.Error, OSError) as error:
+            why = " ".join(str(error).split())[:120]
+            raise UserError(f"recorded answers {file} cannot be read ({why}); give the scorer's own file") from None
 
     def _read_viescore(self, file: Path) -> None:
         with open(file, newline="", encoding="utf-8-sig") as opened:
@@ -133,7 +134,8 @@ class ReplayJudge:
         if not isinstance(rows, dict):
             raise UserError(f"{file} is not ImgEdit's result.json (answers by key); give the scorer's own file")
         for key, text in rows.items():
-            self._add(f"{key}.png", {"text": text} if isinstance(text, str) else {"text": ""})
+            error = text.get("error") if isinstance(text, dict) else None  # what the script keeps of a failed request
+            self._add(f"{key}.png", {"text": text} if isinstance(text, str) else {"error": str(error or "no text")})
 
     def _read_lines(self, file: Path) -> None:
         if any("filename" in row and "correct" in row for row in _first_rows(file)):
@@ -166,6 +168,8 @@ def _missing(question: Question, why: str) -> Answer:
 def _official(row: dict[str, Any], question: Question) -> Answer:
     """An official scorer's row as the answer to this question."""
     reads = question.reads
+    if "error" in row:
+        return Answer(question.key, "failed", text=row["error"])
     if "text" in row:
         return reparse(Answer(question.key, "unparsable", text=row["text"]), question)
     if "correct" in row:
@@ -207,7 +211,7 @@ def _first_rows(file: Path, count: int | None = 5) -> Iterable[dict[str, Any]]:
                 return
             try:
                 row = json.loads(text)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict):
                 yield row

@@ -1,8 +1,8 @@
 """Asking a judge: questions in, answers out, all of them in a file that a later run continues.
 
 `JudgeSession` is for callers; `QuestionQueue` decides what is sent. A question is sent only if its answer is not in the
-file, an equal question is not already on its way, and there is budget for its highest price. Repeats ask the same
-question several times, so that the judge's agreement with itself can be reported.
+file, an equal question about the same item (of another model) is not already on its way, and there is budget for its
+highest price. Repeats ask the same question several times, so that the judge's agreement with itself can be reported.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import chain, combinations, repeat
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class CostEstimate:
 
     questions: int = 0
     recorded: int = 0  # already answered in the file
-    equal: int = 0  # the same as another question
+    equal: int = 0  # the same as another question about the item
     to_ask: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
@@ -78,19 +78,23 @@ class JudgeSession:
         self._answers = {key: [repeats[n] for n in sorted(repeats)] for key, repeats in queue.answers.items()}
         return self._answers
 
-    def estimate(self, questions: Iterable[Question]) -> CostEstimate:
-        """What ``answers`` would ask and cost; nothing is asked or written."""
+    def estimate(self, questions: Iterable[Question], to_come: Iterable[Question] = ()) -> CostEstimate:
+        """What ``answers`` would ask and cost; nothing is asked or written.
+
+        ``to_come``: questions about images that do not exist yet, so that none of them is equal to another.
+        """
         known = AnswerLog(self.file, self.judge).answers
-        estimate, seen = CostEstimate(), set[str]()
-        for question in self._repeated(questions):
-            hash = content_hash(self.judge.identity, self.judge.sees, question)
+        estimate, seen = CostEstimate(), set[tuple[str, str]]()
+        every = chain(zip(self._repeated(questions), repeat(False)), zip(self._repeated(to_come), repeat(True)))
+        for question, new in every:
+            hash = "" if new else content_hash(self.judge.identity, self.judge.sees, question)
             estimate.questions += 1
             if hash in known:
                 estimate.recorded += 1
-            elif hash in seen:
+            elif (hash, _item(question)) in seen:
                 estimate.equal += 1
             else:
-                seen.add(hash)
+                seen |= set() if new else {(hash, _item(question))}
                 quote = self.judge.quote(question)
                 estimate.to_ask += 1
                 estimate.tokens_in += quote.tokens_in
@@ -111,6 +115,11 @@ class JudgeSession:
         return (replace(question, repeat=n) for question in questions for n in range(self.repeats))
 
 
+def _item(question: Question) -> str:
+    """The item that a question is about: its key without the model and the aspect."""
+    return question.key.partition("/")[2].rpartition("/")[0]
+
+
 def _sum(total: float | None, more: float | None) -> float | None:
     return None if total is None or more is None else total + more
 
@@ -128,9 +137,10 @@ class QuestionQueue:
     ) -> None:
         self.judge, self.log, self.questions = judge, log, questions
         self.max_cost, self.on_answer = max_cost, on_answer
-        self.known = dict(log.answers)
+        self.known = dict(log.answers)  # by hash, of earlier passes
+        self.given: dict[tuple[str, str], Answer] = {}  # (hash, item) -> the answer of this pass
         self.open: dict[tuple[str, int], tuple[str, Question, float]] = {}  # (key, repeat) -> hash, question, dollars
-        self.equals: dict[str, list[Question]] = {}  # hash of an open question -> equal ones that wait for its answer
+        self.equals: dict[tuple[str, str], list[Question]] = {}  # of an open question -> equal ones that wait for it
         self.waiting: tuple[str, Question] | None = None  # the next question, for which there was no budget
         self.answers: dict[str, dict[int, Answer]] = defaultdict(dict)  # key -> repeat -> answer
         self.aspects: dict[str, str] = {}
@@ -142,10 +152,11 @@ class QuestionQueue:
         """The questions that must be asked, while there is budget for them."""
         while (taken := self._next()) is not None:
             hash, question = taken
-            if hash in self.known:
-                self._answer_from_known(hash, question)
-            elif hash in self.equals:
-                self.equals[hash].append(question)
+            place = hash, _item(question)
+            if answer := self.known.get(hash) or self.given.get(place):
+                self._answer_from(answer, hash, question)
+            elif place in self.equals:
+                self.equals[place].append(question)
             elif (dollars := self._reserve(question)) is None:
                 self.waiting = taken
                 return
@@ -153,7 +164,7 @@ class QuestionQueue:
                 if (question.key, question.repeat) in self.open:
                     raise ValueError(f"two different questions have the key {question.key}")
                 self.open[question.key, question.repeat] = hash, question, dollars
-                self.equals[hash] = []
+                self.equals[place] = []
                 self.sent += 1
                 yield question
 
@@ -162,12 +173,13 @@ class QuestionQueue:
         hash, question, reserved = self.open.pop((answer.key, answer.repeat))
         if reserved and (answer.cost or 0.0) > reserved:
             self.price_factor *= (answer.cost or 0.0) / reserved
-        self.known[hash] = answer
+        place = hash, _item(question)
+        self.given[place] = answer
         self.received.append(answer)
         self.log.add(hash, question, answer)
         self._answer(question, answer)
-        for equal in self.equals.pop(hash):
-            self._answer_from_known(hash, equal)
+        for equal in self.equals.pop(place):
+            self._answer_from(answer, hash, equal)
 
     def finish(self) -> str | None:
         """Mark what was not asked as missing; returns the sentence that says why, or None when all was asked."""
@@ -176,8 +188,8 @@ class QuestionQueue:
             self._answer(question, Answer(question.key, "failed", text="no answer came", repeat=question.repeat))
         while (taken := self._next()) is not None:
             hash, question = taken
-            if hash in self.known:
-                self._answer_from_known(hash, question)
+            if answer := self.known.get(hash) or self.given.get((hash, _item(question))):
+                self._answer_from(answer, hash, question)
             else:
                 not_asked += 1
                 self._answer(question, Answer(question.key, "missing", text="not asked", repeat=question.repeat))
@@ -228,9 +240,9 @@ class QuestionQueue:
         taken = self.log.spent + sum(reserved for _, _, reserved in self.open.values())
         return dollars if taken + dollars <= self.max_cost else None
 
-    def _answer_from_known(self, hash: str, question: Question) -> None:
+    def _answer_from(self, given: Answer, hash: str, question: Question) -> None:
         """Answer a question from an equal one; the log gets a line with this question's key too."""
-        answer = reparse(self.known[hash], question)
+        answer = reparse(given, question)
         if (hash, question.key) not in self.log.keys and answer.status != "failed":
             answer = replace(answer, attempts=0, tokens_in=0, tokens_out=0, cost=0.0, seconds=0.0)
             self.log.add(hash, question, answer)
