@@ -62,6 +62,26 @@ def test_places_are_the_official_ones(data):
     assert suite(data, language="cn").source_path(item) == "fullset/subject-add/cn/cn060000_SRCIMG.png"
 
 
+def test_a_key_is_its_task_s_alone(data):
+    """As published: one photograph, two tasks. Both are there, with the published key, each at its own place."""
+    items = {item.category: item for item in suite(data).items if item.key == "en070000"}
+    assert set(items) == {"subject-remove", "subject-replace"}
+    assert {item.id for item in items.values()} == {"subject-remove/en070000", "subject-replace/en070000"}
+    assert {suite(data).image_path(item) for item in items.values()} == {
+        f"fullset/{task}/en/en070000.png" for task in items
+    }
+    others = [item for item in suite(data).items if item.key != "en070000"]
+    assert len(others) == 20 and all(item.id == item.key for item in others)
+
+
+def test_endings_in_upper_case(tmp_path):
+    rows = gedit_rows(1, ["en"])[:2]
+    for row, kind in zip(rows, ("PNG", "Png")):
+        picture(tmp_path / f"{row['key']}_SRCIMG.{kind}", 1)
+    write_lines(tmp_path / "info.jsonl", rows)
+    assert [i.source.suffix for i in suite(tmp_path).items] == [".PNG", ".Png"]
+
+
 def test_subsets(data, tmp_path):
     found = suite(data)
     assert found.subsets["fullset"] == tuple(gedit.CATEGORIES)
@@ -149,16 +169,17 @@ def test_shards_hold_the_same_benchmark(tmp_path, data, kind):
     rows = gedit_rows()
     found = suite(sharded(tmp_path / kind, rows, kind))
     table = suite(data)
-    assert {i.key: (i.prompt, i.category, i.tags) for i in found.editing_items()} == {
-        i.key: (i.prompt, i.category, i.tags) for i in table.editing_items()
+    assert {i.id: (i.prompt, i.category, i.tags) for i in found.editing_items()} == {
+        i.id: (i.prompt, i.category, i.tags) for i in table.editing_items()
     }
     for number, row in enumerate(rows):
-        item = next((i for i in found.editing_items() if i.key == row["key"]), None)
+        place = (row["task_type"], row["key"])
+        item = next((i for i in found.editing_items() if (i.category, i.key) == place), None)
         if row["instruction_language"] == "en":
             assert item is not None and item.source.read_bytes() == encoded(number)["bytes"]
     again = suite(tmp_path / kind)
-    before = {i.key: i.source.stat().st_mtime_ns for i in found.editing_items()}
-    assert before == {i.key: i.source.stat().st_mtime_ns for i in again.editing_items()}  # written once
+    before = {i.id: i.source.stat().st_mtime_ns for i in found.editing_items()}
+    assert before == {i.id: i.source.stat().st_mtime_ns for i in again.editing_items()}  # written once
     assert again.rules["data"] == found.rules["data"] and again.rules["data"]["complete"] is False
 
 
@@ -284,7 +305,7 @@ def test_unknown_language(data, language, match):
         ({"instruction_language": "zh"}, "line 3 is in language 'zh'"),
         ({"Intersection_exist": "False"}, "line 3 holds 'False' in 'Intersection_exist'"),
         ({"Intersection_exist": None}, "line 3 has no field 'Intersection_exist'"),
-        ({"key": "en000000"}, "line 3 repeats the key 'en000000' of .*line 1"),
+        ({"key": "en000000"}, "line 3 repeats the key 'background_change/en000000' of .*line 1"),
         ({"key": "absent"}, "line 3: image .*absent_SRCIMG.png does not exist"),
     ),
 )

@@ -42,6 +42,23 @@ def test_items(data):
     assert found.rules["data"]["items"] == 18 and found.rules["data"]["complete"] is False
 
 
+def test_the_first_published_table_says_alter(data, tmp_path):
+    older = imgedit_tree(tmp_path / "older", adjust="alter")
+    assert suite(older).protocol == suite(data).protocol and suite(older).items[2].category == "adjust"
+    words = {("alter" if kind == "adjust" else kind): f"grade {kind}" for kind in imgedit.CATEGORIES}
+    (tmp_path / "prompts.json").write_text(json.dumps(words))
+    assert suite(older, official_prompts=tmp_path).official["adjust"] == "grade adjust"
+
+
+def test_endings_in_upper_case(data):
+    home = data / "Benchmark" / "singleturn"
+    for file in sorted((home / "animal").iterdir()):
+        file.rename(file.with_suffix(".JPG"))
+    assert suite(data).items[0].source == home / "animal/000000000.JPG"
+    (home / "singleturn.json").rename(data / "basic_edit.json")
+    assert suite(data).items[0].source == home / "animal/000000000.JPG"
+
+
 def test_the_table_may_lie_elsewhere(data, tmp_path):
     """`basic_edit.json` of the official code beside the unpacked pictures, or named itself."""
     home = data / "Benchmark" / "singleturn"

@@ -58,7 +58,8 @@ def official_csv(folder, rows, model="mine"):
     got = {}
     for at, row in enumerate(rows):
         place = f"/results/{model}/fullset/{row['task_type']}/{row['instruction_language']}/{row['key']}"
-        got[row["key"]] = (row["task_type"], 1 + at % 9, 1 + at * at % 10, row["Intersection_exist"], row, place)
+        kind = row["task_type"]
+        got[kind, row["key"]] = (kind, 1 + at % 9, 1 + at * at % 10, row["Intersection_exist"], row, place)
     folder.mkdir(parents=True)
     for category in gedit.CATEGORIES:
         with open(folder / f"{model}_{category}_gpt_score.csv", "w", newline="") as file:
@@ -109,18 +110,24 @@ def test_an_official_gedit_tree_with_its_official_scores(tmp_path):
 
 
 def test_what_is_drawn_here_is_scored_elsewhere(tmp_path):
-    """A real model's pictures have the official layout, the source beside each, and are taken back as they are."""
-    rows = gedit_rows(1, ["en"])
+    """A real model's pictures have the official layout, the source beside each, and are taken back as they are.
+
+    The two edits have one key; each has its own picture and its own score.
+    """
+    kinds = ["subject-remove", "subject-replace"]
+    rows = [row for row in gedit_rows(1, ["en"]) if row["task_type"] in kinds]
+    assert rows[0]["key"] == rows[1]["key"]
     data = gedit_tree(tmp_path / "data", rows)
     answers = [
-        {"key": f"{model}/{row['key']}/{aspect}", "numbers": [at, 9]}
-        for at, row in enumerate(rows[:2], 4)
+        {"key": f"{model}/{row['task_type']}/{row['key']}/{aspect}", "numbers": [at, 9]}
+        for at, row in enumerate(rows, 4)
         for aspect in ("SC", "PQ")
         for model in ("student", "again")
     ]
     judge = f"replay:{write_lines(tmp_path / 'a.jsonl', answers)}"
     more = {"suite_options": SuiteOptions(data=data), "judge": JudgeOptions(judge), "limit": 2}
     here = Bench("editing", "gedit", ["none"], tmp_path / "here", **more).run()
+    assert Bench("editing", "gedit", ["none"], tmp_path / "here", **more).estimate()["images"] == 0
     drawn = tmp_path / "here/images/student"
     places = [f"fullset/{row['task_type']}/en/{row['key']}" for row in rows[:2]]
     assert set(files(drawn)) == {f"{place}{mark}.png" for place in places for mark in ("", "_SRCIMG")}
@@ -138,12 +145,12 @@ def test_failures_and_missing_pictures_are_counted(tmp_path):
     (tree / "fullset/color_alter/en/en010000.png").unlink()
     said = {("en020000", "SC"): '{"score": [7]}', ("en030000", "PQ"): "I'm sorry, but I can't assist with that."}
     usual = '{"score": [6, 8], "reasoning": "r"}'
+    data = gedit_tree(tmp_path / "data", rows)
     lines = [
-        {"key": f"mine/{row['key']}/{aspect}", "text": said.get((row["key"], aspect), usual)}
-        for row in rows
+        {"key": f"mine/{item.id}/{aspect}", "text": said.get((item.key, aspect), usual)}
+        for item in load_suite("gedit", data=data).items
         for aspect in ("SC", "PQ")
     ]
-    data = gedit_tree(tmp_path / "data", rows)
     found = scored(tmp_path, "gedit", data, {"mine": tree}, f"replay:{write_lines(tmp_path / 'a.jsonl', lines)}")
     status = {row["key"]: (row["status"], row["score"]) for row in found.rows}
     assert status["en010000"] == ("missing", None)

@@ -29,11 +29,15 @@ def picture(path: Path, seed: int, size: tuple[int, int] = (96, 64)) -> Path:
 
 
 def gedit_rows(each: int = 2, languages: Sequence[str] = gedit.LANGUAGES) -> list[dict[str, Any]]:
-    """Records of GEdit-Bench: ``each`` for a category and language, the first of them marked as in the intersection."""
+    """Records of GEdit-Bench: ``each`` for a category and language, the first of them marked as in the intersection.
+
+    As in the published data, a photograph serves subject-remove and subject-replace under one key (there two do).
+    """
+    first = {"subject-replace": list(gedit.CATEGORIES).index("subject-remove")}
     return [
         {
             "task_type": category,
-            "key": f"{language}{at:02}{n:04}",
+            "key": f"{language}{first.get(category, at) if n == 0 else at:02}{n:04}",
             "instruction": f"{category} number {n}" if language == "en" else f"第{n}个：换掉背景",
             "instruction_language": language,
             "Intersection_exist": n == 0,
@@ -68,13 +72,14 @@ def gedit_results(folder: Path, rows: Sequence[dict[str, Any]], size: tuple[int,
     return folder
 
 
-def imgedit_tree(folder: Path, each: int = 2) -> Path:
-    """What `Benchmark.tar` unpacks to."""
+def imgedit_tree(folder: Path, each: int = 2, adjust: str = "adjust") -> Path:
+    """What `Benchmark.tar` unpacks to; the first published table, and its copies, call adjust `alter`."""
     home, table = folder / "Benchmark" / "singleturn", {}
     for at, kind in enumerate(imgedit.CATEGORIES):
         for n in range(each):
             key = str(10 * at + n)
-            table[key] = {"id": f"animal/{key:0>9}.jpg", "prompt": f"{kind} the animal", "edit_type": kind}
+            named = adjust if kind == "adjust" else kind
+            table[key] = {"id": f"animal/{key:0>9}.jpg", "prompt": f"{kind} the animal", "edit_type": named}
             picture(home / table[key]["id"], int(key))
     (home / "singleturn.json").write_text(json.dumps(table), encoding="utf-8")
     return folder

@@ -21,7 +21,7 @@ from danceopd.bench.judges.protocol import Answer, Question
 from danceopd.bench.suites import viescore
 from danceopd.bench.suites.judged import files_sha256, refuse_duplicates
 from danceopd.bench.suites.protocol import Item, JudgedSuite, json_sha256
-from danceopd.bench.suites.records import file_name, header_checked, located
+from danceopd.bench.suites.records import any_case, file_name, header_checked, located
 from danceopd.data.folders import CONTROL
 from danceopd.data.images import IMAGES
 from danceopd.data.sources import Edits, edits_from
@@ -86,7 +86,7 @@ class Suite(JudgedSuite):
     def _edits(self) -> Iterator[tuple[Item, str]]:
         """Every edit, and where it is, for error messages."""
         if self.data.is_file():
-            if self.data.suffix not in (".csv", ".jsonl"):
+            if self.data.suffix.lower() not in (".csv", ".jsonl"):
                 raise UserError(f"{self.data} is neither .csv nor .jsonl; {self.needs}")
             yield from _rows_of(edits_from(self.data))
             return
@@ -127,7 +127,7 @@ def _files_of(folder: Path, category: str | None) -> Iterator[tuple[Item, str]]:
         instruction, source = edits[number]
         stem = file_name(Path(where).stem, where)
         targets = [folder / f"{stem}{kind}" for kind in IMAGES] if controlled else []
-        target = next((header_checked(path, where) for path in targets if path.is_file()), None)
+        target = next((header_checked(path, where) for path in targets if any_case(path)), None)
         key = stem if category is None else f"{category}-{stem}"
         path = f"{stem}.png" if category is None else f"{category}/{stem}.png"
         beside = {"target": target, "mask": None}

@@ -3,12 +3,15 @@
 606 edits of real photographs in English and 606 in Chinese, in eleven categories; one language a run. The overall
 score is the unweighted mean of the category means. Subsets: `paper` is the six categories of DanceOPD's tables,
 `intersection` the items that the benchmark's authors mark as answered by every model they compared. Images lie as in
-the official code: `fullset/<task_type>/<language>/<key>.png`, the source beside it as `<key>_SRCIMG.png`.
+the official code: `fullset/<task_type>/<language>/<key>.png`, the source beside it as `<key>_SRCIMG.png`. The published
+keys are unique within a task only: two photographs serve subject-remove and subject-replace under one key each.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from danceopd.bench.suites.judged import files_sha256, refuse_duplicates
 from danceopd.bench.suites.protocol import Item, JudgedSuite, json_sha256
 from danceopd.bench.suites.records import (
     Row,
+    any_case,
     downloaded,
     extracted_images,
     header_checked,
@@ -65,6 +69,7 @@ class Suite(JudgedSuite):
     needs = f"run `hf download {REPO} --repo-type dataset --local-dir GEdit-Bench` and give --data GEdit-Bench (3.7 GB)"
     scale = {"editing": (0.0, 10.0)}
     share = {"editing": False}
+    published = {"editing": SIZE}
 
     def __init__(
         self,
@@ -98,11 +103,13 @@ class Suite(JudgedSuite):
         rows = [row for row in map(_renamed, read_rows(self.data, FIELDS, TABLES)) if self._in_language(row)]
         if not rows:
             raise UserError(f"{self.data} has no row in language {self.language!r}; {self.needs}")
-        refuse_duplicates(((row.name("key"), row.where) for row in rows), "key")
+        refuse_duplicates(((f"{row.text('task_type')}/{row.name('key')}", row.where) for row in rows), "key")
         marked = [_in_intersection(row) is not None for row in rows]
         if any(marked) and not all(marked):
             raise UserError(f"{rows[marked.index(False)].where} has no field 'Intersection_exist'; correct that row")
-        return [self._item(row, source) for row, source in zip(rows, self._sources(rows))]
+        times = Counter(row.name("key") for row in rows)
+        items = [self._item(row, times[row.name("key")] > 1) for row in rows]
+        return [replace(item, source=source) for item, source in zip(items, self._sources(rows, items))]
 
     @cached_property
     def rules(self) -> dict[str, Any]:
@@ -144,7 +151,8 @@ class Suite(JudgedSuite):
             raise UserError(f"{row.where} is in language {language!r}; GEdit-Bench has en and cn")
         return language == self.language
 
-    def _item(self, row: Row, source: Path) -> Item:
+    def _item(self, row: Row, shared: bool) -> Item:
+        """The item of a row, without its source; `shared`: another task has one of the same key."""
         category = row.text("task_type")
         if category not in CATEGORIES:
             raise UserError(f"{row.where} has the task_type {category!r}{did_you_mean(category, CATEGORIES)}")
@@ -157,14 +165,15 @@ class Suite(JudgedSuite):
             group=CATEGORIES[category],
             category=category,
             prompt=row.text("instruction"),
-            source=source,
             tags=tuple(tags),
+            shared=shared,
         )
 
-    def _sources(self, rows: list[Row]) -> list[Path]:
+    def _sources(self, rows: list[Row], items: list[Item]) -> list[Path]:
         """The source images: extracted from the shards, or beside the table."""
         if rows[0].number is not None:
-            return extracted_images(rows, IMAGE, [f"{row.name('key')}_{self.language}" for row in rows], self.name)
+            names = [f"{item.id.replace('/', '_')}_{self.language}" for item in items]
+            return extracted_images(rows, IMAGE, names, self.name)
         return [header_checked(_source_of(row), row.where) for row in rows]
 
 
@@ -195,4 +204,4 @@ def _source_of(row: Row) -> Path:
         return row.home / row.text(IMAGE)
     name = f"{row.name('key')}_SRCIMG.png"
     usual = [row.home / name, row.home / "fullset" / row.text("task_type") / row.text("instruction_language") / name]
-    return next((path for path in usual if path.is_file()), usual[-1])
+    return next((found for path in usual if (found := any_case(path))), usual[-1])

@@ -68,6 +68,7 @@ class Suite(JudgedSuite):
         if found is None:
             raise UserError(f"suite geneval needs its prompts, which are not on the hub; {self.needs}")
         self.data, self.samples = found, samples
+        self.published = {"generation": SIZE * samples}
 
     @cached_property
     def items(self) -> list[Item]:

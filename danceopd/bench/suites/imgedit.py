@@ -33,7 +33,16 @@ from danceopd.bench.suites.judged import (
     refuse_duplicates,
 )
 from danceopd.bench.suites.protocol import Item, JudgedSuite, Score, json_sha256
-from danceopd.bench.suites.records import Row, downloaded, header_checked, located, on_disk, read_rows, revision
+from danceopd.bench.suites.records import (
+    Row,
+    any_case,
+    downloaded,
+    header_checked,
+    located,
+    on_disk,
+    read_rows,
+    revision,
+)
 from danceopd.common.cache import cache_folder
 from danceopd.common.messages import did_you_mean
 from danceopd.data.images import picture
@@ -52,6 +61,8 @@ CATEGORIES = {
     "action": "local",
 }
 """The nine edit types in the order of the published tables, and their group."""
+OLDER_NAMES = {"alter": "adjust"}
+"""Edit types as the first version of the benchmark, and the copies that others made of it, call them."""
 SIZE = 737
 TABLES = ("basic_edit.json", "singleturn.json")
 OFFICIAL_FILE = "prompts.json"
@@ -80,6 +91,7 @@ class Suite(JudgedSuite):
     )
     scale = {"editing": (1.0, 5.0)}
     share = {"editing": False}
+    published = {"editing": SIZE}
 
     def __init__(self, data: str | Path | None = None, official_prompts: str | Path | None = None):
         self.official = None if official_prompts is None else _official_prompts(official_prompts)
@@ -152,6 +164,7 @@ class Suite(JudgedSuite):
 
     def _item(self, row: Row, root: Path) -> Item:
         kind = row.text("edit_type")
+        kind = OLDER_NAMES.get(kind, kind)
         if kind not in CATEGORIES:
             raise UserError(f"{row.where} has the edit_type {kind!r}{did_you_mean(kind, CATEGORIES)}")
         return Item(
@@ -177,10 +190,11 @@ def _table(data: Path, needs: str) -> Path:
 def _image_root(data: Path, first: Row) -> Path:
     """The folder that the paths of the source images start from, found by the first of them."""
     path = first.text("id")
-    if (first.home / path).is_file():
+    if any_case(first.home / path):
         return first.home
     top = data if data.is_dir() else data.parent
-    found = next(iter(sorted(top.rglob(glob.escape(path)))), None)
+    every = sorted(top.rglob(glob.escape(str(Path(path).with_suffix(""))) + ".*"))
+    found = next((file for file in every if file.suffix.lower() == Path(path).suffix.lower()), None)
     if found is None:
         raise UserError(f"{first.where}: source image {path} is not below {top}; unpack {TAR} of {REPO} there")
     return found.parents[len(Path(path).parts) - 1]
@@ -220,8 +234,9 @@ def _official_prompts(folder: str | Path) -> dict[str, str]:
     file = official_file(folder, OFFICIAL_FILE, OFFICIAL_PLACES, advice)
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
+        held = {OLDER_NAMES.get(kind, kind): text for kind, text in held.items()}
         return {kind: str(held[kind]) for kind in CATEGORIES}
     except KeyError as error:
         raise UserError(f"{file} has no prompt for {error}; use the file of the official repository") from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({error}); use the file of the official repository") from None

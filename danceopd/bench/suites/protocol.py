@@ -31,7 +31,8 @@ RoundTrip = Callable[[list[Image.Image]], list[Any]]
 class Item:
     """One prompt or one edit of a suite.
 
-    `key` identifies it and never changes. `capability` is "generation" or "editing". `category` is what scores are
+    `key` names it as the benchmark does, and never changes; where two categories share one (`shared`), as tasks of
+    GEdit-Bench do, `id` tells the two apart. `capability` is "generation" or "editing". `category` is what scores are
     averaged over first; `group` ("generation", "local", "global", …) is a set of categories that is reported together.
     `probe` names the set of items that is reported apart and counts in no overall score; None for ordinary items.
     `source` is the image to edit (None for generation), `target` a known right result (None where there is none),
@@ -51,6 +52,12 @@ class Item:
     mask: Image.Image | Path | None = field(default=None, repr=False, compare=False)
     tags: tuple[str, ...] = ()
     heldout: bool = False
+    shared: bool = False
+
+    @property
+    def id(self) -> str:
+        """What no other item of the suite has: the key, after the category where two categories share the key."""
+        return f"{self.category}/{self.key}" if self.shared else self.key
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,8 @@ class Suite(ABC):
     """Capability -> whether every score is 0 or 1, so that a mean is the share of correct images."""
     subsets: Mapping[str, tuple[str, ...]] = {}
     """Name of a reported subset -> its categories, or "tag:…" of its items."""
+    published: Mapping[str, int] = {}
+    """Capability -> items of the whole published benchmark; empty for a suite that is all here."""
     rules: Any
     """Plain JSON for the result: prompts, resizing, averaging, how failures count, where the data is from."""
     protocol: Any

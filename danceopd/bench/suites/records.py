@@ -77,7 +77,7 @@ def read_rows(path: Path, fields: Sequence[str], tables: Sequence[str] = ()) -> 
 def _shards(path: Path) -> list[Path]:
     """The Arrow or parquet files in order; UserError where one of several is missing."""
     if path.is_file():
-        return [path] if path.suffix in (".arrow", ".parquet") else []
+        return [path] if path.suffix.lower() in (".arrow", ".parquet") else []
     every = sorted(path.rglob("*"))
     seen = [file for file in every if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     states = [file for file in seen if file.name == "state.json"]
@@ -112,7 +112,7 @@ def _batches(shard: Path, columns: Iterable[str]) -> Iterator[Any]:
         raise UserError(f'reading {shard} needs pyarrow; run `pip install "danceopd[data]"`') from None
     wanted = list(columns)
     try:
-        if shard.suffix == ".parquet":
+        if shard.suffix.lower() == ".parquet":
             with parquet.ParquetFile(shard) as file:
                 there = [name for name in wanted if name in file.schema_arrow.names]
                 yield from file.iter_batches(batch_size=_STEP, columns=there)
@@ -194,7 +194,7 @@ def _write(path: Path, content: bytes) -> None:
 def _table(path: Path, names: Sequence[str]) -> Path:
     """The one text table of a folder, or the file itself."""
     if path.is_file():
-        if path.suffix not in (".jsonl", ".json"):
+        if path.suffix.lower() not in (".jsonl", ".json"):
             raise UserError(f"{path} is of an unknown kind; give .arrow, .parquet, .jsonl, .json or a folder of them")
         return path
     known = [path / name for name in names if (path / name).is_file()]
@@ -209,12 +209,12 @@ def _table(path: Path, names: Sequence[str]) -> Path:
 
 def _table_rows(table: Path) -> list[Row]:
     """The rows of .jsonl (an object a line) or .json (one list of objects, or one object of objects by key)."""
-    if table.suffix == ".jsonl":
+    if table.suffix.lower() == ".jsonl":
         lines = JsonTable(table)
         return [Row(lines[n], lines.where(n), table.parent) for n in range(len(lines))]
     try:
         data = json.loads(table.read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{table} is not readable JSON ({error}); download it again") from None
     pairs: Iterable[tuple[str, Any]] = (
         data.items() if isinstance(data, dict) else ((str(n + 1), v) for n, v in enumerate(data)) if data else ()
@@ -238,13 +238,22 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def any_case(path: Path) -> Path | None:
+    """The file of that path, whatever the case of its ending (.jpg, .JPG); None where there is none."""
+    kinds = dict.fromkeys((path.suffix, path.suffix.lower(), path.suffix.upper(), path.suffix.title()))
+    with suppress(OSError):  # a name that is too long
+        return next((found for kind in kinds if (found := path.with_suffix(kind)).is_file()), None)
+    return None
+
+
 def header_checked(path: Path, where: str) -> Path:
     """The path, if its header is that of an image; UserError names the row (`where`) otherwise."""
-    if not path.is_file():
+    found = any_case(path)
+    if found is None:
         raise UserError(f"{where}: image {path} does not exist; download the data again")
     try:
-        with Image.open(path):
-            return path
+        with Image.open(found):
+            return found
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise UserError(f"{where}: {path} is not an image; download it again") from None
 
