@@ -176,7 +176,9 @@ def _about(s: Side) -> dict[str, Any]:
 
 def _notes(a: Side, b: Side) -> list[str]:
     """What differs and does not have to be equal."""
-    found = []
+    usages = [(s.scores.get("judging") or {}).get("usage") or {} for s in (a, b)]
+    mine, theirs = (" + ".join(sorted(usage.get("judges") or ())) for usage in usages)
+    found = [] if mine == theirs else [f"judge snapshots: {mine or 'none'} and {theirs or 'none'}"]
     for key in ("limit", "call", "base", "machine", "versions"):
         one, other = a.scores.get(key), b.scores.get(key)
         if isinstance(one, Mapping) and isinstance(other, Mapping):
@@ -244,9 +246,12 @@ def _items(pairs: Sequence[tuple[dict, dict]]) -> list[dict]:
 def pairs(a: Side, b: Side) -> list[Pair]:
     """The common ordinary items as pairs of images, for a judge to vote on."""
     others = {_item(row): row for row in b.rows}
+    places: dict[str, set[str]] = {}
+    for row in a.rows:
+        places.setdefault(row["key"], set()).add(row["category"])
     return [
         Pair(
-            key=row["key"],
+            key=row["key"] if len(places[row["key"]]) == 1 else f"{row['category']}/{row['key']}",
             capability=row["capability"],
             category=row["category"],
             prompt=row["prompt"],

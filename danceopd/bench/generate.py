@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from danceopd.bench.images import ImageStore
 from danceopd.bench.lineup import Lineup, Model
 from danceopd.bench.suites.protocol import Item
 from danceopd.common.distributed import Processes
-from danceopd.common.files import disk_errors, write_atomic
+from danceopd.common.files import disk_errors, read_lines, write_atomic
 from danceopd.data.dataset import CachedConditions, Size
 from danceopd.data.encode import Encoder, free_encoders
 from danceopd.data.images import picture
@@ -37,7 +37,7 @@ BATCH, BATCH_PIXELS = 64, 64 * 256 * 256
 """A batch has at most so many images, and at most so many pixels."""
 Progress = Callable[[int, int, str], None]
 Generated = dict[tuple[str, str], str]
-"""(model, item key) -> sha256 of the image's pixels."""
+"""(model, item id) -> sha256 of the image's pixels."""
 Missing = Mapping[str, Mapping[str, set[int]]]
 """Model -> capability -> indices of the items whose images are missing."""
 
@@ -72,7 +72,7 @@ class GenerationLog:
         return sorted(self.folder.glob("drawn.*.jsonl"))
 
     def _kept(self, parts: Sequence[Path]) -> dict[tuple[str, str], dict]:
-        lines = [line for file in (self.file, *parts) for line in _lines(file)]
+        lines = [line for file in (self.file, *parts) for line in read_lines(file) if _is_complete(line)]
         return {(line["model"], line["key"]): line for line in lines if (self.folder / line["image"]).is_file()}
 
     def add(self, rank: int, model: str, key: str, image: str, pixels: str) -> None:
@@ -83,13 +83,8 @@ class GenerationLog:
             out.write(json.dumps(line) + "\n")
 
 
-def _lines(file: Path) -> Iterator[dict]:
-    """The complete lines of a log; one that was cut off is skipped."""
-    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        with suppress(ValueError):
-            line = json.loads(text)
-            if isinstance(line, dict) and {"model", "key", "image", "pixels_sha256"} <= line.keys():
-                yield line
+def _is_complete(line: dict) -> bool:
+    return all(isinstance(line.get(name), str) for name in ("model", "key", "image", "pixels_sha256"))
 
 
 class _ItemPrompts(Prompts):
@@ -134,7 +129,7 @@ def missing_images(lineup: Lineup, items: Mapping[str, Sequence[Item]], generate
     for capability, wanted in items.items():
         first = lineup.first_of(capability)
         for model in lineup.models:
-            rows = {n for n, item in enumerate(wanted) if (model.name, item.key) not in generated}
+            rows = {n for n, item in enumerate(wanted) if (model.name, item.id) not in generated}
             if rows and model.image_folder is None and first[model.name] == model.name:
                 found.setdefault(model.name, {})[capability] = rows
     return found
@@ -275,7 +270,7 @@ class ImageGenerator:
         path = self.store.path(model.name, item)
         pixels = self.store.save(path, image)
         self.store.save_extra_files(model.name, item)
-        self._log.add(self.processes.rank, model.name, item.key, path, pixels)
+        self._log.add(self.processes.rank, model.name, item.id, path, pixels)
 
 
 def _grouped(count: int, key: Callable[[int], Hashable]) -> list[list[int]]:

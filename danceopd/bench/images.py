@@ -2,29 +2,73 @@
 
 So a model's folder can be scored by the official code as it is, and a folder made elsewhere can be scored here. Source
 images, targets and masks are stored once, in `images/source`, `images/target` and `images/mask`. An image gets its name
-by one rename, so a file that exists is complete.
+by one rename, so a file that exists is complete. `bench.json` says what the images are (`check_identity`).
 """
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from PIL import Image
 
+from danceopd.bench.metrics.masks import read_mask
 from danceopd.bench.suites.protocol import Item, Suite
+from danceopd.bench.suites.records import any_case
 from danceopd.common.files import disk_errors, partial_path, write_atomic
 from danceopd.data.images import picture
 from danceopd.errors import UserError
 
+MARK = "bench.json"
+FILES = (".lock", "judge.jsonl", ".judge.jsonl.lock")
+"""What an output folder may hold before its first bench: answers of an earlier one, which are used again."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 """Suffixes that an image made elsewhere may have where its official path ends in .png."""
 INPUTS = {"source": "_SRCIMG", "target": "", "mask": ""}
 """The images that belong to an item -> what follows its key in the file's name."""
+
+
+def check_identity(folder: Path, mine: dict[str, Any]) -> None:
+    """UserError if a folder's `bench.json` is that of another bench; `mine` is what it would be.
+
+    Models may be added. A folder of images made elsewhere may have moved. Older benches do not say their sources.
+    """
+    mark = folder / MARK
+    if not mark.is_file():
+        return
+    try:
+        known = json.loads(mark.read_text(encoding="utf-8"))
+        before, now = dict(known.pop("models")), dict(mine["models"])
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        raise UserError(
+            f"output folder {folder} holds a bench whose {MARK} is damaged; choose another --output, or delete that "
+            "folder"
+        ) from None
+    if left_out := [name for name in before if name not in now]:
+        raise UserError(
+            f"output folder {folder} holds a bench with further models ({', '.join(map(str, left_out[:3]))}); name "
+            "them too, or choose another --output"
+        )
+    mine = {key: value for key, value in mine.items() if key != "models" and (key != "sources" or key in known)}
+    other = [key for key in {**mine, **known} if known.get(key) != mine.get(key)]
+    other += ["models"] if any(now[name] != old and not _moved(old, now[name]) for name, old in before.items()) else []
+    if other:
+        raise UserError(
+            f"output folder {folder} holds another bench (other {', '.join(other)}); choose another --output, or "
+            "delete that folder"
+        )
+
+
+def _moved(old: Any, new: str) -> bool:
+    """Whether a folder of images is no longer at its old path; its images are known by their content."""
+    return isinstance(old, str) and all(os.path.isabs(path) for path in (old, new)) and not os.path.exists(old)
 
 
 def pixels_sha256(image: Image.Image) -> str:
@@ -66,11 +110,12 @@ class ImageStore:
         return pixels_sha256(image)
 
     def save_inputs(self, items: Iterable[Item]) -> None:
-        """Write the source images, targets and masks that are missing."""
+        """Write the source images, targets and masks that are missing or older than their originals."""
         for item in items:
             for what, path in self.inputs(item).items():
-                if path is not None and not (self.folder / path).is_file():
-                    self.save(path, picture(getattr(item, what)))
+                original = getattr(item, what)
+                if path is not None and not _is_current(self.folder / path, original):
+                    self.save(path, read_mask(original) if what == "mask" else picture(original))
 
     def save_extra_files(self, model: str, item: Item) -> None:
         """Write what the official layout has beside a model's image: small files, and the source (linked or copied)."""
@@ -93,41 +138,47 @@ class ImageStore:
             except OSError:  # a file system without links
                 shutil.copyfile(self.folder / source, copy)
 
-    def import_folders(self, folders: Mapping[str, Path], items: Iterable[Item]) -> None:
-        """Copy images made elsewhere, by model name, into the store; changed ones are copied again.
+    def original(self, folder: Path, item: Item) -> Path | None:
+        """The image of an item in a folder made elsewhere; None where there is none."""
+        found = (_with_any_suffix(folder / path) for path in self.suite.image_paths(item))
+        return next((file for file in found if file is not None), None)
 
-        UserError for a folder without an image of any item.
-        """
-        items = list(items)
+    def check_folders(self, folders: Mapping[str, Path], items: Sequence[Item]) -> None:
+        """UserError for a folder of images made elsewhere, by model name, without an image of any item."""
         for model, folder in folders.items():
-            copied = 0
-            for item in items:
-                found = (_with_any_suffix(folder / path) for path in self.suite.image_paths(item))
-                made = next((file for file in found if file is not None), None)
-                if made is None:
-                    continue
-                copied += 1
-                copy = self.folder / "images" / model / Path(self.suite.image_path(item)).with_suffix(made.suffix)
-                if not _same_file(made, copy):
-                    with _replacing(copy) as part:
-                        shutil.copy2(made, part)
-            if not copied:
+            if not any(self.original(folder, item) for item in items):
                 raise UserError(
                     f"--images {model}: {folder} has none of the {len(items)} images of suite {self.suite.name}; put "
                     f"the first at {folder / self.suite.image_path(items[0])}"
                 )
 
+    def import_folders(self, folders: Mapping[str, Path], items: Sequence[Item]) -> None:
+        """Copy images made elsewhere, by model name, into the store, so that it holds what the folders hold now."""
+        for model, folder in folders.items():
+            for item in items:
+                self._import(self.original(folder, item), self.folder / self.path(model, item))
+
+    def _import(self, made: Path | None, path: Path) -> None:
+        """Make `path`, with the suffix of the image `made`, a copy of it, and remove other copies."""
+        copy = None if made is None else path.with_suffix(made.suffix.lower())
+        with disk_errors(path):
+            for suffix in {path.suffix, *SUFFIXES}:
+                if (old := path.with_suffix(suffix)) != copy:
+                    old.unlink(missing_ok=True)
+        if made is not None and copy is not None and not (copy.is_file() and filecmp.cmp(made, copy, shallow=False)):
+            with _replacing(copy) as part:
+                shutil.copy2(made, part)
+
 
 def _with_any_suffix(path: Path) -> Path | None:
-    return next((found for s in (path.suffix, *SUFFIXES) if (found := path.with_suffix(s)).is_file()), None)
+    return next((found for s in (path.suffix, *SUFFIXES) if (found := any_case(path.with_suffix(s)))), None)
 
 
-def _same_file(made: Path, copy: Path) -> bool:
-    """Whether size and modification time, which a copy keeps, are equal."""
+def _is_current(copy: Path, original: Image.Image | Path) -> bool:
+    """Whether a copy is there, and no older than the file that it was made from."""
     if not copy.is_file():
         return False
-    one, other = made.stat(), copy.stat()
-    return (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
+    return not isinstance(original, Path) or original.stat().st_mtime_ns <= copy.stat().st_mtime_ns
 
 
 @contextmanager

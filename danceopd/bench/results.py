@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import re
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +24,7 @@ from danceopd.bench.interference import interference
 from danceopd.bench.metrics.metrics import metric_means
 from danceopd.bench.report.schema import check_row, check_scores
 from danceopd.bench.report.verdict import MARGIN, verdict
+from danceopd.common.system import command_line, redacted
 from danceopd.errors import UserError
 from danceopd.recipe.recipe import CAPABILITIES
 
@@ -48,6 +47,8 @@ def load(folder: str | Path) -> tuple[dict, list[dict]]:
     try:
         scores = json.loads((folder / file).read_text(encoding="utf-8"))
         check_scores(scores)
+        if isinstance(scores.get("command"), str):
+            scores["command"] = redacted(scores["command"])  # that of an older bench may have a key in it
         file = "samples.jsonl"
         lines = (folder / file).read_text(encoding="utf-8").split("\n")  # splitlines() would cut at U+2028 as well
         rows = [json.loads(line) for line in lines if line.strip()]
@@ -63,11 +64,6 @@ def load(folder: str | Path) -> tuple[dict, list[dict]]:
             f"{folder} holds a damaged bench ({file}, {str(error)[:200]}); run `danceopd bench` again into another one."
         ) from None
     return scores, rows
-
-
-def command_line() -> str:
-    """The command as it was typed, without a user's name or key in a URL: results are made to be shared."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "", " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
 
 
 def unscored(rows: Sequence[dict]) -> list[dict]:

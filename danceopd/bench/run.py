@@ -11,14 +11,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from danceopd.bench.generate import Generated, GenerationLog, ImageGenerator, Missing, Progress, missing_images
-from danceopd.bench.images import ImageStore
+from danceopd.bench.images import FILES, MARK, ImageStore, check_identity
 from danceopd.bench.lineup import Lineup, add_image_folders, build_lineup
 from danceopd.bench.options import BlendOptions, JudgeOptions, SuiteOptions
 from danceopd.bench.report.card import add_to_card
@@ -31,7 +30,7 @@ from danceopd.bench.suites.protocol import ExactSuite, Item, JudgedSuite, Suite
 from danceopd.bench.suites.registry import load_suite, suite_items
 from danceopd.common.distributed import Processes
 from danceopd.common.files import disk_errors, lock_file, remove_partial_files, write_json
-from danceopd.common.system import describe_machine, resolve_device
+from danceopd.common.system import describe_machine, redacted, resolve_device
 from danceopd.errors import UserError
 from danceopd.models.base import pipeline_call
 from danceopd.pipelines.registry import family_of
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 
 CEILING = 96
 """Items of each capability on which the ceiling is measured."""
-MARK = "bench.json"
 
 
 @dataclass(frozen=True)
@@ -169,13 +167,16 @@ class Bench:
         missing = missing_images(self.lineup, self.items, generated) if self._generates else {}
         found: dict[str, Any] = {
             "items": {c: len(items) for c, items in self.items.items()},
+            "published": dict(self.loaded_suite.published),
             "models": [m.label for m in self.lineup.models],
             "images": sum(len(rows) for by_capability in missing.values() for rows in by_capability.values()),
             "judge": None,
         }
         if self.session is not None:
-            cost = self.session.estimate(self._scoring(generated).questions())
-            found["judge"] = {"name": self.judge.judge, **vars(cost)}
+            scoring = self._scoring(generated)
+            to_come = scoring.questions_to_come(missing, self.call or {})
+            cost = self.session.estimate(scoring.questions(), to_come)
+            found["judge"] = {"name": redacted(self.judge.judge or ""), **vars(cost)}
         return found
 
     # -- the models, the items, the judge ------------------------------------------------------------------
@@ -268,10 +269,18 @@ class Bench:
         found = {"suite": suite.name, "version": suite.version, "protocol": suite.protocol, "seed": self.seed}
         found |= {"limit": self.limit, "probes": self.probes, "call": self.call}
         found |= {"categories": sorted(self.categories)} if self.categories else {}
+        data = suite.rules.get("data")
+        if isinstance(data, dict) and "pictures_sha256" in data and self.lineup.folder is not None:
+            found["sources"] = data["pictures_sha256"]  # images are generated from them
         found["models"] = {
             m.name: m.sha256 or str(m.image_folder and m.image_folder.absolute()) for m in self.lineup.models
         }
         return json.loads(json.dumps(found))
+
+    @property
+    def _image_folders(self) -> dict[str, Path]:
+        """The folders of images made elsewhere, by model."""
+        return {m.name: m.image_folder for m in self.lineup.models if m.image_folder is not None}
 
     @property
     def _generates(self) -> bool:
@@ -285,10 +294,11 @@ class Bench:
         """UserError for everything that can be refused before a model is loaded or a folder is made."""
         _ = self.session, self.items, self.identity, self.networks
         folder = self.folder
-        if folder.is_dir() and not (folder / MARK).is_file() and any(p.name != ".lock" for p in folder.iterdir()):
+        if folder.is_dir() and not (folder / MARK).is_file() and any(p.name not in FILES for p in folder.iterdir()):
             raise UserError(f"output folder {folder} holds files that are not a bench; choose another --output")
-        self._check_identity()
-        imported = any(m.image_folder is not None for m in self.lineup.models)
+        check_identity(folder, self.identity)
+        imported = self._image_folders
+        self.store.check_folders(imported, [item for items in self.items.values() for item in items])
         if self.only_score and not imported and not any(self._existing()):
             raise UserError(
                 f"there is no image to score in {self.folder / 'images'}; generate them first, without --only-score"
@@ -298,25 +308,6 @@ class Bench:
         for model in self.lineup.models:
             for items in self.items.values():
                 yield from (self.store.existing(model.name, item) for item in items)
-
-    def _check_identity(self) -> None:
-        """UserError if the folder holds another bench."""
-        mark = self.folder / MARK
-        if not mark.is_file():
-            return
-        with suppress(ValueError):
-            known, mine = json.loads(mark.read_text(encoding="utf-8")), self.identity
-            other = [key for key in {**mine, **known} if known.get(key) != mine.get(key)]
-            if not other:
-                return
-            raise UserError(
-                f"output folder {self.folder} holds another bench (other {', '.join(other)}); choose another "
-                "--output, or delete that folder"
-            )
-        raise UserError(
-            f"output folder {self.folder} holds a bench whose {MARK} is damaged; choose another "
-            "--output, or delete that folder"
-        )
 
     # -- the steps -----------------------------------------------------------------------------------------
 
@@ -328,11 +319,9 @@ class Bench:
             remove_partial_files(self.folder)
         try:
             every = [item for items in self.items.values() for item in items]
-            folders = {m.name: m.image_folder for m in self.lineup.models if m.image_folder is not None}
-            self.store.import_folders(folders, every)
-            self._check_identity()
-            if not (self.folder / MARK).is_file():
-                write_json(self.folder / MARK, self.identity)
+            self.store.import_folders(self._image_folders, every)
+            check_identity(self.folder, self.identity)
+            write_json(self.folder / MARK, self.identity)
             self.store.save_inputs(every)
         except BaseException:
             if lock is not None:
@@ -359,6 +348,7 @@ class Bench:
             "seed": self.seed,
             "limit": self.limit,
             "categories": list(self.categories),
+            "published": dict(self.loaded_suite.published),
             "call": self.call,
             "judge": self.session and self.session.judge.identity,
             "judging": self.session and _judging(self.session),
@@ -385,7 +375,7 @@ class Bench:
         found: dict[str, dict] = {m.name: {} for m in self.lineup.models}
         for row in rows:
             if row["image"] is not None:
-                found[row["model"]][row["key"]] = self.folder / row["image"]
+                found[row["model"]][f"{row['category']}/{row['key']}"] = self.folder / row["image"]
         return {model: measure_set(images) for model, images in found.items()}
 
 

@@ -1,29 +1,30 @@
 """Scoring: images go in, one row for each item and model comes out, with a score or a status that says why not.
 
 An exact suite scores its images itself; for a judged suite a judge is asked. A row's `status` is ok, missing (no image,
-or not asked), unparsable, refused or failed (the judge's answer); it has a `score` only when that is ok. Rows of an
+or not asked), unparsable, refused or failed (the judge's answer, or a damaged image); only ok has a `score`. Rows of an
 exact suite are appended to `samples.jsonl` one by one, and reused in a later run if the image's pixels are unchanged; a
 judge's answers are in `judge.jsonl`.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from danceopd.bench.generate import Generated, Progress, seed_of
+from danceopd.bench.generate import Generated, Missing, Progress, seed_of
 from danceopd.bench.images import ImageStore, pixels_sha256
 from danceopd.bench.lineup import Lineup, Model
 from danceopd.bench.suites.protocol import ExactSuite, Item, JudgedSuite, Score, Suite
-from danceopd.common.files import disk_errors, write_atomic
-from danceopd.data.images import picture
+from danceopd.common.files import disk_errors, json_line, read_lines, write_atomic
+from danceopd.data.images import ImageSource, picture
+from danceopd.errors import UserError
 
 if TYPE_CHECKING:
     from danceopd.bench.judges.protocol import Answer, Question
@@ -33,7 +34,10 @@ if TYPE_CHECKING:
 CHUNK = 64
 """Images that an exact suite scores at once."""
 Rows = dict[tuple[str, str], dict]
-"""(model, item key) -> its row."""
+"""(model, item id) -> its row."""
+METRICS = "2"
+"""The version of the judge-free metrics; a later one measures images again."""
+_log = logging.getLogger("danceopd")
 
 
 class Scoring:
@@ -65,7 +69,11 @@ class Scoring:
 
         A judged suite asks `session`. Without one, all its rows have the status missing.
         """
-        known = known_rows(self.file)
+        from danceopd.bench.metrics.masks import about_masks
+
+        for line in about_masks(i.mask for items in self.items.values() for i in items if isinstance(i.mask, Path)):
+            _log.warning("%s", line)
+        known = known_rows(self.file, self.items)
         rows: Rows = {}
         for capability, items in self.items.items():
             first = self.lineup.first_of(capability)
@@ -78,52 +86,84 @@ class Scoring:
             self._score(self.suite, rows, known)
         for capability, items in self.items.items():
             for name, other in self.lineup.first_of(capability).items():
-                rows.update({(name, item.key): rows[other, item.key] | {"model": name} for item in items})
-        found = [rows[m.name, i.key] for m in self.lineup.models for part in self.items.values() for i in part]
+                rows.update({(name, item.id): rows[other, item.id] | {"model": name} for item in items})
+        found = [rows[m.name, i.id] for m in self.lineup.models for part in self.items.values() for i in part]
         with disk_errors(self.file):
-            write_atomic(self.file, "".join(map(_line, found)).encode())
+            write_atomic(self.file, "".join(map(json_line, found)).encode())
         self.progress(self.total, self.total, "scoring")
         return found
 
     def questions(self) -> Iterator[Question]:
-        """Every question of a judged suite; the source stands in for an image that is not generated yet."""
-        if not isinstance(self.suite, JudgedSuite):
-            return
+        """Every question of a judged suite about images that are here, those of `--images` folders included."""
+        for model, item in self._pairs():
+            if model.image_folder is not None:
+                file = self.store.original(model.image_folder, item)
+            else:
+                path = self.store.existing(model.name, item)
+                file = None if path is None else self.store.folder / path
+            image = None if file is None else _image(file)
+            if isinstance(self.suite, JudgedSuite) and isinstance(image, Image.Image):
+                yield from _questions(self.suite, model.name, item, image)
+
+    def questions_to_come(self, missing: Missing, call: Mapping[str, Any]) -> Iterator[Question]:
+        """Every question about the images that are still to be generated, about blank ones of no smaller size."""
+        wanted = {
+            (name, self.items[capability][n].id)
+            for name, found in missing.items()
+            for capability, rows in found.items()
+            for n in rows
+        }
+        for model, item in self._pairs():
+            if (model.name, item.id) in wanted and isinstance(self.suite, JudgedSuite):
+                image = Image.new("RGB", _largest_size(item, call))
+                yield from _questions(self.suite, model.name, item, image)
+
+    def _pairs(self) -> Iterator[tuple[Model, Item]]:
+        """Every item of every model that has images of its own."""
         for capability, items in self.items.items():
             first = self.lineup.first_of(capability)
             for model in (m for m in self.lineup.models if first[m.name] == m.name):
-                for item in items:
-                    path = self.store.existing(model.name, item)
-                    image = self.store.read(path) if path else _stand_in(item)
-                    yield from _questions(self.suite, model.name, item, image)
+                yield from ((model, item) for item in items)
 
     def _unscored_rows(self, model: Model, items: Sequence[Item], known: Rows) -> Rows:
         """A model's rows before scoring; metrics of unchanged images are taken from the known rows."""
         rows: Rows = {}
         for item in items:
             path = self.store.existing(model.name, item)
-            row = self._row(model, item, path)
-            if path is not None:
-                pixels = self.generated.get((model.name, item.key))
+            row = rows[model.name, item.id] = self._row(model, item, path)
+            if path is None:
+                continue
+            pixels = self.generated.get((model.name, item.id))
+            try:
                 row["pixels_sha256"] = pixels or pixels_sha256(self.store.read(path))
-                old = known.get((model.name, item.key), {})
-                same = old.get("pixels_sha256") == row["pixels_sha256"] and old.get("networks", []) == self.network_ids
-                if same and old.get("metrics"):
-                    row["metrics"] = old["metrics"]
-                elif item.capability == "editing":
-                    row["metrics"] = self._measured(model, item, path)
-            rows[model.name, item.key] = row
+                if item.capability == "editing":
+                    row |= self._measured(model, item, path, row["pixels_sha256"], known.get((model.name, item.id), {}))
+            except UserError as error:
+                made = model.image_folder and self.store.original(model.image_folder, item)
+                file = str(self.store.folder / path)
+                _mark_damaged(row, str(error).replace(file, str(made or file)))
         return rows
 
-    def _measured(self, model: Model, item: Item, path: str) -> dict[str, float]:
-        """Judge-free metrics; without mask and target, the editing teacher's image defines the edited region."""
+    def _measured(self, model: Model, item: Item, path: str, pixels: str, old: dict) -> dict[str, Any]:
+        """Judge-free metrics, and the hash of what they were measured on: the `old` row's where that is the same.
+
+        Without mask and target, the editing teacher's image defines the edited region.
+        """
         from danceopd.bench.metrics.metrics import measure
 
         teacher = next(iter(self.lineup.teachers_for("editing")), None)
         known = item.mask is not None or item.target is not None or teacher in (None, model.name)
         other = None if known or teacher is None else self.store.existing(teacher, item)
-        reference = None if other is None else self.store.read(other)
-        return measure(item, self.store.read(path), reference=reference, networks=self.networks)
+        images = (item.source, item.target, item.mask, other and self.store.folder / other)
+        measured = _hash_of(METRICS, pixels, *images)
+        if old.get("measured") == measured and old.get("networks", []) == self.network_ids and old.get("metrics"):
+            return {"measured": measured, "metrics": old["metrics"]}
+        try:
+            reference = None if other is None else self.store.read(other)
+        except UserError:  # the teacher's own row says so
+            reference = None
+        metrics = measure(item, self.store.read(path), reference=reference, networks=self.networks)
+        return {"measured": measured, "metrics": metrics}
 
     def _row(self, model: Model, item: Item, path: str | None) -> dict:
         paths = self.store.inputs(item)
@@ -151,18 +191,17 @@ class Scoring:
 
     def _with_images(self, rows: Rows) -> Iterator[tuple[str, Item]]:
         """(model, item) of the rows that have an image."""
-        for capability, items in self.items.items():
-            first = self.lineup.first_of(capability)
-            for model in (m.name for m in self.lineup.models if first[m.name] == m.name):
-                yield from ((model, item) for item in items if rows[model, item.key]["image"] is not None)
+        for model, item in self._pairs():
+            if rows[model.name, item.id]["image"] is not None:
+                yield model.name, item
 
     def _score(self, suite: ExactSuite, rows: Rows, known: Rows) -> None:
         """Let an exact suite score the images that have no score yet, a chunk at a time."""
         todo: list[tuple[str, Item]] = []
         for model, item in self._with_images(rows):
-            old, row = known.get((model, item.key), {}), rows[model, item.key]
+            old, row = known.get((model, item.id), {}), rows[model, item.id]
             if old.get("status") == "ok" and old.get("pixels_sha256") == row["pixels_sha256"]:
-                row.update({key: old[key] for key in ("status", "score", "correct", "reason", "parts")})
+                row.update({key: old.get(key) for key in ("status", "score", "correct", "reason", "parts")})
             else:
                 todo.append((model, item))
         done = self.total - len(todo)
@@ -170,21 +209,23 @@ class Scoring:
             for at in range(0, len(todo), CHUNK):
                 part = todo[at : at + CHUNK]
                 self.progress(done + at, self.total, "scoring")
-                images = [self.store.read(rows[model, item.key]["image"]) for model, item in part]
+                read = [(model, item, _readable(self.store, rows[model, item.id])) for model, item in part]
+                part = [(model, item) for model, item, image in read if image is not None]
+                images = [image for _, _, image in read if image is not None]
                 for (model, item), score in zip(part, suite.score([i for _, i in part], images), strict=True):
-                    rows[model, item.key].update(score_row(score))
-                    out.write(_line(rows[model, item.key]))
+                    rows[model, item.id].update(score_row(score))
+                    out.write(json_line(rows[model, item.id]))
                 out.flush()
 
     def _judge(self, suite: JudgedSuite, rows: Rows, session: JudgeSession | None) -> None:
         """Ask a judge about every image, and turn its answers into scores."""
-        keys: dict[tuple[str, str], dict[str, str]] = {}  # (model, item key) -> aspect -> question key
+        keys: dict[tuple[str, str], dict[str, str]] = {}  # (model, item id) -> aspect -> question key
 
         def questions() -> Iterator[Question]:
             for model, item in self._with_images(rows):
-                image = self.store.read(rows[model, item.key]["image"])
-                for question in _questions(suite, model, item, image):
-                    keys.setdefault((model, item.key), {})[question.aspect] = question.key
+                image = _readable(self.store, rows[model, item.id])
+                for question in _questions(suite, model, item, image) if image is not None else ():
+                    keys.setdefault((model, item.id), {})[question.aspect] = question.key
                     yield question
 
         answers: Mapping[str, list[Answer]] = {}
@@ -199,7 +240,7 @@ class Scoring:
             expected = len(list(self._with_images(rows))) * self._questions_per_item(suite, rows) * session.repeats
             answers = session.answers(questions(), on_answer)
         for model, item in self._with_images(rows):
-            row, by_aspect = rows[model, item.key], keys.get((model, item.key), {})
+            row, by_aspect = rows[model, item.id], keys.get((model, item.id), {})
             row["reason"] = "no judge was asked" if session is None else "the judge was not asked"
             if by_aspect and all(answers.get(key) for key in by_aspect.values()):
                 row.update(_judged_row(suite, item, {aspect: answers[key] for aspect, key in by_aspect.items()}))
@@ -209,13 +250,13 @@ class Scoring:
         model, item = next(self._with_images(rows), (None, None))
         if model is None or item is None:
             return 0
-        return len(suite.questions(item, self.store.read(rows[model, item.key]["image"])))
+        return len(suite.questions(item, self.store.read(rows[model, item.id]["image"])))
 
 
 def _questions(suite: JudgedSuite, model: str, item: Item, image: Image.Image) -> Iterator[Question]:
     """The suite's questions about one image, with keys that are unique for the model."""
     for question in suite.questions(item, image):
-        yield replace(question, key=f"{model}/{item.key}/{question.aspect}")
+        yield replace(question, key=f"{model}/{item.id}/{question.aspect}")
 
 
 def _judged_row(suite: JudgedSuite, item: Item, answers: Mapping[str, Sequence[Answer]]) -> dict:
@@ -283,18 +324,59 @@ def score_row(score: Score) -> dict:
     }
 
 
-def known_rows(file: Path) -> Rows:
-    """The rows of an earlier run; a line that was cut off is skipped."""
+def known_rows(file: Path, items: Mapping[str, Sequence[Item]]) -> Rows:
+    """The rows of an earlier run about these items; a line that was cut off is skipped."""
+    ids = {(item.category, item.key): item.id for part in items.values() for item in part}
     found: Rows = {}
-    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        with suppress(ValueError, KeyError, TypeError):
-            row = json.loads(text)
-            found[row["model"], row["key"]] = row
+    for row in read_lines(file):
+        place = row.get("category"), row.get("key")
+        if all(isinstance(word, str) for word in (row.get("model"), *place)) and place in ids:
+            found[row["model"], ids[place]] = row
     return found
 
 
-def _stand_in(item: Item) -> Image.Image:
-    return picture(item.source) if item.source is not None else Image.new("RGB", (512, 512))
+def _readable(store: ImageStore, row: dict) -> Image.Image | None:
+    """The image of a row; None, and the row has failed, where it is damaged."""
+    image = _image(store.folder / row["image"])
+    if isinstance(image, str):
+        _mark_damaged(row, image)
+        return None
+    return image
+
+
+def _mark_damaged(row: dict, why: str) -> None:
+    row.update(_unscored("failed", why), image=None, pixels_sha256=None)
+    _log.warning("%s, %s: %s", row["model"], row["key"], why)
+
+
+def _image(file: Path) -> Image.Image | str:
+    """The image in a file, or why it cannot be read."""
+    try:
+        return picture(file)
+    except UserError as error:
+        return str(error)
+
+
+def _hash_of(*facts: str | ImageSource | None) -> str:
+    """sha256 over words, images and the bytes of image files."""
+    digest = hashlib.sha256()
+    for fact in facts:
+        if isinstance(fact, Path):
+            content = fact.read_bytes()
+        else:
+            content = fact.tobytes() if isinstance(fact, Image.Image) else str(fact).encode()
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
+def _largest_size(item: Item, call: Mapping[str, Any]) -> tuple[int, int]:
+    """(width, height) that no image of an item exceeds: the call's, or an edit's source enlarged to that area."""
+    width, height = (int(call.get(side) or 1024) for side in ("width", "height"))
+    if item.source is None:
+        return width, height
+    source = picture(item.source)
+    scale = max(1.0, math.sqrt(width * height / (source.width * source.height)))
+    return math.ceil(source.width * scale), math.ceil(source.height * scale)
 
 
 def _is_number(value: Any) -> bool:
@@ -303,7 +385,3 @@ def _is_number(value: Any) -> bool:
 
 def _mean(values: Sequence[float]) -> float:
     return round(sum(values) / len(values), 4)
-
-
-def _line(row: dict) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"

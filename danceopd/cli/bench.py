@@ -29,6 +29,22 @@ JudgeCodec = Annotated[
     str | None, typer.Option(help="How images are sent: png, jpeg or jpeg:QUALITY.", rich_help_panel=JUDGE)
 ]
 JudgeConcurrency = Annotated[int | None, typer.Option(help="Requests at once.", rich_help_panel=JUDGE)]
+JudgeLongest = Annotated[
+    int | None, typer.Option(help="Longest side of an image that is sent, in pixels.", rich_help_panel=JUDGE)
+]
+JudgeTimeout = Annotated[
+    float | None, typer.Option(help="Seconds until an answer counts as lost.", rich_help_panel=JUDGE)
+]
+JudgeStart = Annotated[
+    float | None,
+    typer.Option(
+        help="Further seconds for a program's first answer; default: 600, or 0 with --judge-timeout.",
+        rich_help_panel=JUDGE,
+    ),
+]
+JudgeThinking = Annotated[
+    int | None, typer.Option(help="Reasoning tokens before an answer.", rich_help_panel=JUDGE)
+]
 PriceIn = Annotated[
     float | None, typer.Option(help="US dollars per million input tokens.", rich_help_panel=JUDGE)
 ]
@@ -97,16 +113,11 @@ def bench(
         float | None, typer.Option(help="Sampling temperature; default: 0.", rich_help_panel=JUDGE)
     ] = None,
     judge_codec: JudgeCodec = None,
-    judge_longest: Annotated[
-        int | None, typer.Option(help="Longest side of an image that is sent, in pixels.", rich_help_panel=JUDGE)
-    ] = None,
+    judge_longest: JudgeLongest = None,
     judge_concurrency: JudgeConcurrency = None,
-    judge_timeout: Annotated[
-        float | None, typer.Option(help="Seconds until an answer counts as lost.", rich_help_panel=JUDGE)
-    ] = None,
-    judge_thinking: Annotated[
-        int | None, typer.Option(help="Reasoning tokens before an answer.", rich_help_panel=JUDGE)
-    ] = None,
+    judge_timeout: JudgeTimeout = None,
+    judge_start: JudgeStart = None,
+    judge_thinking: JudgeThinking = None,
     judge_device: Annotated[
         str | None, typer.Option(help="Device of a local judge: cpu or cuda.", rich_help_panel=JUDGE)
     ] = None,
@@ -144,6 +155,7 @@ def bench(
         "longest": judge_longest,
         "concurrency": judge_concurrency,
         "timeout": judge_timeout,
+        "start": judge_start,
         "thinking": judge_thinking,
         "device": judge_device,
         "batch": judge_batch,
@@ -177,8 +189,8 @@ def bench(
         show_estimate(found)
     elif found.is_main:  # of several processes, one prints
         print_table(found.scores)
-        if stopped := (found.scores["judging"] or {}).get("stopped"):
-            typer.echo(f"judge: {stopped}")
+        for line in about_run(found.scores):
+            typer.echo(line)
         typer.echo(f"report: {found.report}")
         refuse_nothing("score", found.scores["unscored"] if nothing_scored(found.scores) else [])
 
@@ -190,10 +202,28 @@ def refuse_nothing(what: str, reasons: list[dict[str, Any]]) -> None:
         raise UserError(f"there is not one {what} ({why}); mend that and run the same command again")
 
 
+def about_run(scores: dict[str, Any]) -> list[str]:
+    """What else must be known of a run: how much of the benchmark it was, which snapshots answered, what was left."""
+    lines = []
+    for capability, whole in (scores.get("published") or {}).items():
+        overall = (scores["models"][-1].get(capability) or {}).get("overall") or {}
+        count = sum(overall.get(key) or 0 for key in ("n", "failed"))
+        if count < whole:
+            lines.append(f"items: {count} of {whole} of {scores['suite']['name']}")
+    judging = scores.get("judging") or {}
+    if len(names := (judging.get("usage") or {}).get("judges") or {}) > 1:
+        said = ", ".join(f"{name} ({count})" for name, count in names.items())
+        lines.append(f"judge: the answers are of {len(names)} snapshots, whose scores do not compare: {said}")
+    return lines + ([f"judge: {judging['stopped']}"] if judging.get("stopped") else [])
+
+
 def show_estimate(found: dict[str, Any]) -> None:
     """Print what a bench would generate, ask and cost."""
-    items = ", ".join(f"{count} of {capability}" for capability, count in found["items"].items() if count)
-    typer.echo(f"items: {items}")
+    items = []
+    for capability, count in found["items"].items():
+        whole = found["published"].get(capability, count)
+        items += [f"{count} of {f'{whole} of ' if count < whole else ''}{capability}"] if count else []
+    typer.echo(f"items: {', '.join(items)}")
     typer.echo(f"models: {', '.join(found['models'])}")
     typer.echo(f"images to generate: {found['images']}")
     judge = found["judge"]
@@ -277,7 +307,11 @@ def compare(
     ] = False,
     judge_key_file: JudgeKeyFile = None,
     judge_codec: JudgeCodec = None,
+    judge_longest: JudgeLongest = None,
     judge_concurrency: JudgeConcurrency = None,
+    judge_timeout: JudgeTimeout = None,
+    judge_start: JudgeStart = None,
+    judge_thinking: JudgeThinking = None,
     price_in: PriceIn = None,
     price_out: PriceOut = None,
     margin: Margin = None,
@@ -294,6 +328,7 @@ def compare(
     if run_a.is_file() and run_b.is_file():
         return show_agreement(run_a, run_b)
     arguments: dict[str, Any] = {"key_file": judge_key_file, "codec": judge_codec, "concurrency": judge_concurrency}
+    arguments |= {"longest": judge_longest, "timeout": judge_timeout, "start": judge_start, "thinking": judge_thinking}
     options = JudgeOptions(judge, arguments | {"price_in": price_in, "price_out": price_out}, repeats, max_cost)
     margin = MARGIN if margin is None else margin
     found = run(run_a, run_b, output, words(models), anyway, options, limit, dry_run, margin)

@@ -13,9 +13,10 @@ from danceopd.bench.options import JudgeOptions
 from danceopd.bench.pairwise import Pair, questions, tally, vote
 from danceopd.bench.report.table import why_unscored
 from danceopd.bench.report.verdict import MARGIN, SIGN, check_margin
-from danceopd.bench.results import command_line, unscored
+from danceopd.bench.results import unscored
 from danceopd.common.console import progress_bar
 from danceopd.common.files import disk_errors, write_atomic, write_json
+from danceopd.common.system import command_line
 from danceopd.errors import UserError
 
 if TYPE_CHECKING:

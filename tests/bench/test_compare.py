@@ -278,6 +278,22 @@ def test_two_benches_are_compared_item_by_item(two, tmp_path: Path, capsys: pyte
     assert base["capabilities"]["editing"]["difference"]["wins"] == 6
 
 
+def test_snapshots_of_a_judge_that_differ_are_said(two, tmp_path: Path) -> None:
+    for folder, name in zip(two, ("m-2025-04-14", "m-2025-06-01")):
+        scores = json.loads((folder / "scores.json").read_text()) | {"judging": {"usage": {"judges": {name: 8}}}}
+        (folder / "scores.json").write_text(json.dumps(scores))
+    assert run(*two, tmp_path / "out")["notes"][0] == "judge snapshots: m-2025-04-14 and m-2025-06-01"
+
+
+def test_one_key_in_two_categories_is_two_pairs(two) -> None:
+    for folder in two:
+        rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        lines = [json.dumps(row | {"key": f"{row['capability']}{n % 3}"}) for n, row in enumerate(rows[:6])]
+        (folder / "samples.jsonl").write_text("\n".join(lines))
+    found = versus.pairs(*(versus.load_side(folder) for folder in two))
+    assert len({pair.key for pair in found}) == len(found) == 6
+
+
 def test_the_other_way_round_is_the_negative(two, tmp_path: Path) -> None:
     one, other = (run(*sides, tmp_path / str(n)) for n, sides in enumerate((two, two[::-1])))
     for capability in ("editing", "generation"):

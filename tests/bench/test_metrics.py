@@ -18,6 +18,7 @@ from tiny_parts import clip_tokenizer
 from danceopd.bench.metrics import preservation
 from danceopd.bench.metrics.collapse import constant, fingerprint, measure_set, near_duplicates
 from danceopd.bench.metrics.features import load_networks
+from danceopd.bench.metrics.masks import about_masks
 from danceopd.bench.metrics.metrics import measure, metric_means, saturation, sharpness
 from danceopd.bench.suites.protocol import Item
 from danceopd.errors import UserError
@@ -78,7 +79,7 @@ def test_a_right_edit_keeps_the_rest_and_a_wrong_one_does_not(local_edits: list)
 def test_a_copy_of_the_source_is_at_the_ceiling(more: dict) -> None:
     source = photo()
     found = measure(item(source, **more), source)
-    own = "" if more else "_own"
+    own = "" if "target" in more else "_own"  # a mask that marks nothing tells nothing
     if "psnr_outside" + own in found:  # the other picture differs everywhere, which leaves no outside
         assert found["psnr_outside" + own] == preservation.PSNR_TOP
         assert found["ssim_outside" + own] == pytest.approx(1, abs=1e-3)
@@ -102,6 +103,48 @@ def test_psnr_outside_a_mask_is_that_of_the_known_shift() -> None:
         assert found[name] == quiet[name]
     shifted = Image.fromarray((pixels + 20).clip(0, 255).astype(np.uint8))
     assert measure(item(source, mask=mask), shifted)["changed_outside"] == 1
+
+
+def _saved(folder: Path, name: str, image: Image.Image, **options: object) -> Path:
+    image.save(folder / f"{name}.png", **options)
+    return folder / f"{name}.png"
+
+
+def test_masks_as_people_have_them(tmp_path: Path) -> None:
+    """The same region, however it is written; and what was assumed is said, a line for each kind."""
+    source, box = photo(96), (10, 20, 50, 60)
+    white = Image.new("L", (96, 96), 0)
+    white.paste(255, box)
+    ones, clear = white.point(lambda level: level // 255), white.point(lambda level: 255 - level)
+    labels = white.point(lambda level: 3 if level else 0)
+    labels.paste(1, (10, 20, 30, 60))
+    palette = ones.copy().convert("P")
+    palette.putpalette([0, 0, 0, 128, 0, 0])
+    red = Image.composite(Image.new("RGB", (96, 96), (255, 0, 0)), Image.new("RGB", (96, 96)), white)
+    strokes, cookbook, hole = Image.new("RGBA", (96, 96), "white"), Image.new("RGBA", (96, 96)), source.convert("RGBA")
+    for image, alpha in ((strokes, white), (cookbook, clear), (hole, clear)):
+        image.putalpha(alpha)
+    drawn = Image.merge("RGBA", (white, white, white, Image.new("L", (96, 96), 255)))
+    drawn.putpixel((0, 0), (0, 0, 0, 0))
+    deep = Image.fromarray(np.asarray(white).astype(np.uint16) * 257)
+    masks = {
+        "white": white, "ones": ones, "labels": labels, "palette": palette, "bits": white.convert("1"), "red": red,
+        "grey alpha": Image.merge("LA", (Image.new("L", (96, 96), 255), white)), "strokes": strokes, "hole": hole,
+        "cookbook": cookbook, "drawn": drawn, "16 bit": deep,
+        "16 bit ones": Image.fromarray(np.asarray(ones).astype(np.uint16)),
+    }  # fmt: skip
+    files = {name: _saved(tmp_path, name, image) for name, image in masks.items()}
+    edited = source.copy()
+    edited.paste((250, 0, 250), box)
+    for name, file in files.items():
+        found = measure(item(source, mask=file), edited)
+        assert (found["edited"], found["psnr_outside"]) == (pytest.approx(1600 / 9216), preservation.PSNR_TOP), name
+    said = about_masks(files.values())
+    assert len(said) == 3 and said[0].startswith("mask ones.png and 2 more masks have nothing brighter than half")
+    assert "grey alpha.png and 2 more" in said[1] and "opaque" in said[1]
+    assert "hole.png and 1 more" in said[2] and "transparent" in said[2]
+    both = [_saved(tmp_path, "inverted", clear), _saved(tmp_path, "empty", Image.new("L", (96, 96)))]
+    assert [line.partition(" has ")[0] for line in about_masks(both)] == ["mask inverted.png", "mask empty.png"]
 
 
 def test_who_tells_the_region(tmp_path: Path) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import struct
+import sys
+import zlib
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -12,6 +16,7 @@ import numpy as np
 import pytest
 from bench_cases import Suite
 from rich.console import Console
+from tiny import random_image
 from typer.testing import CliRunner
 
 from danceopd.bench import run, statistics
@@ -19,12 +24,20 @@ from danceopd.bench import scoring as score
 from danceopd.bench.judges.protocol import Question, Reads
 from danceopd.bench.options import JudgeOptions, SuiteOptions
 from danceopd.bench.report.table import print_table
+from danceopd.bench.results import load
 from danceopd.bench.run import Bench, bench
 from danceopd.bench.suites.protocol import JudgedSuite, Score
 from danceopd.bench.suites.registry import SUITES
 from danceopd.cli.app import app
+from danceopd.cli.bench import about_run
 from danceopd.common import system
 from danceopd.errors import UserError
+
+GOOD = f"""cmd:{sys.executable} -c 'import json, sys
+for line in sys.stdin:
+    said = json.dumps({{"score": 4, "reasoning": chr(0x2028).join("ab")}})
+    print(json.dumps({{"key": json.loads(line)["key"], "text": said}}), flush=True)'
+"""
 
 
 @dataclass(frozen=True)
@@ -106,6 +119,153 @@ def test_only_score_loads_no_model_and_draws_nothing(models: Path, result, tmp_p
     assert (row["status"], row["score"], row["image"]) == ("missing", None, None) and not lost.exists()
     mine = [r for r in found.rows if r is not row]
     assert mine == [r for r in result.rows if not (r["model"] == "base" and r["key"] == "e1")]
+
+
+def pictures(folder: Path, *names: str, seed: int = 0) -> dict[str, Path]:
+    """A folder of pictures of the judged suite for each name."""
+    for number, name in enumerate(names, seed):
+        for at, item in enumerate(Judged().items):
+            file = folder / name / Suite().image_path(item)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            random_image(10 * number + at).save(file)
+    return {name: folder / name for name in names}
+
+
+def judged(folder: Path, images: dict[str, Path], judge: str = GOOD, **more: object):
+    return bench(suite="judged", images=images, output=folder, judge=JudgeOptions(judge), **more)
+
+
+def asked(folder: Path) -> int:
+    """Lines of answers that were asked for and not copied from an equal one."""
+    lines = [json.loads(line) for line in (folder / "judge.jsonl").read_text().splitlines()]
+    return sum(line.get("attempts", 0) for line in lines)
+
+
+def test_one_more_model_joins_a_folder_and_nothing_is_asked_twice(tmp_path: Path) -> None:
+    """Also in a new folder that holds the answers; and a folder of images may move, as it is known by its content."""
+    images = pictures(tmp_path / "made", "a", "b", "c")
+    two = {name: images[name] for name in "ab"}
+    judged(tmp_path / "out", two)
+    assert asked(tmp_path / "out") == 12
+    found = judged(tmp_path / "out", images)
+    assert asked(tmp_path / "out") == 18 and {row["status"] for row in found.rows} == {"ok"} and len(found.rows) == 9
+    with pytest.raises(UserError, match=r"holds a bench with further models \(c\); name them too"):
+        judged(tmp_path / "out", two)
+    (tmp_path / "new").mkdir()
+    shutil.copy(tmp_path / "out/judge.jsonl", tmp_path / "new")
+    assert len(judged(tmp_path / "new", images).rows) == 9 and asked(tmp_path / "new") == 18
+    other = pictures(tmp_path / "else", "a", seed=7) | {name: images[name] for name in "bc"}
+    with pytest.raises(UserError, match="another bench .other models"):
+        judged(tmp_path / "out", other)
+    (tmp_path / "made").rename(tmp_path / "moved")
+    judged(tmp_path / "out", {name: tmp_path / "moved" / name for name in "abc"})
+    assert asked(tmp_path / "out") == 18
+
+
+def test_what_is_scored_is_what_the_folder_holds_now(tmp_path: Path) -> None:
+    """Images made again in another format, with the same size and time, or not any more."""
+    images = pictures(tmp_path / "made", "a")
+    first, second, third = (images["a"] / Suite().image_path(item) for item in Judged().items)
+    before = judged(tmp_path / "out", images).rows
+    first.unlink()
+    random_image(77).save(first.with_suffix(".JPG"))
+    facts, same = second.stat(), bytearray(second.read_bytes())
+    random_image(78).save(second, compress_level=0)
+    content = second.read_bytes()[: len(same)]
+    second.write_bytes(content + bytes(len(same) - len(content)))
+    os.utime(second, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    third.unlink()
+    after = {row["key"]: row for row in judged(tmp_path / "out", images).rows}
+    assert after["e0"]["image"].endswith("e0.jpg") and after["e0"]["status"] == "ok"
+    assert after["e1"]["pixels_sha256"] != before[1]["pixels_sha256"]
+    assert (after["e2"]["status"], after["e2"]["image"]) == ("missing", None)
+    kept = {file.name for file in (tmp_path / "out/images/a").rglob("*") if file.is_file()}
+    assert kept == {"e0.jpg", "e1.png"}
+
+
+@pytest.mark.parametrize("how", ["cut off", "no image", "bomb"])
+def test_a_damaged_image_is_named_and_has_failed(tmp_path: Path, how: str, caplog) -> None:
+    images = pictures(tmp_path / "made", "a")
+    file = images["a"] / Suite().image_path(Judged().items[0])
+    whole = file.read_bytes()
+    header = struct.pack(">II5B", 60000, 60000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    broken = {"cut off": whole[: len(whole) // 2], "no image": b"x", "bomb": whole[:8] + chunk + whole[33:]}
+    file.write_bytes(broken[how])
+    rows = judged(tmp_path / "out", images).rows
+    assert [row["status"] for row in rows] == ["failed", "ok", "ok"] and str(file) in rows[0]["reason"]
+    assert str(file) in caplog.text and rows[0]["image"] is None
+    file.write_bytes(whole)
+    assert judged(tmp_path / "out", images).rows[0]["status"] == "ok"
+
+
+def test_a_dry_run_counts_what_the_run_asks(tmp_path: Path, models: Path) -> None:
+    """Images of folders are read where they are; of those to come, no two are equal."""
+    images = pictures(tmp_path / "made", "a", "b")
+    shutil.copy(images["a"] / "cut/e0.png", images["b"] / "cut/e0.png")
+    (images["b"] / "paint/e1.png").unlink()
+    planned = Bench(suite="judged", images=images, output=tmp_path / "out", judge=JudgeOptions(GOOD))
+    estimate = planned.estimate()["judge"]
+    planned.run()
+    assert (estimate["questions"], estimate["equal"], estimate["to_ask"]) == (10, 2, 8) and asked(tmp_path / "out") == 8
+    drawn = Bench(models / "student", "judged", ["base"], tmp_path / "new", judge=JudgeOptions(GOOD)).estimate()
+    assert (drawn["judge"]["questions"], drawn["judge"]["to_ask"]) == (12, 12)
+
+
+def test_what_unicode_calls_a_line_break_is_none(tmp_path: Path) -> None:
+    """A judge's reasoning has U+2028 in it: the bench is read again, line by line in whatever way."""
+    images = pictures(tmp_path / "made", "a")
+    rows = judged(tmp_path / "out", images).rows
+    assert rows[0]["reason"] == "4" and rows[0]["judge"]["SC"]["reasoning"] == "a\u2028b"
+    assert load(tmp_path / "out")[1] == rows
+    text = (tmp_path / "out/samples.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(line) for line in text.splitlines()] == rows
+    (tmp_path / "out/samples.jsonl").write_text(text.replace("\\u2028", "\u2028"), encoding="utf-8")  # as once written
+    assert load(tmp_path / "out")[1] == rows and judged(tmp_path / "out", images).rows == rows
+
+
+def test_a_key_in_the_judges_url_is_written_nowhere(tmp_path: Path, monkeypatch) -> None:
+    judge = "openai:m@http://user:sk-in-url@127.0.0.1:9/v1?key=sk-in-url"
+    monkeypatch.setattr("sys.argv", ["danceopd", "bench", "--judge", judge])
+    images = pictures(tmp_path / "made", "a")
+    judged(tmp_path / "out", images)
+    written = b"".join(file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file())
+    assert b"sk-in-url" not in written and b"openai:m@http://127.0.0.1:9/v1" in written
+    folders = [f"--images={name}={folder}" for name, folder in images.items()]
+    said = typed("--suite", "judged", *folders, "--judge", judge, "--dry-run", "-o", tmp_path / "new")
+    assert said.exit_code == 0 and "sk-in-url" not in said.output and "openai:m@http://127.0.0.1:9" in said.stdout
+
+
+def test_what_else_must_be_known_of_a_run_is_printed() -> None:
+    scores = {
+        "published": {"editing": 606},
+        "suite": {"name": "gedit"},
+        "models": [{"editing": {"overall": {"n": 6, "failed": 2}}}],
+        "judging": {"usage": {"judges": {"m-2025-04-14": 3, "m-2025-06-01": 1}}, "stopped": "a reason"},
+    }
+    snapshots = "the answers are of 2 snapshots, whose scores do not compare: m-2025-04-14 (3), m-2025-06-01 (1)"
+    assert about_run(scores) == ["items: 8 of 606 of gedit", f"judge: {snapshots}", "judge: a reason"]
+    assert about_run(scores | {"published": {"editing": 8}, "judging": None}) == []
+
+
+DAMAGE = {
+    "bench.json": "[]",
+    "samples.jsonl": "5\n[]\n{}\n\xff",
+    "drawn.jsonl": '{"model": [], "key": {}, "image": 5, "pixels_sha256": null}\n',
+    "judge.jsonl": '{"identity": 5, "sees": 5}\n[[[\n',
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_folder_is_used_or_refused_in_a_sentence(tmp_path: Path, name: str) -> None:
+    images = pictures(tmp_path / "made", "a")
+    rows = judged(tmp_path / "out", images).rows
+    (tmp_path / "out" / name).write_text(DAMAGE[name], encoding="latin-1")
+    if name == "bench.json":
+        with pytest.raises(UserError, match="bench.json is damaged; choose another --output"):
+            judged(tmp_path / "out", images)
+    else:
+        assert judged(tmp_path / "out", images).rows == rows
 
 
 def test_what_is_missing_is_counted_and_bounded(result, tmp_path: Path) -> None:

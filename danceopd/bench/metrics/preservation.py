@@ -1,10 +1,10 @@
 """What an edit preserved: PSNR and SSIM outside the edited region, and how much changed there.
 
-The edited region is, in this order: the given mask; where the target differs from the source; where a teacher's image
-does; else, or where that shows no change, where the output itself does. The last rule takes the region from the output
-under test, so its metrics have names of their own (`…_own`) and flatter models that change too much. The others give
-every model the same region, and are hard on a correct edit in another place: an object added elsewhere than in the
-target counts as a change outside.
+The edited region is, in this order: the given mask, if it marks anything (masks.py); where the target differs from the
+source; where a teacher's image does; else, or where that shows no change, where the output itself does. The last rule
+takes the region from the output under test, so its metrics have names of their own (`…_own`) and flatter models that
+change too much. The others give every model the same region, and are hard on a correct edit in another place: an object
+added elsewhere than in the target counts as a change outside.
 
 Two images differ where, after both are averaged over 3x3 pixels at working size (shrunk by a whole factor until the
 short side is about 256 pixels), a channel differs by more than `STEP` of 255. Isolated pixels are dropped, and the
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter, ImageStat
 
-from danceopd.data.images import picture
+from danceopd.bench.metrics.masks import read_mask
 
 STEP = 12
 """Of 255: more than a decoder's error, less than an edit's change."""
@@ -68,9 +68,8 @@ def region(source: Image.Image, reference: Image.Image) -> np.ndarray:
 
 
 def masked(source: Image.Image, mask: Image.Image | Path) -> np.ndarray:
-    """(h, w) bool at working size: the white part of a mask, stretched over the source."""
-    gray = mask.convert("L") if isinstance(mask, Image.Image) else picture(mask).convert("L")
-    return _as_bool(working(gray.resize(source.size, Image.Resampling.NEAREST)), 127)
+    """(h, w) bool at working size: what a mask marks (`masks`), stretched over the source."""
+    return _as_bool(working(read_mask(mask).resize(source.size, Image.Resampling.NEAREST)), 127)
 
 
 def _as_bool(gray: Image.Image, above: int = 0) -> np.ndarray:
@@ -115,8 +114,8 @@ def preservation(
     touched = _different(small, mine)
     changed = _as_bool(touched)
     expected = target or reference
-    if mask is not None:
-        where, own = masked(source, mask), ""
+    if mask is not None and (marked := masked(source, mask)).any():
+        where, own = marked, ""
     elif expected is not None and (changes := region(source, expected)).any():
         where, own = changes, ""
     else:

@@ -27,10 +27,10 @@ RAW, REASON = 2000, 300
 
 def items_of(scores: Mapping[str, Any], rows: Sequence[dict]) -> list[dict]:
     """One record for each item, worst first: its prompt, every model's cell, the student's gains."""
-    found: dict[tuple[str, str], dict] = {}
+    found: dict[tuple[str, str, str], dict] = {}
     keep = ("key", "capability", "category", "prompt", "source", "target", "probe")
     for row in rows:
-        place = (row["capability"], row["key"])
+        place = (row["capability"], row["category"], row["key"])
         if place not in found:
             found[place] = {k: row.get(k) for k in keep} | {
                 "cells": {},
