@@ -110,8 +110,15 @@ def merge(recipe: Recipe, report: Report | None = None) -> Student:
     input, ExportError when the written file is not the student. SIGTERM and Ctrl-C end the update at hand and save it;
     then it raises SystemExit(143) or KeyboardInterrupt.
     """
-    began, precision = time.monotonic(), torch.get_float32_matmul_precision()
-    processes, run = Processes(recipe.device), None
+    began = time.monotonic()
+    processes = Processes(recipe.device)
+    with processes.watched():
+        return _merge(recipe, report, processes, began)
+
+
+def _merge(recipe: Recipe, report: Report | None, processes: Processes, began: float) -> Student:
+    run: RunDirectory | None = None
+    precision = torch.get_float32_matmul_precision()
     sharded = recipe.parallel == "fsdp" and processes.world_size > 1
     refuse_unequal(processes, shared_facts(recipe), "recipe")
     try:
@@ -257,8 +264,9 @@ def _train(opened: _Opened, report: Report) -> Student:
             if out_of_memory(error):
                 checkpoints.rescue(trainer)
             raise
-    if limits.signal:
-        raise _Stopped(limits.signal, trainer.step)
+    came = limits.signal or (interrupts.caught if processes.world_size == 1 else 0)  # during the last update, too
+    if came:
+        raise _Stopped(came, trainer.step)
 
     # the student's EMA, proven
     step, ema = validation.exported(trainer)

@@ -7,7 +7,6 @@ the recipe. Times divide FLOPs by the speed of a plain matrix product on this ma
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections import Counter
@@ -32,7 +31,7 @@ from danceopd.errors import UserError
 from danceopd.labelfree.contrast import contrast_forwards
 from danceopd.labelfree.gates.cost import gate_forwards
 from danceopd.labelfree.gates.variants import with_variants
-from danceopd.models.base import base_folder, empty_transformer, pipeline_call
+from danceopd.models.base import base_folder, empty_transformer, pipeline_call, pipeline_index
 from danceopd.models.checkpoint import open_checkpoint, scheduler_difference
 from danceopd.models.cuda_graphs import MAX_GRAPHS
 from danceopd.models.flops import TokenCounts, forward_flops
@@ -159,7 +158,7 @@ def _pipeline(folder: Path, family: Family, transformer: nn.Module) -> Any:
     """The stock generation pipeline without a weight: its models are their configurations."""
     import diffusers
 
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = pipeline_index(folder)
     kind = getattr(diffusers, family.generation)
     needed, settings = kind._get_signature_keys(kind)
     parts: dict[str, Any] = dict.fromkeys(needed)

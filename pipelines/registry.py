@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from danceopd.common.parse import parse_json
 from danceopd.errors import UserError
 
 from .condition import Condition
@@ -53,10 +53,14 @@ def class_name(folder: str | Path) -> str:
     index = Path(folder) / "model_index.json"
     try:
         if index.parent.exists():
-            return json.loads(index.read_text())["_class_name"]
-        from diffusers import DiffusionPipeline
+            name = parse_json(index.read_bytes())["_class_name"]
+        else:
+            from diffusers import DiffusionPipeline
 
-        return DiffusionPipeline.load_config(str(folder))["_class_name"]
+            name = DiffusionPipeline.load_config(str(folder))["_class_name"]
+        if isinstance(name, str):
+            return name
+        raise TypeError
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder} is not a diffusers pipeline ({type(error).__name__} at model_index.json); "

@@ -1,9 +1,25 @@
 """The command line: one thin module for each command, imported when the command runs, so that `--help` loads no torch.
 
 In: arguments. Out: calls of the public functions, tables on the terminal, and exit status 2 with one sentence for an
-error that a user can mend. Read `app.py` first.
+error that a user can mend. Read `app.py` first; `boundary.py` is how a command ends.
 """
 
-from danceopd.cli.app import main
+from danceopd.common.signals import Stopped, end_on_signals, raise_on_signals
 
 __all__ = ["main"]
+
+
+def main() -> None:
+    """The `danceopd` program; a signal ends it with 128 + its number from the first import on."""
+    status = 0
+    raise_on_signals()
+    try:
+        from danceopd.cli.app import main as run
+
+        run()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 0
+    except (KeyboardInterrupt, Stopped) as stopped:
+        status = 128 + getattr(stopped, "number", 2)
+    end_on_signals(status)
+    raise SystemExit(status)

@@ -1,55 +1,27 @@
 """The command line: each command is a thin call of one public function, imported when it runs.
 
-`--help` never waits for torch. A `UserError` is one line on stderr and exit status 2, as a wrong flag is; Ctrl-C says
-whether the command can be continued and exits with 130. What a terminal's encoding lacks is printed as "?".
-Tracebacks are for faults of danceopd itself.
+`--help` never waits for torch. How each ends, with which sentence and exit status, is `boundary.py`'s.
 """
 
 from __future__ import annotations
 
-import io
 import os
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from danceopd.cli import bench as commands
+from danceopd.cli.boundary import Commands, echo, prepare, traceback_in
 from danceopd.cli.flags import number, words
 from danceopd.cli.openmoji import app as openmoji
 from danceopd.errors import UserError
 
-CONTINUED = ("merge", "bench", "compare", "teach")
-"""Commands that, run again, go on where they were stopped."""
 STAGES = ("autoencoder", "base", "generation", "editing", "local-edit", "global-edit")
 
 
-class _Commands(TyperGroup):
-    """Where exceptions become sentences and exit statuses."""
-
-    def invoke(self, ctx: Any) -> Any:
-        from danceopd.common.files import is_disk_full
-
-        try:
-            return super().invoke(ctx)
-        except UserError as error:
-            sentence = " ".join(str(error).split())
-        except OSError as error:
-            if not is_disk_full(error):
-                raise
-            sentence = f"the disk is full at {error.filename or Path.cwd()}; free some space and run this again"
-        except KeyboardInterrupt:
-            again = "; run the same command again to continue" if ctx.invoked_subcommand in CONTINUED else ""
-            typer.echo(f"\nstopped{again}", err=True)
-            raise typer.Exit(130) from None
-        typer.echo(f"error: {sentence}", err=True)
-        raise typer.Exit(2)
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     help="Merge what several image models can do into one adapter, and prove that nothing got worse.",
     no_args_is_help=True,
     add_completion=False,
@@ -98,15 +70,16 @@ def merge(
     )  # fmt: skip
     from danceopd.merge import merge as run
 
+    traceback_in(resolved.output)
     student = run(resolved)
     if not student.first:  # another process of the same run says it
         return
     done = "finished before" if student.seconds == 0 else f"{student.steps} steps, {student.seconds:.0f} s"
-    typer.echo(f"student: {resolved.output} ({done})")
+    echo(f"student: {resolved.output} ({done})")
     if fuse:
         from danceopd.adapters.fuse import fuse_in_place
 
-        typer.echo(f"pipeline: {fuse_in_place(resolved.output)}")
+        echo(f"pipeline: {fuse_in_place(resolved.output)}")
 
 
 @app.command()
@@ -133,7 +106,7 @@ def plan(
     if as_json:
         import json
 
-        typer.echo(json.dumps(facts, indent=1))
+        echo(json.dumps(facts, indent=1))
     else:
         from danceopd.cli.plan import show
 
@@ -159,7 +132,7 @@ def sample(
     from danceopd.sample import sample as run
 
     size = None if height is None or width is None else (height, width)
-    run(student, prompt, image, seed, count, output, base, device, report=typer.echo, size=size)
+    run(student, prompt, image, seed, count, output, base, device, report=echo, size=size)
 
 
 app.command()(commands.bench)
@@ -190,7 +163,7 @@ def teach(
             stage, output=output, steps=steps, seed=seed, base=base,
             report=lambda step, total, loss: bar(step, total, f"loss {loss:.4f}"),
         )  # fmt: skip
-    typer.echo(f"{stage}: {folder}")
+    echo(f"{stage}: {folder}")
 
 
 @app.command()
@@ -213,8 +186,8 @@ def extract(
 
     file, found = run(base, finetuned, output, rank, energy, device, dtype, drop or ())
     show(found)
-    typer.echo(summary(found))
-    typer.echo(f"LoRA: {file.parent}")
+    echo(summary(found))
+    echo(f"LoRA: {file.parent}")
 
 
 @app.command()
@@ -241,8 +214,8 @@ def blend(
     shares = [number(word, "--weights") for word in words(weights)] or None
     file, found = run(adapters, output, method, shares, rank, density, scale, seed, base, drop or ())
     show(found)
-    typer.echo(summary(found))
-    typer.echo(f"LoRA: {file.parent}")
+    echo(summary(found))
+    echo(f"LoRA: {file.parent}")
 
 
 @app.command()
@@ -261,7 +234,7 @@ def export(
     """Write a student under the names another tool wants, and read it back to prove it."""
     from danceopd.adapters.export import export_as
 
-    typer.echo(export_as(student, output, format, dtype, base, rank, drop or (), leave_out or ()).sentence)
+    echo(export_as(student, output, format, dtype, base, rank, drop or (), leave_out or ()).sentence)
 
 
 @app.command()
@@ -277,7 +250,7 @@ def inspect(
     if as_json:
         import json
 
-        typer.echo(json.dumps(facts, indent=1))
+        echo(json.dumps(facts, indent=1))
     else:
         show(facts, names)
 
@@ -297,18 +270,16 @@ def version() -> None:
 
     from danceopd import __version__
 
-    typer.echo(f"danceopd {__version__}")
+    echo(f"danceopd {__version__}")
     for name in ("torch", "diffusers", "transformers", "peft", "numpy", "pillow"):
         try:
-            typer.echo(f"{name} {version(name)}")
+            echo(f"{name} {version(name)}")
         except PackageNotFoundError:
-            typer.echo(f"{name} (not installed)")
+            echo(f"{name} (not installed)")
 
 
 def main() -> None:
     """The `danceopd` program."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on few cores
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    prepare()
     app(prog_name="danceopd")

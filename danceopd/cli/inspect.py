@@ -20,7 +20,7 @@ from danceopd.adapters.export import FORMATS
 from danceopd.adapters.header import LoraHeader, check_is_lora, inspect_adapter, without
 from danceopd.adapters.original_names import ARCHITECTURES, ArchitectureNames
 from danceopd.adapters.read import check_layers
-from danceopd.common.files import sha256
+from danceopd.common.files import numbered_folders, sha256
 from danceopd.common.messages import did_you_mean, read_yaml
 from danceopd.common.shipped import SHIPPED, resolve
 from danceopd.errors import UserError
@@ -276,7 +276,7 @@ def _run(path: Path) -> dict[str, Any]:
     teachers = recipe.get("teachers") if isinstance(recipe.get("teachers"), list) else []
     described = [f"{t.get('name')} ({t.get('adapter')})" for t in teachers or () if isinstance(t, dict)]
     facts: dict[str, Any] = {"kind": "run", "folder": str(path), "base": recipe.get("base"), "teachers": described}
-    saved = sorted((path / "checkpoints").glob("step-*"))
+    saved = numbered_folders(path / "checkpoints", "step")
     facts["steps"] = recipe.get("steps")
     facts["saved_step"] = int(saved[-1].name.removeprefix("step-")) if saved else None
     facts["finished"] = (path / "finished.json").is_file()

@@ -10,25 +10,29 @@ import errno
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from danceopd.common.parse import local_path
 from danceopd.errors import UserError
 
 
 def cache_folder() -> Path:
     """`DANCEOPD_CACHE`, else `danceopd` below `XDG_CACHE_HOME`, `LOCALAPPDATA` or `~/.cache`. It may not exist yet.
 
-    UserError where the user has no home folder.
+    A user without a home, as in a container with an unknown uid, has `danceopd-UID` in the temporary folder.
     """
     given = os.environ.get("DANCEOPD_CACHE")
+    if given:
+        return local_path(given, "DANCEOPD_CACHE").absolute()
     root = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    if root:
+        return Path(root) / "danceopd"
     try:
-        if given:
-            return Path(given).expanduser().absolute()
-        return (Path(root) if root else Path.home() / ".cache") / "danceopd"
-    except RuntimeError as error:  # a container's user without a home, or ~ of an unknown user
-        raise UserError(f"there is no folder for the cache ({error}); set DANCEOPD_CACHE to one") from None
+        return Path.home() / ".cache" / "danceopd"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"danceopd-{os.getuid()}"
 
 
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 PRINT_INTERVAL = 15.0
 """Seconds between progress lines where standard error is no terminal."""
 MIN_WIDTH = 80
 """Columns that every table fits into."""
+_CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+class _Plain(Console):
+    """A console that prints names from files without what would move the cursor."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(printable(text), **how)
+
+
+def printable(text: str) -> str:
+    """`text` with the characters that control a terminal, or turn the direction of writing, as escapes."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def wide_console(soft_wrap: bool = True) -> Console:
     """Standard output, as wide as the terminal and at least `MIN_WIDTH`; text in square brackets is not markup."""
-    return Console(width=max(MIN_WIDTH, Console().width), soft_wrap=soft_wrap, markup=False)
+    return _Plain(width=max(MIN_WIDTH, Console().width), soft_wrap=soft_wrap, markup=False)
 
 
 def format_seconds(seconds: float) -> str:

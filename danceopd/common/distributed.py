@@ -9,8 +9,14 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
+import secrets
+import socket
+import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +31,15 @@ SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
 """Environment variables with the number of processes: of torchrun, and of the kinds of MPI that accelerate knows."""
 TIMEOUT = timedelta(hours=6)
 """How long the others wait for the main process, which may have much to encode."""
+LOST_GRACE = 15.0
+"""Seconds in which a process may end by itself after another one was lost."""
+_LOST = re.compile(
+    r"[Cc]onnection (closed|reset|refused)|closed by peer|Broken pipe|NCCL|[Tt]imed out|gloo|recvValue|sendBytes"
+)
+_SENTENCE = (
+    "another process of this run has ended, so this one ends as well; its own message says why: start all of them "
+    "again to continue"
+)
 
 
 class Processes:
@@ -74,6 +89,62 @@ class Processes:
             if self.is_main:
                 self.all_max([failed])
 
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """A context in which this process ends, with a sentence, soon after another one of the run has died.
+
+        A process that leaves it without an error, or with SystemExit, may go. Each keeps a connection to the first
+        one: the operating system closes it, however a process ends, and however long the others compute.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        peers = self._connect()
+        try:
+            yield
+        except SystemExit:
+            _leave(peers)
+            raise
+        except RuntimeError as error:
+            if _LOST.search(str(error)):
+                raise UserError(_SENTENCE) from error
+            raise
+        _leave(peers)
+
+    def _connect(self) -> list[socket.socket]:
+        """Connections to the other processes (of the others: to the first), each watched by a thread."""
+        peers: list[socket.socket] = []
+        server = socket.create_server(("", 0)) if self.is_main else None
+        mine = (secrets.token_bytes(16), server.getsockname()[1]) if server is not None else None
+        token, port = self.broadcast(mine)
+
+        def accept(server: socket.socket) -> None:
+            server.settimeout(60)
+            with suppress(OSError), server:
+                while len(peers) < self.world_size - 1:
+                    peer, _ = server.accept()
+                    peer.settimeout(10)
+                    if peer.recv(len(token), socket.MSG_WAITALL) == token:
+                        watch(peer)
+
+        def watch(peer: socket.socket) -> None:
+            peer.settimeout(None)
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, seconds in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 2)):
+                if hasattr(socket, name):  # a machine that lost its power closes nothing
+                    peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
+            peers.append(peer)
+            threading.Thread(target=_until_lost, args=(peer,), daemon=True).start()
+
+        if server is not None:
+            threading.Thread(target=accept, args=(server,), daemon=True).start()
+        else:
+            with suppress(OSError):  # a firewall: this process is not watched
+                peer = socket.create_connection((os.environ.get("MASTER_ADDR", "127.0.0.1"), port), 30)
+                peer.sendall(token)
+                watch(peer)
+        return peers
+
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum `tensor`, on `device`, over the processes in place: the same bits in each."""
         if self.world_size > 1:
@@ -113,6 +184,24 @@ class Processes:
             dist.broadcast(sent, 0)
             found[name] = sent.cpu()
         return found
+
+
+def _until_lost(peer: socket.socket) -> None:
+    """Wait for a process's leave; where it dies instead, end this one, which may be in a collective for ever."""
+    try:
+        said = peer.recv(1)
+    except OSError:
+        said = b""
+    if not said:
+        time.sleep(LOST_GRACE)
+        print(f"error: {_SENTENCE}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+
+def _leave(peers: list[socket.socket]) -> None:
+    for peer in peers:
+        with suppress(OSError):
+            peer.sendall(b".")
 
 
 def _destroy_process_group() -> None:

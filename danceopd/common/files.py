@@ -64,8 +64,13 @@ def sha256(path: Path) -> str:
 
 
 def fsync_path(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, has reached the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the list of names in a folder, has reached the disk (Windows cannot open a folder)."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():
+            return
+        raise
     try:
         os.fsync(handle)
     except OSError as error:
@@ -89,13 +94,24 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
-def remove_partial_files(folder: Path) -> None:
-    """Delete the files below a folder that killed processes left under temporary names.
+def numbered_folders(folder: Path, kind: str) -> list[Path]:
+    """The folders `kind-000050` and the like in a folder, by their numbers; others of such a name are passed over."""
+    found = {path: path.name.removeprefix(f"{kind}-") for path in folder.glob(f"{kind}-*") if path.is_dir()}
+    return sorted((p for p, number in found.items() if re.fullmatch("[0-9]+", number)), key=lambda p: int(found[p]))
+
+
+def is_partial(path: Path) -> bool:
+    """Whether this is the temporary name of a file that is being, or was never, written."""
+    return bool(_PARTIAL.fullmatch(path.name))
+
+
+def remove_partial_files(folder: Path, below: bool = True) -> None:
+    """Delete the files in a folder, or anywhere `below` it, that killed processes left under temporary names.
 
     Only for a folder that this process has locked: the files of a running writer would go too.
     """
-    for left in folder.rglob(".*"):
-        if _PARTIAL.fullmatch(left.name) and left.is_file():
+    for left in folder.rglob(".*") if below else folder.glob(".*"):
+        if is_partial(left) and left.is_file():
             left.unlink(missing_ok=True)
 
 

@@ -10,11 +10,13 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
+from reprlib import Repr
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from danceopd.common.parse import YAML_BYTES, parse_yaml, read_text
 from danceopd.errors import UserError
 
 
@@ -45,7 +47,7 @@ def explain_validation_error(error: ValidationError, model: type[BaseModel], whe
         allowed = [word or truth.lower() for word, truth in found]
         if value in ("true", "false") and value in allowed:
             return f"{key} is the word {value!r} in {where}; write it without quotes"
-        return f"{key} is {value!r} in {where}{did_you_mean(value, allowed)}"
+        return f"{key} is {shown(value)} in {where}{did_you_mean(value, allowed)}"
     if kind == "boolean":
         key = f"{key}.{context['key']}" if key else context["key"]
         return (
@@ -55,9 +57,9 @@ def explain_validation_error(error: ValidationError, model: type[BaseModel], whe
     if kind == "value_error":
         return f"{key + ': ' if key else ''}{context['error']} (in {where})"
     if kind in ("model_type", "model_attributes_type"):
-        return f"{key or 'the recipe'} is {_shown(value)} in {where}; it must be a mapping of keys to values"
+        return f"{key or 'the recipe'} is {shown(value)} in {where}; it must be a mapping of keys to values"
     need = _NEEDS.get(kind) or re.sub(r"^\w+ should (be |have |match )?", "", str(fault["msg"]))
-    return f"{key} is {_shown(value)} in {where}; it must be {need[0].lower() + need[1:]}"
+    return f"{key} is {shown(value)} in {where}; it must be {need[0].lower() + need[1:]}"
 
 
 _NEEDS = {
@@ -79,50 +81,33 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
 
     `what` is how messages name the file's content, such as "recipe".
     """
+    text = read_text(path, what, YAML_BYTES)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{what} {path} does not exist; check the path (now in {Path.cwd()})") from None
-    except IsADirectoryError:
-        raise UserError(f"{what} {path} is a folder; name the YAML file in it") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{what} {path} is not text in UTF-8; save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{what} {path} cannot be read: {error.strerror}") from None
-    try:
-        data = yaml.load(text, Loader=_Strict)  # a SafeLoader
+        data = parse_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{what} {path}{line} is not valid YAML: {problem}; mend that line") from None
+        where = ""
+        if mark is not None and (lines := text.splitlines()[mark.line : mark.line + 1]):
+            where = f", line {mark.line + 1} ({shown(lines[0].strip())})"
+        raise UserError(f"{what} {path}{where} is not valid YAML: {problem}; mend that line") from None
     if data is None:
         data = {}
     if not isinstance(data, dict):
-        raise UserError(f"{what} {path} holds {_shown(data)}; it must be a mapping of keys to values")
+        raise UserError(f"{what} {path} holds {shown(data)}; it must be a mapping of keys to values")
     for key in data:
         if not isinstance(key, str):
             raise UserError(f"{what} {path} has the key {key!r}, which is not a word; mend it")
     return data
 
 
-class _Strict(yaml.SafeLoader):
-    """A SafeLoader that refuses a key written twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
-                if key_node.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key_node.value!r} is there twice", key_node.start_mark
-                    )
-                seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
+_short = Repr()
+_short.maxstring = _short.maxother = 60
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
+def shown(value: Any) -> str:
+    """`repr(value)` in at most 60 characters, however large the value is."""
+    text = _short.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -5,11 +5,11 @@ Pickles, git-lfs pointers and files that are cut off are refused, each with its 
 
 from __future__ import annotations
 
-import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from danceopd.common.parse import local_path, parse_json
 from danceopd.errors import UserError
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -50,7 +50,7 @@ def read_header(file: Path) -> SafetensorsHeader:
             f"{_AGAIN}"
         )
     try:
-        header = json.loads(text)
+        header = parse_json(text)
         metadata = {str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()}
         shapes = {key: tuple(int(n) for n in entry["shape"]) for key, entry in header.items()}
         dtype_of = {key: str(entry["dtype"]) for key, entry in header.items()}
@@ -77,8 +77,7 @@ def read_header(file: Path) -> SafetensorsHeader:
 
 def refuse_pickle(file: Path) -> None:
     """UserError when a file is a pickle, a git-lfs pointer or a GGUF, or cannot be opened; its first bytes are read."""
-    if file.exists() and not file.is_file():
-        raise UserError(f"{file} is no file; give a safetensors file")
+    local_path(file, "the model file")
     try:
         with file.open("rb") as stream:
             magic = stream.read(64)

@@ -7,12 +7,14 @@ that a run can be continued from another folder.
 
 from __future__ import annotations
 
+import os
 import re
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 from danceopd.common.messages import did_you_mean
+from danceopd.common.parse import local_path
 from danceopd.errors import UserError
 
 SHIPPED = ("base", "generation", "editing", "local-edit", "global-edit")
@@ -61,9 +63,9 @@ def resolve(value: Any, what: str, *, hub: bool = False, hint: str = "", shipped
     text = str(value)
     if not text.strip():
         raise UserError(f"the {what} is empty; give a path or one of {', '.join(SHIPPED)}")
-    path = Path(text).expanduser()
     if shipped_names and text in SHIPPED:
         return str(shipped(text))
+    path = local_path(text, what)
     if path.exists():
         return str(path.absolute())
     if hub and _HUB.fullmatch(text):
@@ -71,4 +73,6 @@ def resolve(value: Any, what: str, *, hub: bool = False, hint: str = "", shipped
     if not hint:
         is_name = shipped_names and path.name == text
         hint = did_you_mean(text, SHIPPED) if is_name else "; give an existing folder or file"
+    if path.is_symlink():
+        hint = f": it is a link to {os.readlink(path)}{hint}"
     raise UserError(f"{what} {text!r} does not exist (looked at {path.absolute()}){hint}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from danceopd.common.cache import check_cache
-from danceopd.data.routing import sample_batch
+from danceopd.data.routing import draws_all, sample_batch
 from danceopd.data.sources import Prompts, edits_from, prompts_from
 from danceopd.data.store import Store
 from danceopd.errors import UserError
@@ -146,9 +146,14 @@ def _refuse_unused(recipe: Recipe, found: set[tuple[Columns, bool]]) -> None:
 
 
 def sampled_rows(sampling: Sampling, lengths: Sequence[int]) -> list[set[int]]:
-    """The rows of each teacher's data that the updates sample, and the first few, for proofs."""
-    found = [set(range(min(PROOF_ROWS, length))) for length in lengths]
+    """The rows of each teacher's data that the updates sample, and the first few, for proofs; see `draws_all`."""
+    found = [
+        set(range(length if draws_all(sampling, share, length) else min(PROOF_ROWS, length)))
+        for share, length in zip(sampling.shares, lengths, strict=True)
+    ]
     for step in range(sampling.steps):
+        if all(len(mine) == length for mine, length in zip(found, lengths)):
+            break
         for teacher, row in zip(*sample_batch(sampling, step, lengths)):
             found[teacher].add(row)
     return found

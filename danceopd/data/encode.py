@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import math
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
@@ -28,7 +27,7 @@ from danceopd.data.images import READING, ImageSource, image_size, open_image
 from danceopd.data.sources import Edits, Prompts
 from danceopd.data.store import Store, missing
 from danceopd.errors import UserError
-from danceopd.models.base import file_sha256
+from danceopd.models.base import file_sha256, pipeline_index
 from danceopd.pipelines.condition import Condition
 from danceopd.pipelines.editing import EditingPipeline, editing_pipe, generation_pipe
 from danceopd.pipelines.family import Family
@@ -198,7 +197,7 @@ def park_components(encoder: Encoder) -> None:
 def encoders_fingerprint(folder: Path) -> str:
     """sha256 over all that turns prompts and images into conditions: every file of the pipeline but the
     transformer's weights."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = pipeline_index(folder)
     parts = sorted(name for name, value in index.items() if isinstance(value, list) and (folder / name).is_dir())
     digest = hashlib.sha256((folder / "model_index.json").read_bytes())
     for part in parts:

@@ -15,6 +15,8 @@ import numpy as np
 from danceopd.common.rng import stream
 from danceopd.recipe.sampling import Sampling
 
+OVER, COUNTED = 24, 100_000
+
 
 def route(seed: int, step: int, row: int, rows: int, shares: Sequence[float], per: str = "row", turn: int = 1) -> int:
     """Index of the teacher of ``row`` of ``rows``; ``shares`` sum to 1 (and do not matter where teachers take turns).
@@ -29,6 +31,20 @@ def route(seed: int, step: int, row: int, rows: int, shares: Sequence[float], pe
 def sample_batch(sampling: Sampling, step: int, lengths: Sequence[int]) -> tuple[list[int], list[int]]:
     """Teacher index and sample index of each group of update `step`; `lengths` are the sizes of the teachers' data."""
     seed, groups, routing = sampling.seed, sampling.groups_per_step, sampling.routing
-    teachers = [route(seed, step, g, groups, sampling.shares, routing.per, routing.groups) for g in range(groups)]
+    if routing.per == "row":  # as `route` for each group, with the numbers that a step shares drawn once
+        places = (stream(seed, step, "route").random() + np.arange(groups) / groups) % 1.0
+        found = np.searchsorted(np.cumsum(sampling.shares), places, side="right")
+        teachers = np.minimum(found, len(sampling.shares) - 1).tolist()
+    else:
+        teachers = [route(seed, step, 0, groups, sampling.shares, routing.per, routing.groups)] * groups
     drawn = stream(seed, step, "data")
     return teachers, [int(drawn.integers(lengths[teacher])) for teacher in teachers]
+
+
+def draws_all(sampling: Sampling, share: float, length: int) -> bool:
+    """Whether the updates draw so often, a `share` of their rows, from data of a `length` that all of it is wanted.
+
+    `OVER` times over, no row is left out; where there are more than `COUNTED` updates to count, once over is enough.
+    """
+    draws = sampling.steps * sampling.groups_per_step * share
+    return draws >= length * (OVER if sampling.steps <= COUNTED else 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +18,17 @@ import torch
 from torch import nn
 
 from danceopd.common.files import sha256
+from danceopd.common.messages import shown
+from danceopd.common.parse import read_json
 from danceopd.common.shipped import resolve
 from danceopd.errors import UserError
 from danceopd.pipelines.family import Family
 from danceopd.pipelines.registry import family_of
-from danceopd.recipe.recipe import CALL_KEYS
+from danceopd.recipe.checks import CALL_MOST, check_call
 
+_LARGEST = 2**24
+"""No whole number in a transformer's configuration is larger, and none is negative."""
+_COUNT = re.compile(r"num_.*(layers|blocks)|(layers|blocks)$")
 _HASHES: dict[tuple[str, int, int], str] = {}  # (path, mtime in ns, size) -> sha256 of the file
 
 
@@ -66,7 +72,13 @@ def base_folder(base: str | Path) -> Path:
             f"base model {folder} is not a diffusers pipeline (it has no model_index.json); give a folder that "
             "DiffusionPipeline.save_pretrained wrote"
         )
+    pipeline_index(folder)
     return folder
+
+
+def pipeline_index(folder: str | Path) -> dict[str, Any]:
+    """The `model_index.json` of a pipeline's folder; UserError when it is none."""
+    return read_json(Path(folder) / "model_index.json", "the pipeline's index", mend="fetch the model again")
 
 
 def load_base(folder: str | Path, dtype: torch.dtype | None = None, **components: Any) -> Any:
@@ -75,7 +87,6 @@ def load_base(folder: str | Path, dtype: torch.dtype | None = None, **components
     `components` replace the folder's own (`vae=None` leaves one out). UserError when it does not load.
     """
     from diffusers import DiffusionPipeline
-    from safetensors import SafetensorError
 
     kwargs: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     try:
@@ -84,7 +95,9 @@ def load_base(folder: str | Path, dtype: torch.dtype | None = None, **components
     except ImportError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} needs a package that is not installed ({reason}); install it") from error
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # every damaged part fails in its own way
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"the pipeline {folder} does not load ({reason}); fetch it again, or check that diffusers is new enough"
@@ -100,14 +113,33 @@ def empty_model(config: Mapping[str, Any], where: str | Path) -> nn.Module:
     """The model of a diffusers config on the meta device; `where` is what an error message names."""
     import diffusers
 
-    model = getattr(diffusers, str(config.get("_class_name")), None)
-    if model is None:
+    model: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(model, type) and issubclass(model, diffusers.ModelMixin)):
         raise UserError(
-            f"{where} has a transformer of class {config.get('_class_name')}, which this diffusers does not "
-            "know; install a newer diffusers"
+            f"{where} has a transformer of class {shown(config.get('_class_name'))}, which is no model that this "
+            "diffusers knows; install a newer diffusers, or fetch the model again"
         )
-    with torch.device("meta"):
-        return model.from_config(dict(config))
+    for key, value in config.items():
+        if any(not 0 <= number <= (1000 if _COUNT.search(key) else _LARGEST) for number in _whole(value)):
+            raise UserError(
+                f"the transformer's configuration in {where} says {key}: {shown(value)}, which no model has; fetch the "
+                "model again"
+            )
+    try:
+        with torch.device("meta"):
+            return model.from_config(dict(config))
+    except Exception as error:  # each class fails in its own way on a value that it does not expect
+        raise UserError(
+            f"the transformer's configuration in {where} makes no {model.__name__} ({type(error).__name__}: "
+            f"{shown(str(error))}); fetch the model again"
+        ) from error
+
+
+def _whole(value: Any) -> list[int]:
+    """The whole numbers in a value of a configuration."""
+    if isinstance(value, list | tuple):
+        return [number for item in value for number in _whole(item)]
+    return [value] if isinstance(value, int) else []
 
 
 def base_fingerprint(base: str | Path) -> str:
@@ -147,11 +179,7 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
 
 def transformer_config(folder: Path) -> dict[str, Any]:
     """The config.json of a transformer folder; UserError when it cannot be read, or says quantised weights."""
-    file = folder / "config.json"
-    try:
-        config = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({type(error).__name__}); fetch the base model again") from None
+    config = read_json(folder / "config.json", "the transformer's configuration", mend="fetch the model again")
     if quantised(config):
         raise UserError(f"{folder}: {quantised(config)}")
     return config
@@ -176,15 +204,18 @@ def file_sha256(file: Path) -> str:
 
 
 def call_defaults(base: str | Path) -> dict[str, Any]:
-    """The pipeline settings in a base's `danceopd.json`; empty where it has none. UserError when it cannot be read."""
+    """The settings of a pipeline call in the `danceopd.json` beside a base's `model_index.json`; empty without one.
+
+    UserError when it cannot be read, or gives what no call takes.
+    """
     path = Path(base) / "danceopd.json"
     if not path.is_file():
         return {}
+    settings = read_json(path, "the base's settings")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        return {key: settings[key] for key in CALL_KEYS if settings.get(key) is not None}
-    except (ValueError, AttributeError, OSError) as error:
-        raise UserError(f"{path} is not a JSON object with the base's settings ({error}); restore it") from None
+        return check_call({key: settings[key] for key in CALL_MOST if settings.get(key) is not None})
+    except ValueError as error:
+        raise UserError(f"the base's settings {path}: {error}; mend them") from None
 
 
 def pipeline_call(base: Path, over: Mapping[str, float], family: Family | None = None) -> dict[str, Any]:

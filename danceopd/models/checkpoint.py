@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from danceopd.common.messages import few
+from danceopd.common.parse import read_json
 from danceopd.common.safetensors import read_header
 from danceopd.errors import UserError
 from danceopd.models.base import base_folder, empty_model, file_sha256, transformer_config, transformer_fingerprint
@@ -198,20 +199,17 @@ def _scheduler(pipeline: Path) -> dict[str, Any] | None:
     file = pipeline / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         return None
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({type(error).__name__}); fetch the model again") from None
+    return read_json(file, "the scheduler's configuration", mend="fetch the model again")
 
 
 def _weights(folder: Path) -> tuple[Path, ...]:
     """The safetensors files that diffusers would load; UserError when it is not clear which."""
     index = folder / f"{_STEM}.index.json"
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError):
-            raise UserError(f"{index} cannot be read; fetch the model again") from None
+        held = read_json(index, "the index", mend="fetch the model again").get("weight_map")
+        if not isinstance(held, dict) or not all(isinstance(n, str) and Path(n).name == n for n in held.values()):
+            raise UserError(f"the index {index} does not map tensors to files beside it; fetch the model again")
+        names = sorted(set(held.values()))
         gone = [name for name in names if not (folder / name).is_file()]
         if gone:
             raise UserError(f"{folder} lacks {few(gone)} of its {len(names)} weight files; fetch the model again")

@@ -7,9 +7,9 @@ in the recipe. Checks of one part alone stand in that part, checks that need a m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from danceopd.common.messages import did_you_mean
+from danceopd.common.messages import did_you_mean, shown
 from danceopd.recipe.labelfree import REFERENCES
 from danceopd.recipe.parts import FlowOPD, OffPolicy, Query, Rollout
 
@@ -22,6 +22,10 @@ NO_ROLLOUT = ("offpolicy", "supervised")
 """Objectives that learn from noised clean pictures, without a trajectory of the student."""
 TAKEN = ("student", "base", "blend", "ema")
 """Names that mean something else than a teacher."""
+
+CALL_MOST = {"height": 2**14, "width": 2**14, "num_inference_steps": 1000, "max_sequence_length": 2**13,
+             "guidance_scale": 1e4}  # fmt: skip
+"""Keys of `call`, and the largest value of each."""
 
 Check = tuple[Callable[["Recipe"], object], str]
 
@@ -114,6 +118,16 @@ CHECKS: tuple[Check, ...] = (
         "monitor.rollback plain goes on without gates, and no gate is on; give stop",
     ),
 )
+
+
+def check_call(call: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a pipeline call, unchanged; ValueError for a number that no call takes."""
+    for key, value in call.items():
+        kinds, kind = ((int, float), "a number") if key == "guidance_scale" else ((int,), "a whole number")
+        most = CALL_MOST.get(key, 2**14)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= most:
+            raise ValueError(f"{key} is {shown(value)}; it must be {kind} greater than 0 and at most {most:g}")
+    return call
 
 
 def check(recipe: Recipe) -> None:

@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
-from danceopd.recipe.parts import Part, existing
+from danceopd.recipe.parts import Part, Rows, existing
 
 Degradation = Literal["blur", "jpeg", "noise", "downscale"]
 DEGRADATIONS: tuple[Degradation, ...] = get_args(Degradation)
@@ -101,7 +101,7 @@ class Gates(Part):
     evidence: Evidence | None = None
     consensus: Consensus | None = None
     skills: Skills | None = None
-    group: PositiveInt = 1
+    group: Rows = 1
 
     @model_validator(mode="before")
     @classmethod
@@ -173,8 +173,8 @@ class Monitor(Part):
     """
 
     every: int | None = Field(None, ge=0)  # steps; None: MONITOR_EVERY where a gate is on, else never; 0: never
-    prompts: int = Field(64, ge=8)  # held out, over all teachers
-    seeds: int = Field(4, ge=2)  # pictures of each prompt
+    prompts: int = Field(64, ge=8, le=10**5)  # held out, over all teachers
+    seeds: int = Field(4, ge=2, le=1000)  # pictures of each prompt
     judge: Annotated[str | None, BeforeValidator(_judge)] = None
     mistakes: float = Field(0.25, ge=0, le=1)
     spearman: float = Field(0.0, ge=-1, le=1)

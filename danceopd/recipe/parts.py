@@ -16,6 +16,11 @@ from danceopd.common.shipped import resolve
 from danceopd.errors import UserError
 
 Unit = Annotated[float, Field(ge=0, lt=1)]
+Strength = Annotated[float, Field(ge=-1e4, le=1e4)]
+Weight = Annotated[float, Field(gt=0, le=1e6)]
+Steps = Annotated[int, Field(gt=0, le=1000)]  # of a rollout: no scheduler has more noise levels
+Rows = Annotated[int, Field(gt=0, le=2**16)]  # at a time
+Rank = Annotated[int, Field(gt=0, le=2**14)]  # no layer is wider
 
 
 def _adapter(value: Any) -> Any:
@@ -103,11 +108,11 @@ class Teacher(Part):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     adapter: Annotated[str, BeforeValidator(_adapter)] = "base"
     capability: Literal["generation", "editing"]
-    weight: PositiveFloat = 1.0  # its share of the rows
-    scale: float = 1.0  # strength: of a LoRA, or of a whole model's difference from the base
-    rank: PositiveInt = 128
+    weight: Weight = 1.0  # its share of the rows
+    scale: Strength = 1.0  # strength: of a LoRA, or of a whole model's difference from the base
+    rank: Rank = 128
     residual: float = Field(0.05, ge=0, le=1)
-    guidance: PositiveFloat | None = None
+    guidance: Annotated[float, Field(gt=0, le=1e4)] | None = None
     negative: str | None = None
     accept: tuple[Literal["base", "scheduler", "components"], ...] = ()
     data: Annotated[str | None, BeforeValidator(_data)] = None  # its own data; None: its capability's
@@ -117,18 +122,18 @@ class Teacher(Part):
 class Student(Part):
     """The adapter that learns. `init` is "base", "blend", a teacher's name, or an adapter's path."""
 
-    rank: PositiveInt = 64
+    rank: Rank = 64
     init: str = "blend"
-    init_weights: dict[str, float] = {}  # of "blend", by teacher; empty: 1/N each, or 1 where a method adds up
+    init_weights: dict[str, Strength] = {}  # of "blend", by teacher; empty: 1/N each, or 1 where a method adds up
     init_method: BlendMethod = "linear"  # of "blend"
 
 
 class Optimizer(Part):
     name: Literal["adamw"] = "adamw"
-    lr: PositiveFloat = 2e-4
+    lr: float = Field(2e-4, gt=0, le=10)
     betas: tuple[Unit, Unit] = (0.9, 0.99)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup: int = Field(10, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=1e3)
+    warmup: int = Field(10, ge=0, le=10**7)
     clip: PositiveFloat = 1.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up, down to 0
 
@@ -136,10 +141,10 @@ class Optimizer(Part):
 class Rollout(Part):
     """How the student rolls out. `noise` above 0 is the `a` of Flow-GRPO's SDE; `guidance` is the student's own CFG."""
 
-    steps: PositiveInt = 16
+    steps: Steps = 16
     solver: Literal["euler", "ab2"] = "euler"
-    noise: float = Field(0.0, ge=0)
-    guidance: PositiveFloat = 1.0
+    noise: float = Field(0.0, ge=0, le=1e3)
+    guidance: float = Field(1.0, gt=0, le=1e4)
     merged: bool = True  # roll out on W + BA; False: through the LoRA layers, without a copy of the adapted weights
     cache_source: bool = False  # compute source keys and values once a rollout; flux2-klein-kv only
     cuda_graphs: bool = False  # its forwards as CUDA graphs (docs/kernels.md)
@@ -149,8 +154,8 @@ class Query(Part):
     """At which noise level the teacher is queried. `beta` replaces the law's own Beta(a, b)."""
 
     law: Literal["low-noise", "uniform", "mid", "high-noise", "paper"] = "paper"
-    beta: tuple[PositiveFloat, PositiveFloat] | None = None
-    count: PositiveInt = 1  # states of one trajectory that are queried
+    beta: tuple[Weight, Weight] | None = None
+    count: Steps = 1  # states of one trajectory that are queried
     jitter: bool = False  # query at the drawn level itself, not at the grid point above it
     weight: Literal["even", "dt2"] = "even"  # dt2: by the squared length of the step that leaves the level
 
@@ -160,7 +165,7 @@ class Routing(Part):
 
     per: Literal["row", "step", "turn"] = "row"
     groups: PositiveInt = 1  # steps of a turn
-    weights: dict[str, PositiveFloat] = {}
+    weights: dict[str, Weight] = {}
 
 
 class Guidance(Part):
@@ -172,7 +177,7 @@ class Guidance(Part):
 class FlowOPD(Part):
     """Of objective flowopd: rollouts of one sample that share a baseline, and how far the ratio may leave 1."""
 
-    group: int = Field(8, ge=2)
+    group: int = Field(8, ge=2, le=2**16)
     clip: PositiveFloat = 1e-4
 
 
@@ -189,9 +194,9 @@ class Data(Part):
     generation: DataSource = "scenes"
     editing: DataSource = "scenes"
     columns: Columns = Columns()  # of both, where they are tables
-    rows: PositiveInt = 1024  # drawn from "scenes", for each capability
+    rows: int = Field(1024, gt=0, le=10**6)  # drawn from "scenes", for each capability
 
 
 class Samples(Part):
     every: int = Field(200, ge=0)  # 0: only at the first and the last step
-    count: PositiveInt = 6
+    count: int = Field(6, gt=0, le=1024)

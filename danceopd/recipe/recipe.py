@@ -27,10 +27,11 @@ from pydantic import (
 )
 
 from danceopd.common.messages import did_you_mean, explain_validation_error, read_yaml
+from danceopd.common.parse import local_path
 from danceopd.common.shipped import demo, portable
 from danceopd.errors import UserError
 from danceopd.recipe.aliases import modernise
-from danceopd.recipe.checks import check
+from danceopd.recipe.checks import CALL_MOST, check, check_call
 from danceopd.recipe.labelfree import Contrast, Gates, Monitor
 from danceopd.recipe.parts import (
     Columns,
@@ -43,6 +44,7 @@ from danceopd.recipe.parts import (
     Query,
     Rollout,
     Routing,
+    Rows,
     Samples,
     Student,
     Teacher,
@@ -53,8 +55,6 @@ from danceopd.recipe.sampling import Sampling
 from danceopd.recipe.validation import Validation
 
 CAPABILITIES = ("generation", "editing")
-CALL_KEYS = ("height", "width", "num_inference_steps", "guidance_scale", "max_sequence_length")
-"""Settings of a pipeline call, of the recipe's `call` and of `danceopd.json` beside a base's `model_index.json`."""
 CONTINUES = (
     "steps",
     "output",
@@ -82,12 +82,11 @@ def _editing_base(value: Any) -> Any:
     return None if value is None else existing(value, "editing base", hub=True, shipped_names=False)
 
 
-def _call(call: dict[str, Any]) -> dict[str, Any]:
-    for key, value in call.items():
-        kinds, kind = ((int, float), "a number") if key == "guidance_scale" else ((int,), "a whole number")
-        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
-            raise ValueError(f"{key} is {value!r}; it must be {kind} greater than 0")
-    return call
+def _output(value: Any) -> Any:
+    try:
+        return local_path(value, "output folder") if isinstance(value, str | Path) else value
+    except UserError as error:
+        raise ValueError(str(error)) from None
 
 
 def _base(value: Any) -> Any:
@@ -109,13 +108,13 @@ class Recipe(Part):
 
     base: Annotated[str, BeforeValidator(_base)] = "base"
     teachers: tuple[Teacher, ...] = Field(default_factory=_shipped_teachers, validate_default=True)
-    output: Path = Path("student")
-    steps: PositiveInt = 2000
-    batch: PositiveInt = 8
+    output: Annotated[Path, BeforeValidator(_output)] = Path("student")
+    steps: int = Field(2000, gt=0, le=10**7)
+    batch: Rows = 8
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the frozen models; the student and Adam are fp32
-    micro_batch: PositiveInt | None = None  # rows of the batch at a time; None: all
+    micro_batch: Rows | None = None  # rows of the batch at a time; None: all
     gradient_checkpointing: bool = False
     compile: bool = False  # the transformer's repeated blocks, by torch.compile
     kernels: Literal["auto", True, False] = "auto"  # fused around attention; auto: on a GPU, where a trial says so
@@ -139,7 +138,7 @@ class Recipe(Part):
     save_every: PositiveInt = 100
     keep_last: PositiveInt = 2  # checkpoints
     time_limit: PositiveFloat | None = None  # minutes
-    call: Annotated[dict[str, Any], AfterValidator(_call)] = {}  # over the base's own: CALL_KEYS
+    call: Annotated[dict[str, Any], AfterValidator(check_call)] = {}  # over the base's own: CALL_MOST
     family: str | None = None  # a key of pipelines.FAMILIES; None: by the base's pipeline class
     editing_base: Annotated[str | None, BeforeValidator(_editing_base)] = None  # has what the base lacks for editing
 
@@ -171,8 +170,8 @@ class Recipe(Part):
     def _check(self) -> Recipe:
         check(self)
         for key in self.call:
-            if key not in CALL_KEYS:
-                raise ValueError(f"unknown key call.{key}{did_you_mean(key, CALL_KEYS)}")
+            if key not in CALL_MOST:
+                raise ValueError(f"unknown key call.{key}{did_you_mean(key, CALL_MOST)}")
         known = ["base", "blend", *(teacher.name for teacher in self.teachers)]
         if self.student.init not in known:
             hint = did_you_mean(self.student.init, known)

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -23,10 +23,11 @@ class Validation(Part):
 
     With `patience` the run stops once so many checks in a row were no better than the best before them by a share
     `min_delta` of it. `select` says which check's EMA is exported; None: the best with `patience`, else the last.
+    `rows` None: 32 where it decides something, else 16.
     """
 
     every: int = Field(200, ge=0)  # steps; 0: never
-    rows: PositiveInt | None = None  # held out, for each teacher; None: 32 where it decides, else 16
+    rows: Annotated[int, Field(gt=0, le=10**5)] | None = None  # held out, for each teacher
     patience: PositiveInt | None = None  # checks; None: the run takes all its steps
     min_delta: Unit = 0.01
     select: Literal["last", "best"] | None = None

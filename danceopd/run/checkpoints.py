@@ -20,11 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from danceopd.common.distributed import Processes
-from danceopd.common.files import disk_errors, fsync_path, partial_path, sha256, write_atomic
+from danceopd.common.files import disk_errors, fsync_path, numbered_folders, partial_path, sha256, write_atomic
+from danceopd.common.messages import shown
+from danceopd.common.parse import parse_json
 from danceopd.common.rng import RandomState
 from danceopd.engine.callbacks import Callback
 from danceopd.engine.metrics import StepMetrics
 from danceopd.engine.trainer import Trainer
+from danceopd.errors import UserError
 
 if TYPE_CHECKING:
     from danceopd.run.directory import RunDirectory
@@ -111,7 +114,7 @@ class CheckpointStore:
         folder = self.latest(kind)
         if folder is None:
             return None
-        facts = json.loads((folder / META).read_text())
+        facts = parse_json((folder / META).read_bytes())
         tensors = load_file(folder / STATE)
         states = []
         for rank, plain in enumerate([facts["random"], *facts.get("others", [])]):
@@ -126,7 +129,7 @@ class CheckpointStore:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _all(self, kind: str = "step") -> list[Path]:
-        return sorted(p for p in self.folder.glob(f"{kind}-*") if p.is_dir())
+        return numbered_folders(self.folder, kind)
 
 
 class Checkpoints(Callback):
@@ -178,9 +181,15 @@ class Checkpoints(Callback):
         if step is None:
             return None
         tensors = self.processes.broadcast_tensors(None if saved is None else saved.tensors)
-        for part in self.parts:  # first, for one of them may take the trainer's hook away
-            part.load_state_dict(trainer, {**facts, **tensors})
-        trainer.load_state_dict(step, tensors)
+        try:
+            for part in self.parts:  # first, for one of them may take the trainer's hook away
+                part.load_state_dict(trainer, {**facts, **tensors})
+            trainer.load_state_dict(step, tensors)
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"the checkpoint of step {step} does not hold the state of this run ({type(error).__name__}: "
+                f"{shown(str(error))}); delete it to continue from the one before, or choose another --output"
+            ) from error
         if self.processes.rank < len(random):
             random[self.processes.rank].restore()
         return facts
@@ -188,9 +197,9 @@ class Checkpoints(Callback):
 
 def _fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint; OSError, ValueError and the like say it too."""
-    facts = json.loads((folder / META).read_text())
+    facts = parse_json((folder / META).read_bytes())
     if (folder / MANIFEST).exists() or "sha256" not in facts:
-        hashes = json.loads((folder / MANIFEST).read_text())
+        hashes = parse_json((folder / MANIFEST).read_bytes())
     else:  # of before there were manifests
         hashes = {STATE: facts["sha256"], META: None}
     for name in (STATE, META):

@@ -11,12 +11,19 @@ Making a `RunDirectory` creates, continues or refuses the folder, and locks it. 
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from danceopd.common.files import disk_errors, lock_file, remove_partial_files, write_atomic, write_json
+from danceopd.common.files import (
+    disk_errors,
+    is_partial,
+    lock_file,
+    remove_partial_files,
+    write_atomic,
+    write_json,
+)
+from danceopd.common.parse import read_json
 from danceopd.errors import UserError
 from danceopd.recipe.recipe import Recipe
 from danceopd.run.checkpoints import CheckpointStore
@@ -51,6 +58,7 @@ class RunDirectory:
             write_atomic(self.path / "recipe.yaml", recipe.to_yaml().encode())
             for leftover in (self.path / "checkpoints").glob(".*"):
                 shutil.rmtree(leftover, ignore_errors=True)
+            remove_partial_files(self.path, below=False)
             remove_partial_files(self.path / "samples")
         self.checkpoints = CheckpointStore(self.path / "checkpoints", recipe.keep_last)
         self.logger = Logger(self.path)
@@ -59,12 +67,14 @@ class RunDirectory:
     def finished(self) -> bool:
         """Whether a run of at least as many steps, or one that monitor or validation ended, was exported here."""
         try:
-            done = json.loads((self.path / FINISHED).read_text())
-        except (OSError, ValueError):
+            done = read_json(self.path / FINISHED, "the mark")
+        except UserError:
             return False
+        step = done.get("step")
         ended = done.get("stopped") is True and self.recipe.monitor.rollback == "stop"
         ended = ended or done.get("patience") == (self.recipe.validation.patience or 0)
-        return (ended or int(done.get("step", -1)) >= self.recipe.steps) and (self.path / WEIGHTS).is_file()
+        enough = isinstance(step, int) and step >= self.recipe.steps
+        return (ended or enough) and (self.path / WEIGHTS).is_file()
 
     def finish(self, step: int, **facts: Any) -> None:
         """Marks the run as finished after `step` updates (its export already stands in the folder)."""
@@ -101,9 +111,15 @@ def _has_trained(folder: Path) -> bool:
     return saved or any((folder / name).exists() for name in (FINISHED, WEIGHTS))
 
 
+def _is_of_first_write(path: Path) -> bool:
+    """Whether a run that was killed, or met a full disk, before its recipe was written left this."""
+    empty = path.name in ("checkpoints", "samples") and path.is_dir() and not any(path.iterdir())
+    return empty or path.name == ".lock" or is_partial(path)
+
+
 def _refuse_other(folder: Path, recipe: Recipe) -> None:
     """UserError for what is no run, and for the run of another recipe that has trained."""
-    if not folder.is_dir() or not any(p.name != ".lock" for p in folder.iterdir()):
+    if not folder.is_dir() or all(map(_is_of_first_write, folder.iterdir())):
         return
     theirs = folder / "recipe.yaml"
     if not theirs.is_file() or not (folder / "checkpoints").is_dir():

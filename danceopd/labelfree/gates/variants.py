@@ -15,7 +15,7 @@ from PIL import Image
 from danceopd.data.dataset import TeacherData, Variant
 from danceopd.data.degrade import degrade
 from danceopd.data.images import ImageSource, open_image
-from danceopd.data.routing import sample_batch
+from danceopd.data.routing import draws_all, sample_batch
 from danceopd.data.sources import Edits, Prompts
 from danceopd.errors import UserError
 from danceopd.labelfree.gates.skills import draw_critical
@@ -136,7 +136,12 @@ def _degraded(
     names, data = list(datasets), [one.data for one in datasets.values()]
     lengths = [len(one) for one in data]
     wanted: dict[tuple[int, str], set[int]] = {}
-    for step in range(sampling.steps):
+    edits = [m for m, one in enumerate(data) if isinstance(one, Edits)]
+    each = options.critical / len(options.degrade)
+    every = all(draws_all(sampling, sampling.shares[m] * each, lengths[m]) for m in edits)
+    if every:
+        wanted = {(m, kind): set(range(lengths[m])) for m in edits for kind in options.degrade}
+    for step in range(0 if every else sampling.steps):
         teachers, samples = sample_batch(sampling, step, lengths)
         drawn = draw_critical(sampling.seed, step, sampling.groups_per_step, rollout_steps, options)
         for g in drawn.critical.nonzero()[0]:

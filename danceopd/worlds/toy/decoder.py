@@ -16,6 +16,7 @@ import torch
 from diffusers import AutoencoderKLFlux2
 from torch import Tensor
 
+from danceopd.common.signals import Interrupts
 from danceopd.worlds.scenes.grammar import CELL, GRID
 from danceopd.worlds.toy.autoencoder import LOOKS, all_cells
 from danceopd.worlds.toy.codes import CellTable
@@ -80,28 +81,31 @@ def train_decoder(
     batch: int = 24,
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
-    """Train ``vae.decoder`` for ``steps`` updates and leave the averaged weights in it."""
+    """Train ``vae.decoder`` for ``steps`` updates and leave the averaged weights in it; a signal ends it saved."""
     vae.encoder.requires_grad_(False)
     parameters = dict(vae.decoder.named_parameters())
     average = {n: p.detach().clone() for n, p in parameters.items()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=RATE, weight_decay=0.0, betas=(0.9, 0.99))
     pictures = CellPictures(vae, batch, seed)
-    start = load_state(folder, parameters, average, [optimizer])
-    for step in range(start, steps):
-        rate = RATE * min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = rate
-        tokens, target, weight = pictures(step)
-        error = vae.decode(unpack(vae, tokens)).sample - target
-        loss = (weight * (error.square() + 0.1 * error.abs())).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        decay = min(AVERAGE, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - decay)
-        report(step + 1, error.detach().square().mean().item())
-        if (step + 1) % SAVE_EVERY == 0:
-            save_state(folder, step + 1, parameters, average, [optimizer], {"stage": "autoencoder"})
+    meta = {"stage": "autoencoder", "steps": steps, "seed": seed}
+    start = load_state(folder, parameters, average, [optimizer], meta)
+    with Interrupts() as interrupts:
+        for step in range(start, steps):
+            rate = RATE * min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimizer.param_groups[0]["lr"] = rate
+            tokens, target, weight = pictures(step)
+            error = vae.decode(unpack(vae, tokens)).sample - target
+            loss = (weight * (error.square() + 0.1 * error.abs())).mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            decay = min(AVERAGE, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - decay)
+            report(step + 1, error.detach().square().mean().item())
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps or interrupts.caught:
+                save_state(folder, step + 1, parameters, average, [optimizer], meta)
+            interrupts.end()
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(average[name])

@@ -17,6 +17,7 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from torch import Tensor, nn
 
+from danceopd.common.signals import Interrupts
 from danceopd.models.lora import Adapter
 from danceopd.worlds.toy.batches import Batch, Batches
 from danceopd.worlds.toy.small import SHIFT
@@ -143,7 +144,10 @@ class LoraTransformer(nn.Module):
 
 
 class FlowTrainer:
-    """Trains ``parameters`` of ``model``; ``run`` returns their exponential average."""
+    """Trains ``parameters`` of ``model``; ``run`` returns their exponential average.
+
+    ``facts`` describe the training besides its schedule and seed: a saved one with others is not continued.
+    """
 
     def __init__(
         self,
@@ -152,7 +156,9 @@ class FlowTrainer:
         batches: Batches,
         schedule: Schedule,
         folder: Path,
+        **facts: object,
     ) -> None:
+        self.meta = {**asdict(schedule), "seed": batches.seed, **facts}
         self.model, self.parameters, self.batches = model, parameters, batches
         self.schedule, self.folder = schedule, folder
         self.average = {n: p.detach().clone() for n, p in parameters.items()}
@@ -160,16 +166,17 @@ class FlowTrainer:
         self.step = 0
 
     def run(self, report: Callable[[int, float], None]) -> dict[str, Tensor]:
-        """Train to the end; ``report(step, loss)`` is called after every step."""
-        self.step = load_state(self.folder, self.parameters, self.average, self.optimizers)
-        while self.step < self.schedule.steps:
-            loss = self._update()
-            self.step += 1
-            report(self.step, loss)
-            if self.step % SAVE_EVERY == 0:
-                save_state(
-                    self.folder, self.step, self.parameters, self.average, self.optimizers, asdict(self.schedule)
-                )
+        """Train to the end; ``report(step, loss)`` is called after every step. A signal that came ends it after a
+        save."""
+        self.step = load_state(self.folder, self.parameters, self.average, self.optimizers, self.meta)
+        with Interrupts() as interrupts:
+            while self.step < self.schedule.steps:
+                loss = self._update()
+                self.step += 1
+                report(self.step, loss)
+                if self.step % SAVE_EVERY == 0 or self.step == self.schedule.steps or interrupts.caught:
+                    save_state(self.folder, self.step, self.parameters, self.average, self.optimizers, self.meta)
+                interrupts.end()
         return self.average
 
     def _update(self) -> float:

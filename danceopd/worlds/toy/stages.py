@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLFlux2
 
 from danceopd.adapters.write import write_adapter
-from danceopd.common.files import disk_errors, write_json
+from danceopd.common.files import disk_errors, is_partial, lock_file, write_json
 from danceopd.common.messages import did_you_mean
 from danceopd.common.shipped import portable
 from danceopd.common.system import describe_machine
@@ -46,6 +46,8 @@ def _even(names: tuple[str, ...]) -> Mapping[str, float]:
 
 HARD = {"single_object": 0.4, "two_object": 1.5, "counting": 2.0, "colors": 0.4, "position": 5.0, "color_attr": 2.0}
 """The data of the generation teacher: mostly counting, position and binding."""
+PIPELINE = ("autoencoder", "base")
+"""Stages that train the parts of one pipeline, in one folder."""
 RANK = 40
 """Rank of the shipped teachers: 1.4 MB each in bfloat16."""
 
@@ -71,20 +73,55 @@ def teach(
 
     ``output`` is the pipeline's folder for ``autoencoder`` and ``base`` (in either order) and the LoRA's for the
     teachers; default ``checkpoints/<stage>``. Training state is kept in ``<output>/.training``, from which the same
-    call continues. ``report(step, steps, loss)`` is called after every step. UserError for an unknown stage, for steps
-    below 1, and for a folder that cannot be written.
+    call continues. ``report(step, steps, loss)`` is called after every step. A signal ends the step at
+    hand, saves, and ends. UserError for an unknown stage, for steps below 1, for a folder that cannot be written, holds
+    something else, or is in use.
     """
     if stage not in STAGES:
         raise UserError(f"no stage is named {stage!r}{did_you_mean(stage, STAGES)}")
     plan = STAGES[stage]
     total = plan.steps if steps is None else steps
-    if total < 1:
-        raise UserError(f"steps is {total}; give 1 or more")
-    pipeline = stage in ("autoencoder", "base")
+    if not 1 <= total <= 10**7:
+        raise UserError(f"steps is {total}; give 1 to 10,000,000")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"the seed is {seed}; give a whole number from 0, below 2**32")
+    pipeline = stage in PIPELINE
     folder = Path(output) if output is not None else Path("checkpoints") / ("base" if pipeline else stage)
     state = folder / ".training" / stage
     with disk_errors(folder):  # now, not after hours of training
+        _refuse_foreign(folder, stage)
         state.mkdir(parents=True, exist_ok=True)
+        lock = lock_file(folder / ".lock")
+    try:
+        _train(stage, folder, state, total, seed, base, report)
+        machine = f"{describe_machine()}, torch {torch.__version__}"
+        note = {"stage": stage, "seed": seed, "steps": total, "machine": machine}
+        write_json(folder / f"{stage}.json", note)
+    finally:
+        if lock is not None:
+            lock.close()
+    return folder
+
+
+def _refuse_foreign(folder: Path, stage: str) -> None:
+    """UserError for a folder that holds what this stage, or for a pipeline the other stage, did not write."""
+    if not folder.is_dir() or all(path.name == ".lock" or is_partial(path) for path in folder.iterdir()):
+        return
+    stages = PIPELINE if stage in PIPELINE else (stage,)
+    begun = any((folder / ".training" / name).is_dir() for name in stages)
+    other = any((folder / f"{name}.json").is_file() for name in stages if name != stage)
+    if not begun and not (other and not (folder / f"{stage}.json").exists()):
+        raise UserError(
+            f"output folder {folder} holds what `danceopd teach {stage}` has not begun, and nothing is overwritten; "
+            "choose another --output"
+        )
+
+
+def _train(
+    stage: str, folder: Path, state: Path, total: int, seed: int, base: str | Path,
+    report: Callable[[int, int, float], None] | None,
+) -> None:  # fmt: skip
+    plan = STAGES[stage]
 
     def on_step(step: int, loss: float) -> None:
         if report is not None:
@@ -100,15 +137,12 @@ def teach(
         parameters = dict(transformer.named_parameters())
         assert plan.mix is not None
         batches = Batches(pipe, CellTable(pipe.vae), plan.mix, plan.batch, seed)
-        average = FlowTrainer(transformer, parameters, batches, Schedule(total, muon=plan.muon), state).run(on_step)
+        trainer = FlowTrainer(transformer, parameters, batches, Schedule(total, muon=plan.muon), state)
+        average = trainer.run(on_step)
         transformer.load_state_dict(average)
         _write_pipeline(folder, seed, transformer=transformer)
     else:
         _teach_lora(plan, base, folder, state, total, seed, on_step)
-    machine = f"{describe_machine()}, torch {torch.__version__}"
-    note = {"stage": stage, "seed": seed, "steps": total, "machine": machine}
-    write_json(folder / f"{stage}.json", note)
-    return folder
 
 
 def _autoencoder(folder: Path | None, seed: int) -> AutoencoderKLFlux2:
@@ -127,7 +161,8 @@ def _write_pipeline(folder: Path, seed: int, vae=None, transformer=None) -> None
     if transformer is None:
         there = (folder / "transformer").is_dir()
         transformer = load_base(folder).transformer if there else make_transformer(seed)
-    save_pipeline(make_pipeline(vae, transformer, seed), folder)
+    with disk_errors(folder):
+        save_pipeline(make_pipeline(vae, transformer, seed), folder)
 
 
 def _teach_lora(
@@ -147,6 +182,7 @@ def _teach_lora(
     model = LoraTransformer(pipe.transformer, modules, plan.rank, seed)
     batches = Batches(pipe, CellTable(pipe.vae), plan.mix, plan.batch, seed)
     schedule = Schedule(total, muon=plan.muon, guidance=plan.guidance)
-    average = FlowTrainer(model, model.factors, batches, schedule, state).run(on_step)
     origin = {"base": portable(str(place)), "base_sha256": base_fingerprint(place)}
+    trainer = FlowTrainer(model, model.factors, batches, schedule, state, base=origin["base_sha256"])
+    average = trainer.run(on_step)
     write_adapter(model.adapter(average), folder, torch.bfloat16, origin)

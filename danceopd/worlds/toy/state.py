@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from danceopd.common.files import disk_errors
+from danceopd.common.parse import parse_json
 from danceopd.errors import UserError
 
 NAME = "training.safetensors"
@@ -34,11 +36,12 @@ def save_state(
     for i, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{i}/{index}/{k}": torch.as_tensor(v) for k, v in state.items()}
-    folder.mkdir(parents=True, exist_ok=True)
     partial = folder / (NAME + ".partial")
     notes = {"step": str(step), "meta": json.dumps(meta, sort_keys=True)}
-    save_file({n: t.contiguous().clone() for n, t in tensors.items()}, partial, metadata=notes)
-    os.replace(partial, folder / NAME)
+    with disk_errors(folder / NAME):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({n: t.contiguous().clone() for n, t in tensors.items()}, partial, metadata=notes)
+        os.replace(partial, folder / NAME)
 
 
 @torch.no_grad()
@@ -47,14 +50,29 @@ def load_state(
     weights: Mapping[str, Tensor],
     average: Mapping[str, Tensor],
     optimizers: Sequence[torch.optim.Optimizer],
+    meta: Mapping[str, object],
 ) -> int:
-    """Load the saved state into the weights, the average and the optimizers; returns its step, 0 without a state."""
+    """Load the saved state into the weights, the average and the optimizers; returns its step, 0 without a state.
+
+    UserError where the state is damaged, or was saved by a training with another `meta`.
+    """
     path = folder / NAME
     if not path.exists():
         return 0
-    with safe_open(path, "pt") as file:
-        step = int(file.metadata()["step"])
-    tensors = load_file(path)
+    try:
+        with safe_open(path, "pt") as file:
+            notes = file.metadata()
+        step, before = int(notes["step"]), dict(parse_json(notes["meta"]))
+        tensors = load_file(path)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it to begin this training anew") from None
+    now = json.loads(json.dumps(meta))
+    for key in before.keys() & now.keys():
+        if before[key] != now[key]:
+            raise UserError(
+                f"{path} holds a training with another {key} ({before[key]} there, {now[key]} here); give the same, or "
+                "another --output"
+            )
     names = {n.removeprefix("weight/") for n in tensors if n.startswith("weight/")}
     if names != set(weights):
         raise UserError(f"{path} holds the training of another model; name another folder or remove it")
