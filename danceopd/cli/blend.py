@@ -16,6 +16,8 @@ from danceopd.common.shipped import portable, resolve
 from danceopd.errors import UserError
 from danceopd.models.base import base_fingerprint, base_folder, empty_transformer
 
+MOST = 1e4
+"""The largest weight or strength of a LoRA."""
 SHOWN = 12
 """Layers in the table: those that lost most."""
 
@@ -41,6 +43,8 @@ def run(
     file = Path(output).expanduser() / WEIGHTS
     if file.exists():
         raise UserError(f"{file} exists and is not overwritten; name another output folder")
+    if not all(abs(number) <= MOST for number in (scale, *(weights or ()))):
+        raise UserError(f"weights and scale must be numbers from -{MOST:g} to {MOST:g}; give smaller ones")
     headers = [inspect_adapter(resolve(os.fspath(path), "LoRA")) for path in paths]
     record = _base_of(headers, base)
     like = None if "base" not in record else empty_transformer(base_folder(record["base"]))

@@ -120,6 +120,8 @@ def _known(error: BaseException, command: str) -> str:
         size = "" if asked is None else f" ({_size(asked)} more were needed)"
         device = "the GPU's memory" if "CUDA" in text else "memory"
         return f"{device} does not suffice for this{size}; {LOWER.get(command, 'use a machine with more')}"
+    if type(error).__module__.startswith("jinja2"):  # what a text encoder's prompts are written with
+        return f"the chat template of the base's tokenizer fails ({shortened(text, 160)}); fetch the base model again"
     if not isinstance(error, OSError):
         return ""
     where = error.filename if isinstance(error.filename, str) else ""

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +78,14 @@ def read_text(path: Path, what: str, most: int = JSON_BYTES) -> str:
         raise UserError(f"{what} {path} is not text in UTF-8; save it as UTF-8") from None
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The data in a JSON text; ValueError for one that is no JSON, or too deep, or whose strings are no text."""
+def parse_json(text: str | bytes, constant: Callable[[str], float] = float) -> Any:
+    """The data in a JSON text; ValueError for one that is no JSON, or too deep, or whose strings are no text.
+
+    `constant` makes a number of NaN, Infinity and -Infinity, which Python writes.
+    """
     text = text if isinstance(text, str) else text.decode()
     try:
-        data = json.loads(text, parse_int=_integer if _LONG.search(text) else None)
+        data = json.loads(text, parse_int=_integer if _LONG.search(text) else None, parse_constant=constant)
     except RecursionError:
         raise ValueError(_DEEP) from None
     if text.count("[") + text.count("{") > MAX_DEPTH and _too_deep(data):
@@ -98,7 +102,7 @@ def read_json(path: Path, what: str, kind: type = dict, mend: str = "restore it"
     """The JSON data in a file, of a `kind` (dict or list); UserError that names the file otherwise."""
     text = read_text(path, what)
     try:
-        data = parse_json(text)
+        data = parse_json(text, _number)
     except ValueError as error:
         raise UserError(f"{what} {path} is not valid JSON ({error}); {mend}") from None
     if not isinstance(data, kind):
@@ -113,6 +117,12 @@ def parse_yaml(text: str) -> Any:
 
 _LONG = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
 _DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
+
+
+def _number(constant: str) -> float:
+    if constant == "NaN":
+        raise ValueError("it holds NaN, which is no number")
+    return float(constant)
 
 
 def _integer(digits: str) -> int:

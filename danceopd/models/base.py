@@ -63,7 +63,7 @@ def base_folder(base: str | Path) -> Path:
         except Exception as error:  # the hub's client raises a dozen kinds
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"base model {base} is not a folder here and could not be fetched from the hub ({reason}); check "
+                f"base model {base} is not a folder here and could not be fetched from the hub ({reason[:120]}); check "
                 "the name and the connection, or download it first and give its folder"
             ) from None
     folder = Path(place)

@@ -51,7 +51,7 @@ CHECKS: tuple[Check, ...] = (
     ),
     (
         lambda r: r.objective == "flowopd" and r.batch % r.flowopd.group,
-        "batch {r.batch} is no multiple of flowopd.group, {r.flowopd.group}",
+        "batch {r.batch} is no multiple of flowopd.group, {r.flowopd.group}; give one",
     ),
     (
         lambda r: r.objective in EVERY_STEP and r.query != Query(),
@@ -76,11 +76,11 @@ CHECKS: tuple[Check, ...] = (
     # gates
     (
         lambda r: r.gates.on and r.objective != "danceopd",
-        "gates weigh what objective danceopd learns, and the objective is {r.objective}",
+        "gates weigh what objective danceopd learns, and the objective is {r.objective}; leave them out",
     ),
     (
         lambda r: r.gates.on and r.batch % r.gates.group,
-        "batch {r.batch} is no multiple of gates.group, {r.gates.group}",
+        "batch {r.batch} is no multiple of gates.group, {r.gates.group}; give one",
     ),
     (
         lambda r: r.gates.evidence is not None and r.gates.evidence.contrast == "source" and not r.has("editing"),
@@ -88,7 +88,7 @@ CHECKS: tuple[Check, ...] = (
     ),
     (
         lambda r: r.gates.skills is not None and r.gates.skills.critical and r.rollout.steps < 2,
-        "gates.skills.critical compares steps and needs rollouts of two steps or more, rollout.steps",
+        "gates.skills.critical compares steps of a rollout, and rollout.steps is 1; give two or more",
     ),
     # contrast
     (
@@ -102,7 +102,7 @@ CHECKS: tuple[Check, ...] = (
     # batches
     (
         lambda r: (r.micro_batch or r.batch) < r.group_size,
-        "micro_batch {r.micro_batch} splits the rollouts of one sample, {group_key} {r.group_size}",
+        "micro_batch {r.micro_batch} splits the rollouts of one sample, {group_key} {r.group_size}; raise it",
     ),
     # validation and monitor
     (

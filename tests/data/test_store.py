@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -297,3 +298,16 @@ def test_the_sampled_rows_are_those_of_the_steps(files: dict[str, str], tmp_path
     Path("p.txt").write_text("a red circle\n\na blue star\n")
     with pytest.raises(UserError, match="p.txt, line 2: prompt is empty"):
         open_datasets(recipe)
+
+
+def test_all_rows_are_wanted_where_updates_draw_them_many_times_over() -> None:
+    """However many updates there are, nothing is counted then; and it is what counting them would find."""
+    began = time.monotonic()
+    assert sampled_rows(Sampling(0, 10**7, 8, (0.5, 0.5)), [1000, 2000]) == [set(range(1000)), set(range(2000))]
+    assert time.monotonic() - began < 1
+    few = Sampling(0, 200, 8, (0.5, 0.5))
+    counted = [set(range(8)), set(range(8))]
+    for step in range(few.steps):
+        for teacher, row in zip(*sample_batch(few, step, [20, 5000])):
+            counted[teacher].add(row)
+    assert sampled_rows(few, [20, 5000]) == counted

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -336,3 +337,61 @@ def test_a_really_full_disk(recipe: Recipe, tmp_path: Path) -> None:
         pytest.skip(f"this user may not mount a small file system: {done.stderr.strip()[:80]}")
     assert "UserError the disk is full at small/out/checkpoints/step-000002" in done.stdout
     assert done.stdout.splitlines()[-1] == "1"
+
+
+def test_a_run_that_was_stopped_at_its_first_write_is_continued(recipe: Recipe, tmp_path: Path) -> None:
+    """Killed, or on a full disk, before its recipe stood there; anything else is left alone."""
+    for name in ("checkpoints", "samples"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    for name in (".lock", ".recipe.yaml.123"):
+        (tmp_path / "out" / name).touch()
+    (tmp_path / "out" / "samples" / "mine.png").touch()
+    with pytest.raises(UserError, match="holds files that are not a run"):
+        check_directory("out", recipe)
+    (tmp_path / "out" / "samples" / "mine.png").unlink()
+    check_directory("out", recipe)
+    with RunDirectory("out", recipe):
+        assert sorted(os.listdir("out")) == [".lock", "checkpoints", "recipe.yaml", "samples"]
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(recipe: Recipe) -> None:
+    """Beyond a million, too; a folder of another name is none."""
+    with RunDirectory("out", recipe) as folder:
+        (folder.path / "checkpoints" / "step-abc").mkdir()
+        for step in (999_999, 1_000_000, 1_000_001):
+            folder.checkpoints.save(step, state(), {})
+        assert folder.checkpoints.load().step == 1_000_001  # type: ignore[union-attr]
+        assert sorted(os.listdir("out/checkpoints")) == ["step-1000000", "step-1000001", "step-abc"]
+
+
+@pytest.mark.parametrize("text", ["[]", "5", '{"step": null}', '{"step": "x"}', "{", "[" * 9999])
+def test_a_damaged_mark_is_none(recipe: Recipe, text: str) -> None:
+    with RunDirectory("out", recipe) as folder:
+        (folder.path / "pytorch_lora_weights.safetensors").touch()
+        (folder.path / "finished.json").write_text(text)
+        assert not folder.finished
+
+
+def test_a_checkpoint_of_another_run_is_a_sentence(recipe: Recipe) -> None:
+    def load(step: int, state: dict[str, torch.Tensor]) -> None:
+        raise KeyError("lora.b")
+
+    with RunDirectory("out", recipe) as folder:
+        folder.checkpoints.save(3, state(), {})
+        with pytest.raises(UserError, match="the checkpoint of step 3 does not hold the state of this run"):
+            Checkpoints(folder, Processes("cpu"), 1, [], {}).restore(SimpleNamespace(load_state_dict=load))
+
+
+def test_a_file_system_that_cannot_open_folders(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows: what cannot be synced is not."""
+    real = os.open
+
+    def windows(path: str, *arguments: Any, **how: Any) -> int:
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *arguments, **how)
+
+    monkeypatch.setattr(os, "open", windows)
+    with RunDirectory("out", recipe) as folder:
+        folder.checkpoints.save(3, state(), {})
+        assert folder.checkpoints.load().step == 3  # type: ignore[union-attr]

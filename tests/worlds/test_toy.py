@@ -188,6 +188,16 @@ def test_stages_run_and_continue_to_the_same_bytes(tmp_path, monkeypatch):
     cut = teach("editing", tmp_path / "cut", steps=4, base=base)
     name = "pytorch_lora_weights.safetensors"
     assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    before = (base / "base.json").read_bytes()
+    for stage, folder, how, words in (
+        ("editing", cut, {"steps": 5}, "holds a training with another steps .4 there, 5 here"),
+        ("editing", cut, {"steps": 4, "seed": 1}, "another seed"),
+        ("generation", cut, {"steps": 4}, "holds what `danceopd teach generation` has not begun"),
+        ("editing", base, {"steps": 4}, "nothing is overwritten; choose another --output"),
+    ):
+        with pytest.raises(UserError, match=words):
+            teach(stage, folder, base=base, **how)
+    assert (cut / name).read_bytes() == (whole / name).read_bytes() and (base / "base.json").read_bytes() == before
     adapter = read_adapter(cut)
     assert adapter.rank == 40 and len(adapter) == 32
     assert {t.dtype for t in load_file(cut / name).values()} == {torch.bfloat16}
@@ -207,3 +217,47 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_training(tmp_path
     with pytest.raises(UserError, match="cannot write .*file"):
         teach("generation", tmp_path / "file", steps=1, report=lambda *step: steps.append(step))
     assert not steps and (tmp_path / "file").read_text() == "x"
+
+
+def test_what_it_did_not_make_is_never_overwritten(tmp_path):
+    for stage, file in (("editing", "a.jpg"), ("base", "model_index.json"), ("base", "base.json")):
+        folder = tmp_path / f"{stage}-{file}"
+        folder.mkdir()
+        (folder / file).write_text("{}")
+        with pytest.raises(UserError, match=f"output folder .*{file} holds what .*nothing is overwritten"):
+            teach(stage, folder, steps=1)
+        assert [path.name for path in folder.iterdir()] == [file]
+    with pytest.raises(UserError, match="nope"):
+        teach("editing", tmp_path / "none", steps=1, base="nope")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_signal_saves_and_two_do_not_share_a_folder(tmp_path, monkeypatch):
+    import os
+    import signal
+    from dataclasses import replace
+
+    from danceopd.common.signals import Stopped, raise_on_signals
+    from danceopd.worlds.toy import stages
+
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    monkeypatch.setitem(stages.STAGES, "editing", replace(stages.STAGES["editing"], batch=2))
+    seen = []
+
+    def stop(step, steps, loss):
+        seen.append(step)
+        with pytest.raises(UserError, match="is in use by another danceopd process"):
+            teach("editing", tmp_path / "out", steps=4)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    raise_on_signals()
+    try:
+        monkeypatch.setattr("danceopd.common.signals.GRACE", 1e6)
+        with pytest.raises(Stopped, match="SIGTERM"):
+            teach("editing", tmp_path / "out", steps=4, report=stop)
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+    teach("editing", tmp_path / "out", steps=4, report=lambda step, *_: seen.append(step))
+    assert seen == [1, 2, 3, 4]

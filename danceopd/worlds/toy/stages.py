@@ -86,6 +86,8 @@ def teach(
     if not 0 <= seed < 2**32:
         raise UserError(f"the seed is {seed}; give a whole number from 0, below 2**32")
     pipeline = stage in PIPELINE
+    if not pipeline:
+        base_folder(base)
     folder = Path(output) if output is not None else Path("checkpoints") / ("base" if pipeline else stage)
     state = folder / ".training" / stage
     with disk_errors(folder):  # now, not after hours of training
