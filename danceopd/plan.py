@@ -47,7 +47,7 @@ from danceopd.recipe.recipe import Recipe
 from danceopd.run.directory import check_directory
 from danceopd.run.validation import forwards
 
-LOOKED, COUNTED = 256, 1000  # source images that sizes are read from; updates whose queries are counted
+LOOKED, COUNTED, DRAWN = 256, 1000, 10**6  # source images that sizes are read from; updates, queries that are counted
 BINS = 10
 
 
@@ -218,7 +218,7 @@ def _queries(recipe: Recipe, sigmas: Mapping[Size, Tensor], pictures: list[dict[
         mean_depth = float(len(levels) - (recipe.objective == "diffusionopd"))
     else:
         drawn = [draw_queries(recipe.seed, s, recipe.batch, query.count, query.law, query.beta)
-                 for s in range(min(recipe.steps, COUNTED))]  # fmt: skip
+                 for s in range(max(1, min(recipe.steps, COUNTED, DRAWN // (recipe.batch * query.count))))]  # fmt: skip
         stops, levels = place(torch.cat(drawn), schedule, query.law, query.jitter)
         depth = stops.max(1).values
         mean_depth, depths = float(depth.double().mean()), (torch.bincount(depth) / len(depth)).tolist()

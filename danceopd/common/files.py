@@ -32,7 +32,9 @@ def disk_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(_sentence(path, error.errno, error.strerror or str(error))) from error
+        in_the_way = error.errno in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR) and isinstance(error.filename, str)
+        where = error.filename if in_the_way else path
+        raise UserError(_sentence(where, error.errno, error.strerror or str(error))) from error
     except SafetensorError as error:
         if "os error" not in str(error):
             raise

@@ -37,15 +37,18 @@ def raise_on_signals() -> None:
 
 
 def end_on_signals(status: int) -> None:
-    """From now on a signal ends the process at once with `status`: nothing is left to be closed."""
-    _handle(lambda number, frame: os._exit(status))
+    """A signal that would raise an exception ends the process at once with `status`: nothing is left to be closed."""
+    _handle(lambda number, frame: os._exit(status), lambda before: before is _raise)
 
 
-def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
-    """Set a handler for each of `ENDING` that is not ignored; what was there before."""
+def _handle(
+    handler: Callable[[int, FrameType | None], None],
+    wanted: Callable[[Any], bool] = lambda before: before is not signal.SIG_IGN,
+) -> dict[int, Any]:
+    """Set a handler for each of `ENDING` whose handler is `wanted` to be replaced; what was there before."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         return {}
-    heard = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    heard = [number for number in ENDING if wanted(signal.getsignal(number))]
     return {number: signal.signal(number, handler) for number in heard}
 
 

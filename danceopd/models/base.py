@@ -73,6 +73,8 @@ def base_folder(base: str | Path) -> Path:
             "DiffusionPipeline.save_pretrained wrote"
         )
     pipeline_index(folder)
+    if (scheduler := folder / "scheduler" / "scheduler_config.json").is_file():
+        read_json(scheduler, "the scheduler's configuration", mend="fetch the model again")
     return folder
 
 

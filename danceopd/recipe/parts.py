@@ -19,7 +19,7 @@ Unit = Annotated[float, Field(ge=0, lt=1)]
 Strength = Annotated[float, Field(ge=-1e4, le=1e4)]
 Weight = Annotated[float, Field(gt=0, le=1e6)]
 Steps = Annotated[int, Field(gt=0, le=1000)]  # of a rollout: no scheduler has more noise levels
-Rows = Annotated[int, Field(gt=0, le=2**16)]  # at a time
+Rows = Annotated[int, Field(gt=0, le=2**14)]  # at a time
 Rank = Annotated[int, Field(gt=0, le=2**14)]  # no layer is wider
 
 
@@ -177,7 +177,7 @@ class Guidance(Part):
 class FlowOPD(Part):
     """Of objective flowopd: rollouts of one sample that share a baseline, and how far the ratio may leave 1."""
 
-    group: int = Field(8, ge=2, le=2**16)
+    group: int = Field(8, ge=2, le=2**14)
     clip: PositiveFloat = 1e-4
 
 
@@ -194,7 +194,7 @@ class Data(Part):
     generation: DataSource = "scenes"
     editing: DataSource = "scenes"
     columns: Columns = Columns()  # of both, where they are tables
-    rows: int = Field(1024, gt=0, le=10**6)  # drawn from "scenes", for each capability
+    rows: int = Field(1024, gt=0, le=10**5)  # drawn from "scenes", for each capability
 
 
 class Samples(Part):
