@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
+import program
 import pytest
 from safetensors.torch import load_file
 from tiny_merge import WEIGHTS, check_student, json_lines, three_rows, two_processes
@@ -64,30 +62,24 @@ def test_a_refusal_is_said_once(models: Path, tmp_path: Path) -> None:
 def test_where_one_process_is_killed_the_other_ends_with_a_sentence(models: Path, tmp_path: Path, dies: int) -> None:
     """Started without a launcher, which would end the other one."""
     (tmp_path / "r.yaml").write_text(three_rows(models, tmp_path / "run", steps=100_000).to_yaml())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    command = [sys.executable, "-m", "danceopd", "merge", str(tmp_path / "r.yaml")]
+    port = program.free_port()
     processes = [
-        subprocess.Popen(
-            command, env={**os.environ, **where, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        )
+        program.start("merge", tmp_path / "r.yaml", cwd=tmp_path, **program.environment_of(rank, 2, port))
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     try:
         end = time.monotonic() + 200
         while not (tmp_path / "run" / "metrics.jsonl").exists():
             assert time.monotonic() < end and all(process.poll() is None for process in processes)
             time.sleep(0.2)
         processes[dies].send_signal(signal.SIGKILL)
-        _, said = processes[1 - dies].communicate(timeout=30)
+        assert processes[1 - dies].wait(30) == 2
     finally:
         for process in processes:
-            process.kill()
-            process.wait()
-    assert processes[1 - dies].returncode == 2 and "Traceback" not in said, said
-    assert said.count("error: another process of this run has ended") == 1, said
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+    said = processes[1 - dies].stderr
+    assert said.count("error: another process of this run has ended") == 1 and "Traceback" not in said, said
 
 
 def test_a_connection_that_breaks_ends_the_process_and_a_leave_does_not(monkeypatch, capsys) -> None:

@@ -52,6 +52,7 @@ _MEMORY = re.compile(
     r"integer multiplication overflow|Unable to allocate"
 )
 _ASKED = re.compile(r"tried to allocate (\d+) bytes|Tried to allocate ([\d.]+ [KMGT]iB)|allocate ([\d.]+ \w+) for")
+_UNPRINTED = "what this prints cannot be written ({}); free some space, or print elsewhere"
 _folder: Path | None = None
 
 
@@ -125,11 +126,21 @@ def _known(error: BaseException, command: str) -> str:
     if not isinstance(error, OSError):
         return ""
     where = error.filename if isinstance(error.filename, str) else ""
+    if is_disk_full(error) and not where and _output_fails():
+        return _UNPRINTED.format(error.strerror)
     if is_disk_full(error):
         return f"the disk is full at {where or Path.cwd()}; free some space and run this again"
     if error.errno in _PLACE:
         return f"{where or 'a file'} cannot be used: {error.strerror}; check the path and what you may do there"
     return ""
+
+
+def _output_fails() -> bool:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
 
 
 def _size(asked: re.Match[str]) -> str:
@@ -234,7 +245,7 @@ def flushed(status: int) -> int:
                 closed = getattr(error, "errno", None) == errno.EPIPE
                 status = 128 + int(getattr(signal, "SIGPIPE", 13)) if closed else 2
                 if not closed:
-                    say(f"what this prints cannot be written ({error}); free some space, or print elsewhere")
+                    say(_UNPRINTED.format(error))
     return status
 
 

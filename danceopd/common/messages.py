@@ -87,10 +87,11 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        where = ""
-        if mark is not None and (lines := text.splitlines()[mark.line : mark.line + 1]):
-            where = f", line {mark.line + 1} ({shown(lines[0].strip())})"
-        raise UserError(f"{what} {path}{where} is not valid YAML: {problem}; mend that line") from None
+        where = line = ""
+        if mark is not None:
+            where = f", line {mark.line + 1}"
+            line = "".join(f" in {shown(one.strip())}" for one in text.splitlines()[mark.line : mark.line + 1])
+        raise UserError(f"{what} {path}{where} is not valid YAML: {problem}{line}; mend that line") from None
     if data is None:
         data = {}
     if not isinstance(data, dict):

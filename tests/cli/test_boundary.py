@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import program
 import pytest
 from conftest import Program
 
@@ -38,15 +38,13 @@ FAULTS = {
 }  # fmt: skip
 
 
-def with_merge(body: str, arguments: list[str], **how: object) -> subprocess.CompletedProcess[str]:
+def with_merge(body: str, arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     """The program with its merge replaced: what the command line does around it is what is tested."""
     code = (
         "import sys, types\nfrom danceopd.errors import UserError\nfake = types.ModuleType('danceopd.merge')\n"
         f"def merge(recipe):\n    {body}\nfake.merge = merge\nsys.modules['danceopd.merge'] = fake\n"
-        "from danceopd.cli import main\nmain()\n"
     )
-    command = [sys.executable, "-c", code, "merge", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, **how)  # type: ignore[call-overload]
+    return program.run("merge", *arguments, code=code, **environment)
 
 
 def flags(files: dict[str, str]) -> list[str]:
@@ -64,9 +62,9 @@ def test_what_ends_a_command_is_one_sentence(files: dict[str, str], name: str) -
 
 def test_the_traceback_is_in_the_run_folder_else_in_the_temporary_one(files: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "temporary").mkdir()
-    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    environment = {"TMPDIR": str(tmp_path / "temporary")}
     for folder in ("temporary", "run"):
-        done = with_merge("raise KeyError('ours')", [*flags(files), "-o", "run"], env=environment)
+        done = with_merge("raise KeyError('ours')", [*flags(files), "-o", "run"], **environment)
         file = Path(re.findall(r"in (\S+\.log):", done.stderr)[0])
         assert file.parent.name == folder, done.stderr
         assert "Traceback" in file.read_text() and "KeyError: 'ours'" in file.read_text()

@@ -1,7 +1,7 @@
 """The program as a real process that need not import torch anew: a server imports everything once and forks.
 
 `run` and `start` take what `python -m danceopd` takes. The child is a process of its own, with its own environment,
-folder, signals and exit status, and runs `danceopd.cli.app.main`; only its imports are those of the server, one for
+folder, signals and exit status, and runs `danceopd.cli.main`; only its imports are those of the server, one for
 each test session. What is tested about imports themselves, or about how the interpreter starts, starts it afresh.
 """
 
@@ -161,7 +161,7 @@ def _become(
     status = 0
     try:
         exec(code, {})
-        from danceopd.cli.app import main
+        from danceopd.cli import main
 
         main()
     except SystemExit as end:
