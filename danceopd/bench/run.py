@@ -149,7 +149,8 @@ class Bench:
                 progress = self.progress if processes.is_main else _silent
                 how = (self.call or {}, self.seed, self.batch, processes, progress)
                 generator = ImageGenerator(self.lineup, self.items, self.store, *how)
-                seconds = generator.run(missing, self._measure_ceiling)
+                with processes.watched():
+                    seconds = generator.run(missing, self._measure_ceiling)
             if not processes.is_main:
                 return BenchResult(self.folder, is_main=False)
             return self._scored(self._scoring(log.merge()), seconds, started, processes)

@@ -259,18 +259,15 @@ def prepare() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Printable())
-    handler.setLevel(logging.WARNING)
-    logging.getLogger("danceopd").addHandler(handler)
+    logging.getLogger("danceopd").addHandler(_Warnings(logging.WARNING))
     threading.excepthook = _say_thread
 
 
-class _Printable(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        from danceopd.common.console import printable
+class _Warnings(logging.Handler):
+    """One line each, on what standard error is at that time: a progress bar replaces it."""
 
-        return printable(super().format(record))
+    def emit(self, record: logging.LogRecord) -> None:
+        _print(self.format(record))
 
 
 def _say_thread(failed: threading.ExceptHookArgs) -> None:
