@@ -22,7 +22,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import typer
 from typer.core import TyperGroup
 
 from danceopd.common.signals import Stopped, end_on_signals
@@ -53,6 +52,7 @@ _MEMORY = re.compile(
 )
 _ASKED = re.compile(r"tried to allocate (\d+) bytes|Tried to allocate ([\d.]+ [KMGT]iB)|allocate ([\d.]+ \w+) for")
 _UNPRINTED = "what this prints cannot be written ({}); free some space, or print elsewhere"
+_PIPE = 128 + int(getattr(signal, "SIGPIPE", 13))
 _folder: Path | None = None
 
 
@@ -74,6 +74,8 @@ class Commands(TyperGroup):
             status = super().main(args, standalone_mode=False, **how) or 0
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.__context__, BrokenPipeError):  # rich and typer say 1
+                status = _PIPE
         except BaseException as error:
             status = explained(error, "")
         sys.exit(flushed(status))
@@ -97,7 +99,7 @@ def explained(error: BaseException, command: str) -> int:
         _print(f"\nstopped{again}")
         return 128 + number
     if isinstance(error, OSError) and error.errno == errno.EPIPE:
-        return 128 + int(getattr(signal, "SIGPIPE", 13))
+        return _PIPE
     if hasattr(error, "format_message"):  # typer's own: a wrong flag, or no argument at all
         if type(error).__name__ == "NoArgsIsHelpError":
             _print(error.format_message())
@@ -126,21 +128,11 @@ def _known(error: BaseException, command: str) -> str:
     if not isinstance(error, OSError):
         return ""
     where = error.filename if isinstance(error.filename, str) else ""
-    if is_disk_full(error) and not where and _output_fails():
-        return _UNPRINTED.format(error.strerror)
     if is_disk_full(error):
         return f"the disk is full at {where or Path.cwd()}; free some space and run this again"
     if error.errno in _PLACE:
         return f"{where or 'a file'} cannot be used: {error.strerror}; check the path and what you may do there"
     return ""
-
-
-def _output_fails() -> bool:
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return True
-    return False
 
 
 def _size(asked: re.Match[str]) -> str:
@@ -187,7 +179,12 @@ def echo(text: object) -> None:
     """Print a line on standard output, without what would move a terminal's cursor."""
     from danceopd.common.console import printable
 
-    typer.echo(printable(str(text)))
+    try:
+        print(printable(str(text)), flush=True)
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        raise UserError(_UNPRINTED.format(error.strerror)) from None
 
 
 def say(sentence: str) -> None:
@@ -243,7 +240,7 @@ def flushed(status: int) -> int:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             if status == 0:
                 closed = getattr(error, "errno", None) == errno.EPIPE
-                status = 128 + int(getattr(signal, "SIGPIPE", 13)) if closed else 2
+                status = _PIPE if closed else 2
                 if not closed:
                     say(_UNPRINTED.format(error))
     return status
