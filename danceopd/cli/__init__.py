@@ -4,6 +4,8 @@ In: arguments. Out: calls of the public functions, tables on the terminal, and e
 error that a user can mend. Read `app.py` first; `boundary.py` is how a command ends.
 """
 
+import sys
+
 from danceopd.common.signals import Stopped, end_on_signals, raise_on_signals
 
 __all__ = ["main"]
@@ -21,5 +23,6 @@ def main() -> None:
         status = end.code if isinstance(end.code, int) else 0
     except (KeyboardInterrupt, Stopped) as stopped:
         status = 128 + getattr(stopped, "number", 2)
+        print("\nstopped", file=sys.stderr)
     end_on_signals(status)
     raise SystemExit(status)
