@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -65,13 +65,17 @@ def traceback_in(folder: str | Path) -> None:
 class Commands(TyperGroup):
     """A group of commands, run as a program: exceptions become sentences, and it ends with an exit status."""
 
-    def main(self, args: Any = None, *, standalone_mode: bool = True, **how: Any) -> Any:
+    def main(
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, complete_var: str | None = None,
+        standalone_mode: bool = True, windows_expand_args: bool = True, **extra: Any,
+    ) -> Any:  # fmt: skip
+        how = {"windows_expand_args": windows_expand_args, **extra}
         if not standalone_mode:
-            return super().main(args, standalone_mode=False, **how)
+            return super().main(args, prog_name, complete_var, False, **how)
         status = 1
         try:
             _check_surroundings()
-            status = super().main(args, standalone_mode=False, **how) or 0
+            status = super().main(args, prog_name, complete_var, False, **how) or 0
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
             if isinstance(end.__context__, BrokenPipeError):  # rich and typer say 1

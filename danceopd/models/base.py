@@ -116,7 +116,8 @@ def empty_model(config: Mapping[str, Any], where: str | Path) -> nn.Module:
     import diffusers
 
     model: Any = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(model, type) and issubclass(model, diffusers.ModelMixin)):
+    known = isinstance(model, type) and issubclass(model, diffusers.ModelMixin)
+    if not known:
         raise UserError(
             f"{where} has a transformer of class {shown(config.get('_class_name'))}, which is no model that this "
             "diffusers knows; install a newer diffusers, or fetch the model again"
