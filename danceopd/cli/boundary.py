@@ -1,8 +1,8 @@
 """The end of every command: whatever was raised becomes one sentence and an exit status (docs/exit-statuses.md).
 
 0: done. 1: a fault of danceopd, whose traceback is in a file that the sentence names. 2: what a user can mend: input,
-flags, memory, a disk. 3: a bench that could score nothing. 128 + N: signal N ended it (129 SIGHUP, 130 Ctrl-C, 141 a
-closed pipe, 143 SIGTERM).
+flags, memory, a disk, a judge that gave no score. 128 + N: signal N ended it (129 SIGHUP, 130 Ctrl-C, 141 a closed
+pipe, 143 SIGTERM).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 from typer.core import TyperGroup
 
 from danceopd.common.signals import Stopped, end_on_signals
+from danceopd.common.system import OUT_OF_MEMORY
 from danceopd.errors import UserError
 
 CONTINUED = ("merge", "bench", "compare", "teach")
@@ -46,10 +47,6 @@ _PLACE = (
     errno.EMFILE, errno.ENFILE, errno.ENXIO, errno.ESTALE, errno.EBUSY,
 )  # fmt: skip
 """Errors of the operating system that the machine's owner mends."""
-_MEMORY = re.compile(
-    r"DefaultCPUAllocator|out of memory|[Cc]an(no|')t allocate memory|Storage size calculation overflowed|"
-    r"integer multiplication overflow|Unable to allocate"
-)
 _ASKED = re.compile(r"tried to allocate (\d+) bytes|Tried to allocate ([\d.]+ [KMGT]iB)|allocate ([\d.]+ \w+) for")
 _UNPRINTED = "what this prints cannot be written ({}); free some space, or print elsewhere"
 _PIPE = 128 + int(getattr(signal, "SIGPIPE", 13))
@@ -122,7 +119,7 @@ def _known(error: BaseException, command: str) -> str:
     if isinstance(error, UserError):
         return str(error)
     text = str(error)
-    if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM or _MEMORY.search(text):
+    if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM or OUT_OF_MEMORY.search(text):
         asked = _ASKED.search(text)
         size = "" if asked is None else f" ({_size(asked)} more were needed)"
         device = "the GPU's memory" if "CUDA" in text else "memory"

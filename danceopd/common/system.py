@@ -14,8 +14,12 @@ from danceopd.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|(can't|cannot|failed to) allocate|_ALLOC_FAILED", re.I)
-"""What CUDA, its libraries, torch's allocators and `mmap` say."""
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|not enough memory|(can't|cannot|failed to|unable to) allocate|_ALLOC_FAILED|"
+    r"storage size calculation overflowed|integer multiplication overflow",
+    re.I,
+)
+"""What CUDA, its libraries, torch's and numpy's allocators and `mmap` say."""
 CPUINFO = Path("/proc/cpuinfo")
 """Where Linux describes the processor."""
 
