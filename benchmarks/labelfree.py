@@ -26,7 +26,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from recipes import RESULTS, LatentEvaluator
 from rich.console import Console
 
 from danceopd.adapters.blend import blend
@@ -40,6 +39,7 @@ from danceopd.models.base import base_folder, empty_transformer
 from danceopd.models.fields import AdapterField, MergedField
 from danceopd.models.lora import Adapter
 from danceopd.recipe.recipe import Recipe
+from recipes import RESULTS, LatentEvaluator
 
 PLAIN = "plain"
 ARMS: dict[str, dict[str, Any]] = {

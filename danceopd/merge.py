@@ -26,7 +26,7 @@ from danceopd.common.distributed import Processes
 from danceopd.common.shipped import SHIPPED
 from danceopd.common.signals import Interrupts
 from danceopd.common.system import out_of_memory
-from danceopd.data.dataset import TeacherData, open_datasets
+from danceopd.data.dataset import TeacherData
 from danceopd.data.encode import Encoder, free_encoders, open_pipelines, park_components
 from danceopd.data.null_prompt import contrast_null, null_condition
 from danceopd.engine.callbacks import Callback
@@ -39,7 +39,7 @@ from danceopd.kernels import install
 from danceopd.kernels.autotune import install_if_faster
 from danceopd.labelfree.contrast import contrasted
 from danceopd.labelfree.gates.hook import GateHook
-from danceopd.labelfree.gates.variants import KEEP, unchanged, with_variants
+from danceopd.labelfree.gates.variants import KEEP, unchanged
 from danceopd.labelfree.monitor import MonitorCallback, Rollback
 from danceopd.labelfree.probes import FrozenFields, probe_sets
 from danceopd.models.backbone import Backbone
@@ -48,11 +48,12 @@ from danceopd.models.compile import compile_blocks
 from danceopd.models.cuda_graphs import with_cuda_graphs
 from danceopd.models.fields import AdapterField, BaseField, MergedField
 from danceopd.models.fsdp import ShardedForwards, shard
-from danceopd.models.source_cache import check_source_cache
 from danceopd.pipelines.record import empty_module
 from danceopd.pipelines.registry import family_of
+from danceopd.planning.cards import card_here
+from danceopd.planning.settings import prepare
 from danceopd.recipe.parts import Columns
-from danceopd.recipe.recipe import Recipe
+from danceopd.recipe.recipe import AUTO, Recipe
 from danceopd.run.checkpoints import Checkpoints
 from danceopd.run.directory import RunDirectory
 from danceopd.run.early_stopping import EarlyStopping
@@ -121,36 +122,36 @@ def _merge(recipe: Recipe, report: Report | None, processes: Processes, began: f
     precision = torch.get_float32_matmul_precision()
     sharded = recipe.parallel == "fsdp" and processes.world_size > 1
     refuse_unequal(processes, shared_facts(recipe), "recipe")
+    card = min(processes.all_gather(card_here(processes.device)), key=lambda one: one.memory)
     try:
         if processes.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # what stays fp32 is multiplied in TF32
         with processes.main_first():
             base = base_folder(recipe.base)
-            if recipe.rollout.cache_source:
-                check_source_cache(family_of(base, recipe.family))
             teachers = check_teachers(recipe.teachers, base)
+            prepared = prepare(recipe, base, teachers, card, processes.world_size)
+            recipe = prepared.recipe
             whole = any(one.checkpoint is not None for one in teachers)  # its difference is taken in the run folder
             init = None if whole else _init(recipe, teachers, base)
             if processes.is_main:
                 run = RunDirectory(recipe.output, recipe)
-            finished = run is not None and run.finished
-            if not finished:
-                datasets = with_variants(
-                    recipe.gates, recipe.sampling, recipe.rollout.steps, recipe.teachers, open_datasets(recipe)
-                )
+            if prepared.run is not None:
+                datasets = prepared.run.datasets
                 if run is not None:
                     check_data(run.path, recipe, datasets)
                 teachers = [_load(recipe, one, base, processes.device) for one in teachers]
                 if sharded:
                     _refuse_streamed(teachers)
                 init = init or _init(recipe, teachers, base)
-        if processes.broadcast(finished):
+        if processes.broadcast(prepared.run is None):
             return Student(recipe.output, recipe.steps, 0.0, processes.is_main)
         assert init is not None
+        settled = (*AUTO, "rollout.steps", "call")  # the first process read them from the run folder
+        recipe = recipe.replaced(processes.broadcast({key: recipe.value(key) for key in settled}))
         opened = _Opened(recipe, base, teachers, init, datasets, run, processes, sharded, began)
         if report is not None or not processes.is_main:
             return _train(opened, report or (lambda metrics, steps: None))
-        print(init.sentence, file=sys.stderr, flush=True)
+        print(*prepared.said, init.sentence, sep="\n", file=sys.stderr, flush=True)
         print(f"encoding prompts and images, then {recipe.steps} steps", file=sys.stderr, flush=True)
         with progress_bar("merging", ends=True) as bar:
             return _train(opened, lambda metrics, steps: bar(metrics.step, steps, f"loss {metrics.loss:.4f}"))

@@ -123,6 +123,7 @@ class Family:
     # (pipe, source image, call) -> (height, width) of the edited picture
     size_of: Callable[[Any, Image, dict[str, Any]], tuple[int, int]] = source_size
     smallest_source: int = 64  # pixels a side
+    source_text: int = 0  # text tokens that the encoder makes of a source image, at most
     grid: Callable[[Condition], tuple[int, int] | None] = image_grid  # rows and columns of a picture's latents
     # (transformer, condition) -> the same with its source's keys and values, computed once, in place of the source;
     # None: source tokens attend to the noisy ones or depend on the time, or there are none

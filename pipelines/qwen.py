@@ -130,6 +130,7 @@ QWEN_IMAGE = Family(
     prompt_kwargs=TEXT,
     text_components=("text_encoder",),
     prompt_lengths=_lengths,
+    source_text=1337,  # a megapixel in patches of 28 pixels
     size_of=_size_of,
     grid=lambda condition: tuple(condition.fixed["img_shapes"][0][1:]),
     dummy_prompt=_dummy_prompt,

@@ -64,7 +64,7 @@ def blend_with_residual(
 
     UserError when weights, density or method do not fit, or the adapters are not of one base.
     """
-    how = _check(adapters, weights, rank, method, density, scale)
+    how = check_blend(adapters, weights, rank, method, density, scale)
     given = [float(weight) for weight in (how.weights(len(adapters)) if weights is None else weights)]
     density = how.density if density is None else density
     active = [i for i, weight in enumerate(given) if weight or how.adapters]
@@ -101,13 +101,13 @@ def blend_with_residual(
     )
 
 
-def _check(
+def check_blend(
     adapters: Sequence[Adapter],
     weights: Sequence[float] | None,
     rank: int | None,
     method: str,
-    density: float | None,
-    scale: float,
+    density: float | None = None,
+    scale: float = 1.0,
 ) -> Method:
     """The method; UserError when an argument does not fit it."""
     if method not in METHODS:

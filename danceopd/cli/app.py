@@ -91,6 +91,9 @@ def plan(
     output: RunFolder = None,
     steps: MergeSteps = None,
     device: Device = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="A card that is not here: its memory (24GB) or its name (4090, h100).")
+    ] = None,
     tflops: Annotated[float | None, typer.Option(min=0.0001, help="Reckon with this speed; default: measure.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -102,7 +105,7 @@ def plan(
     )
     from danceopd.plan import plan as run
 
-    facts = run(resolved, tflops)
+    facts = run(resolved, tflops, gpu)
     if as_json:
         import json
 
@@ -111,6 +114,8 @@ def plan(
         from danceopd.cli.plan import show
 
         show(facts)
+    if facts["refused"]:
+        raise UserError(facts["refused"])
 
 
 @app.command()

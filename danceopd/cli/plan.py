@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from danceopd.plan import gigabytes
+from danceopd.common.system import gigabytes
 
 
 def show(facts: dict[str, Any]) -> None:
@@ -58,15 +58,18 @@ def show(facts: dict[str, Any]) -> None:
             ["sigma", "share", ""],
             [[b, f"{s:.1%}", "#" * round(40 * s)] for b, s in zip(bins, levels)],
         )
-    held = ("encoding", "training", "checkpointed")
-    rows = [
-        [m["part"], *(gigabytes(m["bytes"]) if key in m["when"] else "" for key in held)] for m in facts["memory"]
-    ]
+    phases = list(facts["peak"])
+    mark = lambda m: "at times: " * m["passing"] + m["part"]  # noqa: E731
     table(
-        f"Memory on {facts['device']} ({gigabytes(facts['machine_memory'])})",
-        ["part", *held],
-        [*rows, ["total", *(gigabytes(facts["peak"][key]) for key in held)]],
-    )
+        f"Memory on {facts['device']} ({gigabytes(facts['machine_memory'])}); of what is there at times the largest "
+        "counts",
+        ["part", *phases],
+        [
+            *([mark(m), *(gigabytes(m["bytes"]) if key in m["when"] else "" for key in phases)]
+              for m in facts["memory"]),
+            ["total", *(gigabytes(facts["peak"][key]) for key in phases)],
+        ],
+    )  # fmt: skip
     seconds = facts["seconds"]
     table(
         f"Time, at {facts['tflops']:.3g} TFLOP/s (a lower bound)",

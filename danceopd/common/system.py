@@ -104,3 +104,11 @@ def peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def gigabytes(number: float) -> str:
+    """A number of bytes in a unit that suits it."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if number >= size:
+            return f"{number / size:.{1 if number < 100 * size else 0}f} {unit}"
+    return f"{number / 1e3:.1f} kB"

@@ -16,6 +16,7 @@ from danceopd.data.store import UNREADABLE
 from danceopd.errors import UserError
 from danceopd.pipelines.condition import Condition
 from danceopd.pipelines.editing import EditingPipeline
+from danceopd.pipelines.family import Family
 from danceopd.pipelines.generation import GenerationPipeline, check_prompts
 from danceopd.pipelines.record import record
 from danceopd.recipe.parts import Teacher
@@ -41,6 +42,12 @@ def null_condition(pipeline: GenerationPipeline, teacher: Teacher, base_sha256: 
     return found
 
 
+def check_guidance(family: Family, name: str) -> None:
+    """UserError where the family of guided teacher `name` has no classifier-free guidance."""
+    if family.guidance_on is None:
+        raise UserError(f"teacher {name!r} is guided, and {family.name} has no classifier-free guidance")
+
+
 @torch.no_grad()
 def null_prompt(pipeline: GenerationPipeline, name: str, negative: str | None = None) -> Condition:
     """The null prompt of teacher `name`, one row, as the stock pipeline encodes it.
@@ -49,8 +56,7 @@ def null_prompt(pipeline: GenerationPipeline, name: str, negative: str | None = 
     classifier-free guidance, or when its null prompt reads the source image, so that one row is not enough.
     """
     family = pipeline.family
-    if family.guidance_on is None:
-        raise UserError(f"teacher {name!r} is guided, and {family.name} has no classifier-free guidance")
+    check_guidance(family, name)
     if negative is None:
         negative = str(family.guidance_on(2.0).get("negative_prompt", ""))
     elif negative.strip():

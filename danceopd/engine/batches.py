@@ -111,7 +111,7 @@ class Batches:
         self.query, self.dropout = recipe.query, recipe.guidance.unconditional
         self.guided = recipe.rollout.guidance != 1
         self.one_query = recipe.gates.group > 1  # rollouts that are compared are queried at one noise level
-        self.micro_batch = max(self.group, (recipe.micro_batch or recipe.batch) // self.group * self.group)
+        self.micro_batch = max(self.group, recipe.rows_at_once // self.group * self.group)
         for teacher in self.teachers:
             if recipe.needs_targets and not isinstance(teacher.dataset, HasTargets):
                 raise UserError(

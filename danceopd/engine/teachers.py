@@ -18,7 +18,7 @@ import torch
 
 from danceopd.adapters.extract import difference
 from danceopd.adapters.header import WEIGHTS, inspect_adapter, is_checkpoint
-from danceopd.adapters.read import read_adapter
+from danceopd.adapters.read import adapter_shapes, read_adapter
 from danceopd.adapters.write import write_adapter
 from danceopd.common.cache import cache_key
 from danceopd.common.console import progress_bar
@@ -84,16 +84,18 @@ class TeacherWeights:
         return GuidedField(field, null, teacher.guidance)
 
 
-def check_teachers(teachers: Iterable[Teacher], base: Path) -> list[TeacherWeights]:
+def check_teachers(teachers: Iterable[Teacher], base: Path, values: bool = True) -> list[TeacherWeights]:
     """The weights of a recipe's teachers, in order; whole models are opened, not loaded.
+
+    Without `values` adapters are read by their headers alone and lie on the meta device.
 
     UserError for a teacher that is no match for `base` (a pipeline folder): another architecture, other tensors,
     a LoRA recorded for another base, a pipeline with another scheduler, or the base itself as a whole model.
     """
-    return [_check(teacher, base) for teacher in teachers]
+    return [_check(teacher, base, values) for teacher in teachers]
 
 
-def _check(teacher: Teacher, base: Path) -> TeacherWeights:
+def _check(teacher: Teacher, base: Path, values: bool) -> TeacherWeights:
     if teacher.adapter == "base":
         return TeacherWeights(teacher)
     if not is_checkpoint(teacher.adapter):
@@ -104,8 +106,8 @@ def _check(teacher: Teacher, base: Path) -> TeacherWeights:
                 f"fingerprints differ ({recorded[:12]} and {base_fingerprint(base)[:12]}); give the base it was "
                 "trained on, or `accept: [base]` on the teacher"
             )
-        adapter = read_adapter(teacher.adapter, empty_transformer(base))
-        if not any(a.any() and b.any() for a, b in adapter.tensors.values()):
+        adapter = (read_adapter if values else adapter_shapes)(teacher.adapter, empty_transformer(base))
+        if values and not any(a.any() and b.any() for a, b in adapter.tensors.values()):
             raise UserError(
                 f"teacher {teacher.name!r} ({teacher.adapter}) changes nothing, for each layer of it has a half of "
                 "zeros; take a file that was saved after training, or write `adapter: base`"

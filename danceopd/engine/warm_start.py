@@ -6,7 +6,7 @@ student's by SVD, the closest there is, and what that loses is said in the log a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,12 @@ class StudentInit:
     sentence: str
 
 
+def blend_weights(student: Student, names: Iterable[str], teachers: int) -> list[float]:
+    """The weights of these teachers in the blend that a student starts as, of so many `teachers` in all."""
+    even = METHODS[student.init_method].weights(teachers)[0]
+    return [student.init_weights.get(name, even) for name in names]
+
+
 def student_init(
     student: Student,
     teachers: Mapping[str, tuple[Adapter | None, float]],
@@ -40,10 +46,8 @@ def student_init(
     """
     init = student.init
     if init == "blend":
-        how = METHODS[student.init_method]
         held = {name: scaled(adapter, scale) for name, (adapter, scale) in teachers.items() if adapter is not None}
-        even = how.weights(len(teachers))[0]
-        weights = [student.init_weights.get(name, even) for name in held]
+        weights = blend_weights(student, held, len(teachers))
         found = blend_with_residual(list(held.values()), weights, student.rank, student.init_method, seed=seed)
         shares = " and ".join(f"{weight:.3g} x {name}" for name, weight in zip(held, weights))
         what = f"the {student.init_method} blend of {shares}"

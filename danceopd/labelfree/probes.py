@@ -198,7 +198,7 @@ class _Maker:
     ) -> None:  # fmt: skip
         self.recipe, self.teacher, self.encoder, self.data = recipe, teacher, encoder, data
         self.fields, self.device, self.model = fields, device, model
-        self.chunk = max(recipe.micro_batch or recipe.batch, recipe.monitor.seeds)
+        self.chunk = max(recipe.rows_at_once, recipe.monitor.seeds)
         self.judges: list[str] = []
 
     def layouts(self, rows: Sequence[Row]) -> list[list[int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch import nn
 from danceopd.common.files import sha256
 from danceopd.common.messages import shown
 from danceopd.common.parse import read_json
+from danceopd.common.safetensors import read_header
 from danceopd.common.shipped import resolve
 from danceopd.errors import UserError
 from danceopd.pipelines.family import Family
@@ -168,15 +170,12 @@ def transformer_fingerprint(folder: Path) -> str:
 
 def stored_dtype(folder: str | Path) -> torch.dtype:
     """The dtype in which most of the transformer's parameters are stored (from the safetensors headers)."""
-    from safetensors import safe_open
-
     names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     counts: dict[str, int] = {}
     for shard in sorted((Path(folder) / "transformer").glob("*.safetensors")):
-        with safe_open(str(shard), framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 - not a dict
-                piece = opened.get_slice(key)
-                counts[piece.get_dtype()] = counts.get(piece.get_dtype(), 0) + torch.Size(piece.get_shape()).numel()
+        header = read_header(shard)
+        for key, dtype in header.dtype_of.items():
+            counts[dtype] = counts.get(dtype, 0) + math.prod(header.shapes[key])
     return names.get(max(counts, key=lambda name: counts[name], default="F32"), torch.float32)
 
 

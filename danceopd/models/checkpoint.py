@@ -115,6 +115,29 @@ def open_checkpoint(path: str | Path, like: Checkpoint | None = None) -> Checkpo
     return opened
 
 
+def check_stored(folder: Path, transformer: nn.Module) -> None:
+    """UserError for a pipeline folder whose `transformer` (of its configuration, on the meta device) is stored
+    quantised, or without some of its tensors, which diffusers would fill with random numbers."""
+    place = folder / "transformer"
+    how = transformer_config(place).get("quantization_config")
+    if how:
+        kind = how.get("quant_method", "quantised") if isinstance(how, dict) else "quantised"
+        raise UserError(
+            f"the transformer of {folder} was saved quantised ({kind}), which a merge cannot train on; give the same "
+            "model in bf16, fp16 or fp32"
+        )
+    stored, wanted = open_checkpoint(folder).shapes, transformer.state_dict()
+    missing = wanted.keys() - stored.keys()
+    if missing:
+        raise UserError(f"{place} lacks {len(missing)} of its {len(wanted)} tensors ({few(missing)}); fetch it again")
+    odd = [name for name, tensor in wanted.items() if tuple(tensor.shape) != stored[name]]
+    if odd:
+        raise UserError(
+            f"{place} does not fit its config.json: {odd[0]} is stored as {stored[odd[0]]} and the configuration makes "
+            f"it {tuple(wanted[odd[0]].shape)}; fetch it again"
+        )
+
+
 def check_same(base: Checkpoint, other: Checkpoint) -> None:
     """UserError unless both have the same class, configuration, tensor names and shapes."""
     if base.config is not None and other.config is not None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from torch import nn
 
@@ -20,8 +22,29 @@ TEXT = re.compile(
 )
 JOINT = re.compile(r"^(single_transformer_blocks|layers)\.")
 IMAGE = re.compile(r"(^|\.)(noise_refiner|attn2)(\.|$)")
-HALF = 1.5
-"""Activation bytes over the plain count in half precision: norms and LoRA layers keep their inputs in fp32."""
+
+
+class Held(NamedTuple):
+    """Bytes that a transformer's forward and backward hold at their peak in half precision, counted on the meta device
+    (tests/helpers/meta_counts.py): for each number that the outputs of Linears, adapters and attentions have, in all
+    blocks (`kept`) and in one that is recomputed (`block`); and for each number of the tokens, as wide as the
+    attention, in the backward of the last block (`last`) and in a forward without a gradient (`forward`)."""
+
+    kept: float
+    last: float
+    block: float
+    forward: float
+
+
+HELD = {
+    "Flux2Transformer2DModel": Held(2.345, 25.5, 3.49, 43),
+    "FluxTransformer2DModel": Held(2.243, 11.7, 2.88, 34.5),
+    "QwenImageTransformer2DModel": Held(2.44, 0, 2.71, 29),
+    "ZImageTransformer2DModel": Held(3.31, 0, 3.55, 32),
+    "SD3Transformer2DModel": Held(2.52, 0, 2.82, 26),
+}
+LEAST_KNOWN = Held(3.31, 25.5, 3.55, 43)
+"""Of a transformer that was not counted: the most of those that were."""
 
 
 @dataclass(frozen=True)
@@ -59,28 +82,44 @@ def forward_flops(transformer: nn.Module, tokens: TokenCounts) -> float:
     return float(linears + attention)
 
 
+@lru_cache(maxsize=8)
 def activation_bytes(transformer: nn.Module, tokens: TokenCounts, size: int, checkpointed: bool = False) -> int:
-    """Bytes that a forward of one row keeps for its backward, at `size` bytes a number: an estimate.
+    """Bytes that a forward and a backward of a row hold at their peak, at `size` bytes a number: within 5 %.
 
-    The outputs of each Linear and of its adapter, and those of each attention (measured: within 5 %). `checkpointed`:
-    with gradient checkpointing, the input of each block, and one block whole, in its backward.
+    `checkpointed`: with gradient checkpointing, the input of each block, and one block whole, in its backward. Weights,
+    their gradients and adapters are not counted.
     """
-    blocks = list(_blocks(transformer))
-    kept = {block: 0 for block in blocks}
+    blocks = {block: 0 for block in _blocks(transformer)}
     rest = 0
     widths = [(path, 2 * tokens.through(path) * m.out_features) for path, m in _linears(transformer)]
     widths += [(path, tokens.attending(path) * width) for path, width in _attentions(transformer)]
     for path, numbers in widths:
-        block = next((b for b in blocks if path.startswith(b + ".")), None)
-        if block is None:
-            rest += numbers
+        block = ".".join(path.split(".")[:2])
+        if block in blocks:
+            blocks[block] += numbers
         else:
-            kept[block] += numbers
-    total = rest + sum(kept.values())
-    if checkpointed:
-        width = max((w for _, w in _attentions(transformer)), default=0)
-        total = rest + len(blocks) * tokens.all * width + max(kept.values(), default=0)
-    return int(total * size * (HALF if size == 2 else 1))
+            rest += numbers
+    held, width = _held(transformer, size), tokens.all * _width(transformer)
+    if not checkpointed:
+        return int(held.kept * (rest + sum(blocks.values())) + held.last * width)
+    # Backwards through the blocks, each of which gives its input free.
+    return int(max(size * i * width + held.block * (rest + block) for i, block in enumerate([0, *blocks.values()])))
+
+
+@lru_cache(maxsize=8)
+def forward_bytes(transformer: nn.Module, tokens: TokenCounts, size: int) -> int:
+    """Bytes that a forward of one row without a gradient holds at its peak, besides the weights: an estimate."""
+    return int(_held(transformer, size).forward * tokens.all * _width(transformer))
+
+
+def _held(transformer: nn.Module, size: int) -> Held:
+    """In fp32 nothing is cast, so each number is kept once."""
+    half = HELD.get(type(transformer).__name__, LEAST_KNOWN)
+    return half if size == 2 else Held(size, 0, size, 2 * half.forward)
+
+
+def _width(transformer: nn.Module) -> int:
+    return max((width for _, width in _attentions(transformer)), default=0)
 
 
 def _linears(transformer: nn.Module) -> Iterable[tuple[str, nn.Linear]]:

@@ -66,7 +66,7 @@ CHECKS: tuple[Check, ...] = (
         "offpolicy is set, and the objective is {r.objective}; leave it out",
     ),
     (
-        lambda r: r.objective in NO_ROLLOUT and r.rollout != Rollout(steps=r.rollout.steps),
+        lambda r: r.objective in NO_ROLLOUT and r.rollout != Rollout(steps=r.rollout.steps, merged=r.rollout.merged),
         "objective {r.objective} has no student rollout; of rollout, keep steps only",
     ),
     (
@@ -101,7 +101,7 @@ CHECKS: tuple[Check, ...] = (
     ),
     # batches
     (
-        lambda r: (r.micro_batch or r.batch) < r.group_size,
+        lambda r: r.rows_at_once < r.group_size,
         "micro_batch {r.micro_batch} splits the rollouts of one sample, {group_key} {r.group_size}; raise it",
     ),
     # validation and monitor

@@ -145,7 +145,8 @@ class Rollout(Part):
     solver: Literal["euler", "ab2"] = "euler"
     noise: float = Field(0.0, ge=0, le=1e3)
     guidance: float = Field(1.0, gt=0, le=1e4)
-    merged: bool = True  # roll out on W + BA; False: through the LoRA layers, without a copy of the adapted weights
+    # roll out on W + BA; False: through the LoRA layers, without a copy of the adapted weights
+    merged: Literal["auto", True, False] = "auto"
     cache_source: bool = False  # compute source keys and values once a rollout; flux2-klein-kv only
     cuda_graphs: bool = False  # its forwards as CUDA graphs (docs/kernels.md)
 

@@ -20,6 +20,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    PlainValidator,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -55,6 +56,8 @@ from danceopd.recipe.sampling import Sampling
 from danceopd.recipe.validation import Validation
 
 CAPABILITIES = ("generation", "editing")
+AUTO = ("dtype", "micro_batch", "gradient_checkpointing", "rollout.merged")
+"""Keys whose default `auto` a merge settles before it loads anything (planning/settings.py): then none says auto."""
 CONTINUES = (
     "steps",
     "output",
@@ -89,6 +92,12 @@ def _output(value: Any) -> Any:
         raise ValueError(str(error)) from None
 
 
+def _micro_batch(value: Any) -> Any:
+    if value in (None, "auto") or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 2**14):
+        return value
+    raise ValueError(f"{value!r} is neither auto nor a whole number from 1 to 16384")
+
+
 def _base(value: Any) -> Any:
     return existing(value, "base model", hub=True)
 
@@ -113,9 +122,10 @@ class Recipe(Part):
     batch: Rows = 8
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the frozen models; the student and Adam are fp32
-    micro_batch: Rows | None = None  # rows of the batch at a time; None: all
-    gradient_checkpointing: bool = False
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the frozen models; the student and Adam are fp32
+    # rows of the batch at a time; None: all
+    micro_batch: Annotated[int | Literal["auto"] | None, PlainValidator(_micro_batch)] = "auto"
+    gradient_checkpointing: Literal["auto", True, False] = "auto"
     compile: bool = False  # the transformer's repeated blocks, by torch.compile
     kernels: Literal["auto", True, False] = "auto"  # fused around attention; auto: on a GPU, where a trial says so
     parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes, each has the whole base, or a share of it
@@ -234,7 +244,28 @@ class Recipe(Part):
         """The resolved recipe as YAML; `Recipe.from_yaml` reads it back to an equal one."""
         return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=110)
 
+    def replaced(self, values: Mapping[str, Any]) -> Recipe:
+        """The recipe with other values, by key: `{"dtype": "bf16", "rollout.merged": False, "call.height": 512}`."""
+        changed: dict[str, Any] = {}
+        for key, value in values.items():
+            part, _, name = key.partition(".")
+            held = changed.get(part, getattr(self, part))
+            if name:
+                value = {**held, name: value} if isinstance(held, dict) else held.model_copy(update={name: value})
+            changed[part] = value
+        return self.model_copy(update=changed)
+
     # -- asking ---------------------------------------------------------------------------------------
+
+    def value(self, key: str) -> Any:
+        """The value of a key such as `rollout.merged`."""
+        part, _, name = key.partition(".")
+        return getattr(getattr(self, part), name) if name else getattr(self, part)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of the batch that are rolled out and learnt together (`micro_batch`)."""
+        return self.micro_batch if isinstance(self.micro_batch, int) else self.batch
 
     @property
     def group_size(self) -> int:

@@ -66,15 +66,7 @@ class RunDirectory:
     @property
     def finished(self) -> bool:
         """Whether a run of at least as many steps, or one that monitor or validation ended, was exported here."""
-        try:
-            done = read_json(self.path / FINISHED, "the mark")
-        except UserError:
-            return False
-        step = done.get("step")
-        ended = done.get("stopped") is True and self.recipe.monitor.rollback == "stop"
-        ended = ended or done.get("patience") == (self.recipe.validation.patience or 0)
-        enough = isinstance(step, int) and step >= self.recipe.steps
-        return (ended or enough) and (self.path / WEIGHTS).is_file()
+        return is_finished(self.path, self.recipe)
 
     def finish(self, step: int, **facts: Any) -> None:
         """Marks the run as finished after `step` updates (its export already stands in the folder)."""
@@ -103,6 +95,29 @@ class RunDirectory:
 def check_directory(output: str | Path, recipe: Recipe) -> None:
     """Refuses what making a `RunDirectory` would refuse, and makes nothing."""
     _refuse_other(Path(output), recipe)
+
+
+def is_finished(folder: Path, recipe: Recipe) -> bool:
+    """`RunDirectory.finished` of a folder that is not opened."""
+    try:
+        done = read_json(folder / FINISHED, "the mark")
+    except UserError:
+        return False
+    step = done.get("step")
+    ended = done.get("stopped") is True and recipe.monitor.rollback == "stop"
+    ended = ended or done.get("patience") == (recipe.validation.patience or 0)
+    enough = isinstance(step, int) and step >= recipe.steps
+    return (ended or enough) and (folder / WEIGHTS).is_file()
+
+
+def begun_recipe(folder: Path) -> Recipe | None:
+    """The recipe of the run that has trained in a folder; None without one, and for one that does not resolve here."""
+    if not (folder / "recipe.yaml").is_file() or not _has_trained(folder):
+        return None
+    try:
+        return Recipe.from_yaml(folder / "recipe.yaml")
+    except UserError:
+        return None
 
 
 def _has_trained(folder: Path) -> bool:

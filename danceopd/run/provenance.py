@@ -35,8 +35,8 @@ PIECES = 1024
 """Fingerprints kept for a teacher, at most: of so many runs of drawn rows, in order."""
 
 
-def check_data(run: Path, recipe: Recipe, datasets: Mapping[str, TeacherData]) -> None:
-    """Record what the run in folder `run` samples; UserError, which names the row, where it began with other data.
+def check_data(run: Path, recipe: Recipe, datasets: Mapping[str, TeacherData], record: bool = True) -> None:
+    """UserError, which names the row, where the run in folder `run` began with other data; `record`: write it down.
 
     A run that is given more steps is recorded with them; one that is given fewer keeps its record.
     """
@@ -64,10 +64,10 @@ def check_data(run: Path, recipe: Recipe, datasets: Mapping[str, TeacherData]) -
                         f"{where} is no longer what the run in {run} began with; put the old data back, or choose "
                         "another --output"
                     )
-    if not names or before >= recipe.steps:
+    if not names or before >= recipe.steps or not record:
         return
     drawn = _sampled(recipe, datasets, recipe.steps)
-    record = {
+    sampled = {
         name: {
             "source": recipe.data_source(teacher),
             "rows": len(datasets[name].data),
@@ -76,7 +76,7 @@ def check_data(run: Path, recipe: Recipe, datasets: Mapping[str, TeacherData]) -
         for teacher in recipe.teachers
         if (name := teacher.name) in names
     }
-    write_json(path, {"steps": recipe.steps, "teachers": record})
+    write_json(path, {"steps": recipe.steps, "teachers": sampled})
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -141,8 +141,10 @@ def _picture(source: ImageSource) -> list[Any]:
 TEACHERS = "teachers.json"  # in the run folder: whose weights this run learns from
 
 
-def check_weights(run: Path, base_sha256: str, known: Iterable[TeacherWeights]) -> dict[str, Any]:
-    """Write whose weights a run learns from into its folder, once; returns the facts.
+def check_weights(
+    run: Path, base_sha256: str, known: Iterable[TeacherWeights], record: bool = True
+) -> dict[str, Any]:
+    """Whose weights a run learns from; `record`: write it into its folder, once.
 
     UserError when the folder already names others: a run is continued with the weights it began with.
     """
@@ -171,7 +173,8 @@ def check_weights(run: Path, base_sha256: str, known: Iterable[TeacherWeights]) 
             f"{who} is no longer what the run in {run} began with (sha256 {str(old[changed])[:12]} then, "
             f"{str(now[changed])[:12]} now); put the old weights back, or choose another --output"
         )
-    write_json(path, facts)
+    if record:
+        write_json(path, facts)
     return facts
 
 

@@ -161,7 +161,7 @@ def validation_error(
         found.append(HeldOut(teacher.name, field, batches, null if recipe.rollout.guidance != 1 else None))
         prompts.append([teacher.name, [row.prompt for row in rows]])
     return ValidationError(
-        recipe.rollout, found, base, device, recipe.micro_batch or recipe.batch, cache_key(prompts)
+        recipe.rollout, found, base, device, recipe.rows_at_once, cache_key(prompts)
     )
 
 

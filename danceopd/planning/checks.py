@@ -1,0 +1,154 @@
+"""What a merge would refuse once its encoders or its base are loaded, found by tokenizers, tables and headers alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from danceopd.adapters.blend import check_blend
+from danceopd.common.files import disk_errors, lock_file
+from danceopd.data.dataset import TeacherData
+from danceopd.data.encode import check_target
+from danceopd.data.images import image_size
+from danceopd.data.null_prompt import check_guidance
+from danceopd.engine.warm_start import blend_weights
+from danceopd.errors import UserError
+from danceopd.models.base import call_defaults, pipeline_index
+from danceopd.models.lora import Adapter
+from danceopd.pipelines.family import Family
+from danceopd.pipelines.generation import check_prompts
+from danceopd.recipe.recipe import Recipe
+
+QUANTISERS = {"quanto": "optimum", "fp8": "torch"}
+"""Packages by `quant_method`, where the two have different names."""
+FEW_STEP_NAMES = re.compile(r"turbo|schnell|lightning|distill")
+"""In the name of a base: it was most likely distilled to few steps."""
+FEW_STEPS = 4
+"""Steps of a rollout on a distilled base, where the recipe names none."""
+
+
+def check_output(output: Path) -> None:
+    """UserError unless a run folder can be made and written at `output`; leaves nothing there."""
+    with disk_errors(output):
+        place = output.absolute()
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryDirectory(prefix=".danceopd-", dir=place):
+            pass
+        if (output / ".lock").is_file() and (lock := lock_file(output / ".lock")) is not None:
+            lock.close()
+
+
+def for_distilled(recipe: Recipe, folder: Path, begun: Recipe | None = None) -> tuple[Recipe, list[str]]:
+    """The recipe with few steps where its base says that it is distilled and no steps are named; what there is to say.
+
+    A run that has `begun` keeps its steps.
+    """
+    index = pipeline_index(folder)
+    said, named = list[str](), "steps" in recipe.rollout.model_fields_set
+    if index.get("is_distilled") is not True:
+        few = FEW_STEP_NAMES.search(str(recipe.base).lower())
+        if few and not named and begun is None:
+            steps = recipe.rollout.steps
+            said.append(f"the base's name says {few[0]!r}, and rollouts take {steps} steps; rollout.steps says fewer")
+        return recipe, said
+    given = recipe.call.get("num_inference_steps") or call_defaults(folder).get("num_inference_steps")
+    steps = recipe.rollout.steps if named else given or FEW_STEPS
+    values = ({} if named else {"rollout.steps": steps}) | ({} if given else {"call.num_inference_steps": steps})
+    if begun is not None:
+        values = ({} if named else {"rollout.steps": begun.rollout.steps}) | ({} if given else {"call": begun.call})
+    elif values:
+        chosen = " and ".join(f"{key} {value}" for key, value in values.items())
+        said.append(f"the base is distilled to few steps, so {chosen}; name another in the recipe if you want it")
+    if named and steps > 2 * FEW_STEPS:
+        said.append(f"the base is distilled to few steps, and rollout.steps is {steps}; {FEW_STEPS} is usual")
+    guided = [f"teacher {t.name!r}" for t in recipe.teachers if t.guidance is not None]
+    guided += ["rollout.guidance"] if recipe.rollout.guidance != 1 else []
+    if guided:
+        said.append(f"the base is distilled and draws without guidance, and {guided[0]} is guided; leave guidance out")
+    return recipe.replaced(values), said
+
+
+def check_encoders(folder: Path, family: Family) -> None:
+    """UserError for a text encoder that is not there, or was quantised by a package that is not."""
+    index = pipeline_index(folder)
+    for name in family.text_components:
+        if not (isinstance(index.get(name), list) and index[name][1]):
+            continue
+        if not (folder / name).is_dir():
+            raise UserError(f"{folder} has no folder {name}, which its model_index.json names; fetch the base again")
+        config = folder / name / "config.json"
+        with does_not_load(config):
+            how = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+            kind = (how.get("quantization_config") or {}).get("quant_method")
+        package = QUANTISERS.get(kind, kind)
+        if package and importlib.util.find_spec(package) is None:
+            raise UserError(f"{folder / name} was saved quantised by {kind}, which is not installed; install {package}")
+
+
+def tokenizers(index: Mapping[str, Any]) -> list[str]:
+    """The tokenizers that a pipeline's model_index.json names."""
+    listed = [(name, value) for name, value in index.items() if name.startswith("tokenizer")]
+    return [name for name, value in listed if isinstance(value, list) and value[1]]
+
+
+def check_start(recipe: Recipe, adapters: Mapping[str, Adapter | None]) -> None:
+    """UserError for a blend that the student cannot start from."""
+    held = {name: adapter for name, adapter in adapters.items() if adapter is not None}
+    if recipe.student.init == "blend" and held:
+        weights = blend_weights(recipe.student, held, len(adapters))
+        check_blend(list(held.values()), weights, recipe.student.rank, recipe.student.init_method)
+
+
+def check_prompts_of(
+    recipe: Recipe, folder: Path, family: Family, pipe: Any, call: Mapping[str, Any],
+    datasets: Mapping[str, TeacherData],
+) -> list[str]:  # fmt: skip
+    """UserError for a prompt that the encoder would cut, or guidance that the family lacks; what was not checked."""
+    unguided = recipe.guidance.unconditional == 0 and recipe.rollout.guidance == 1
+    for teacher in recipe.teachers:
+        if teacher.guidance is not None or not unguided:
+            check_guidance(family, teacher.name)
+    named = tokenizers(pipeline_index(folder))
+    if not named or any(pipe.components.get(name) is None for name in named):
+        return [f"{folder} has no tokenizer, so the length of prompts is not checked, and a merge would not load it"]
+    settings = {key: value for key, value in call.items() if key != "steps"}
+    for teacher in recipe.teachers:
+        mine = datasets[teacher.name]
+        prompts = {mine.data.prompt(row): mine.data.where(row) for row in reversed(mine.rows)}  # each once
+        check_prompts(pipe, family, list(prompts), settings, list(prompts.values()))
+        if teacher.negative and teacher.negative.strip():
+            check_prompts(pipe, family, [teacher.negative], settings, [f"the negative prompt of {teacher.name!r}"])
+    return []
+
+
+def check_target_shapes(
+    recipe: Recipe, datasets: Mapping[str, TeacherData], family: Family, pipe: Any, call: Mapping[str, Any]
+) -> None:
+    """UserError for a target picture that would be squeezed into the size that is drawn."""
+    settings = {key: value for key, value in call.items() if key != "steps"}
+    for teacher in recipe.teachers:
+        data = datasets[teacher.name].data
+        for row in datasets[teacher.name].rows:
+            size = (call["height"], call["width"])
+            if teacher.capability == "editing":
+                size = family.size_of(pipe, Image.new("1", data.size(row)), settings)  # type: ignore[attr-defined]
+            check_target(image_size(data.target(row), data.where(row)), size, data.where(row))
+
+
+@contextmanager
+def does_not_load(place: Path) -> Iterator[None]:
+    """A context in which an error becomes a UserError: `place` does not load."""
+    try:
+        yield
+    except Exception as error:  # transformers raises a dozen kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{place} does not load ({reason}); fetch it again") from error
