@@ -119,13 +119,6 @@ def check_stored(folder: Path, transformer: nn.Module) -> None:
     """UserError for a pipeline folder whose `transformer` (of its configuration, on the meta device) is stored
     quantised, or without some of its tensors, which diffusers would fill with random numbers."""
     place = folder / "transformer"
-    how = transformer_config(place).get("quantization_config")
-    if how:
-        kind = how.get("quant_method", "quantised") if isinstance(how, dict) else "quantised"
-        raise UserError(
-            f"the transformer of {folder} was saved quantised ({kind}), which a merge cannot train on; give the same "
-            "model in bf16, fp16 or fp32"
-        )
     stored, wanted = open_checkpoint(folder).shapes, transformer.state_dict()
     missing = wanted.keys() - stored.keys()
     if missing:

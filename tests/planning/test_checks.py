@@ -96,7 +96,7 @@ def below_a_file(place: Path) -> dict[str, Any]:
 
 
 CASES: dict[Change, str] = {
-    quantised_config: r"saved quantised \(bitsandbytes\)",
+    quantised_config: r"stored quantised \(bitsandbytes\)",
     quantised_numbers: r"holds quantised weights \(F8_E4M3\)",
     quantised_encoder: "saved quantised by nopackage, which is not installed",
     other_tensors: "lacks .* of its .* tensors",
