@@ -211,7 +211,7 @@ def _train(opened: _Opened, report: Report) -> Student:
         sources = dict[str, tuple[str, Columns]]()  # the first teacher's, of each capability
         for teacher in recipe.teachers:
             sources.setdefault(teacher.capability, (recipe.data_source(teacher), recipe.columns(teacher)))
-        rows = recipe.micro_batch or recipe.batch
+        rows = recipe.rows_at_once
         grid = SampleGrid(sources, recipe.samples.count, recipe.seed + 1, encoder, device, rows)
         if recipe.validation.every and measures:
             nulls = {t.name: (t.field, t.null) for t in teachers}

@@ -53,7 +53,7 @@ class Trainer:
         self.optimizer = StudentOptimizer(
             backbone.parameters(STUDENT), recipe.optimizer, recipe.ema, recipe.steps, recipe.dtype == "fp16"
         )
-        self.merged = recipe.rollout.merged
+        self.merged = bool(recipe.rollout.merged)
         field = field or (MergedField if self.merged else AdapterField)(backbone, STUDENT)
         rollout = StudentRollout(field, recipe.rollout)
         self.velocities = Velocities(rollout, self._student_velocity, [t.field for t in self.teachers])

@@ -88,7 +88,7 @@ def check_encoders(folder: Path, family: Family) -> None:
         config = folder / name / "config.json"
         with does_not_load(config):
             how = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-            kind = (how.get("quantization_config") or {}).get("quant_method")
+            kind = str((how.get("quantization_config") or {}).get("quant_method") or "")
         package = QUANTISERS.get(kind, kind)
         if package and importlib.util.find_spec(package) is None:
             raise UserError(f"{folder / name} was saved quantised by {kind}, which is not installed; install {package}")

@@ -35,7 +35,7 @@ PROOF_ROWS = 4
 """Rows that an export is proven on."""
 PIXEL_CHANNELS = 700
 """Numbers for each pixel that an autoencoder holds at the peak of decoding or encoding a picture."""
-DEFAULT_ENCODER = {"hidden_size": 4096, "num_hidden_layers": 36, "vocab_size": 0}
+DEFAULT_ENCODER: dict[str, Any] = {"hidden_size": 4096, "num_hidden_layers": 36, "vocab_size": 0}
 """What a text encoder without a configuration is taken for."""
 
 
@@ -161,7 +161,7 @@ def _encoding(run: Outline, card: Card, size: int) -> int:
         file = run.folder / name / "config.json"
         if not (run.folder / name).is_dir():
             continue
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else DEFAULT_ENCODER
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else DEFAULT_ENCODER
         config = {**config, **(config.get("text_config") or {})}
         hidden = config.get("hidden_size") or config.get("d_model") or 0
         layers = config.get("num_hidden_layers") or config.get("num_layers") or 0

@@ -112,7 +112,7 @@ class Outline:
 
     def row_flops(self, recipe: Recipe) -> dict[str, float]:
         """FLOPs of one forward of an average row, by capability."""
-        flops = dict.fromkeys((t.capability for t in recipe.teachers), 0.0)
+        flops: dict[str, float] = {t.capability: 0.0 for t in recipe.teachers}
         for p in self.pictures:
             flops[p.capability] += p.share * p.flops
         return flops

@@ -20,6 +20,7 @@ from danceopd.common.files import lock_file
 from danceopd.errors import UserError
 from danceopd.merge import merge
 from danceopd.plan import plan
+from danceopd.planning.checks import check_output
 from danceopd.recipe.recipe import Recipe
 
 Change = Callable[[Path], dict[str, Any]]
@@ -90,11 +91,6 @@ def three_in_a_slerp(place: Path) -> dict[str, Any]:
     return {**drawing(place, "draws", "edits", "edits"), "student": {"rank": 8, "init_method": "slerp"}}
 
 
-def below_a_file(place: Path) -> dict[str, Any]:
-    (place / "run").write_text("")
-    return {"output": place / "run" / "student"}
-
-
 CASES: dict[Change, str] = {
     quantised_config: r"stored quantised \(bitsandbytes\)",
     quantised_numbers: r"holds quantised weights \(F8_E4M3\)",
@@ -106,7 +102,6 @@ CASES: dict[Change, str] = {
     long_negative: r"the negative prompt of 't0' has \d+ tokens",
     other_base: "was trained on another base",
     three_in_a_slerp: "slerp blends 2 adapters and here are 3",
-    below_a_file: "cannot write",
 }
 
 
@@ -124,6 +119,12 @@ def test_refused_by_plan_and_by_merge_before_anything_is_loaded(
             command()
         assert len(str(refused.value)) < 600
     assert not (place / "run" / "recipe.yaml").exists()
+
+
+def test_an_output_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        check_output(tmp_path / "file" / "run")
 
 
 def test_a_folder_that_is_in_use_and_a_run_of_other_weights(models: Path, tmp_path: Path) -> None:
