@@ -13,6 +13,7 @@ from tiny_merge import WEIGHTS, check_student, run, tiny_recipe
 from danceopd.common.system import out_of_memory
 from danceopd.errors import UserError
 from danceopd.merge import merge
+from danceopd.planning.cards import card_here
 from danceopd.recipe.recipe import Recipe
 from danceopd.run.limits import memory_error
 
@@ -94,6 +95,7 @@ def test_on_a_gpu_fp32_is_multiplied_in_tf32(models, tmp_path, monkeypatch):
         raise UserError("stop")
 
     monkeypatch.setattr(sys.modules["danceopd.merge"], "base_folder", stop)
+    monkeypatch.setattr(sys.modules["danceopd.merge"], "card_here", lambda device: card_here(torch.device("cpu")))
     for device in map(torch.device, ("cuda", "cpu")):
         monkeypatch.setattr("danceopd.common.distributed.resolve_device", lambda name, device=device: device)
         with pytest.raises(UserError, match="stop"):
