@@ -18,7 +18,7 @@ from torch import Tensor
 from danceopd.engine.batches import Batch
 from danceopd.engine.solvers import SOLVERS, Euler, FlowSDE, Solver
 from danceopd.models.cuda_graphs import CapturedField
-from danceopd.models.fields import AdapterField, GuidedField, MergedField, VelocityField
+from danceopd.models.fields import AdapterField, GuidedField, MergedField, VelocityField, acting
 from danceopd.models.source_cache import with_cached_source
 from danceopd.pipelines.condition import Condition
 from danceopd.recipe.parts import Rollout
@@ -140,7 +140,7 @@ class StudentRollout:
         before = None
         if observer is not None:
             field, before = observer.around(field), observer.before
-        with self.field.acting():  # once, and not at each step
+        with acting(self.field):  # once, and not at each step
             return rollout(
                 field, batch.noise(), batch.sigmas, steps, condition, before, levels=sigmas, solver=self.solver(batch)
             )

@@ -105,7 +105,7 @@ def test_the_program_says_where_the_pictures_are_and_replaces_none(danceopd: Pro
 def test_settings_that_cannot_be_read(tmp_path: Path) -> None:
     assert call_defaults(tmp_path) == {}
     (tmp_path / "danceopd.json").write_text("[64")
-    with pytest.raises(UserError, match="danceopd.json is not a JSON object"):
+    with pytest.raises(UserError, match="danceopd.json is not valid JSON"):
         call_defaults(tmp_path)
 
 
