@@ -197,7 +197,7 @@ def _pipeline(folder: Path, family: Family, transformer: nn.Module) -> Any:
     kind = getattr(diffusers, family.generation)
     needed, settings = kind._get_signature_keys(kind)
     parts: dict[str, Any] = dict.fromkeys(needed)
-    parts["transformer"] = empty_module(transformer, torch.empty(0))
+    parts["transformer"] = transformer  # some pipelines set its processors
     with checks.does_not_load(folder / "scheduler"):
         parts["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
     with checks.does_not_load(folder / "vae"), torch.device("meta"):
@@ -207,7 +207,9 @@ def _pipeline(folder: Path, family: Family, transformer: nn.Module) -> Any:
         with checks.does_not_load(folder / name):
             parts[name] = getattr(transformers, index[name][1]).from_pretrained(folder / name)
     same = class_name(folder) == family.generation
-    return kind(**parts, **({key: index[key] for key in settings if key in index} if same else {}))
+    pipe = kind(**parts, **({key: index[key] for key in settings if key in index} if same else {}))
+    pipe.transformer = empty_module(transformer, torch.empty(0))  # a device and a dtype, no weight
+    return pipe
 
 
 def _pictures(

@@ -170,7 +170,7 @@ def test_a_base_with_damaged_weights_is_a_sentence(tmp_path, base):
     with pytest.raises(UserError, match="does not load"):
         load_base(broken)
     (broken / "transformer" / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json cannot be read"):
+    with pytest.raises(UserError, match="config.json is not valid JSON"):
         empty_transformer(broken)
 
 

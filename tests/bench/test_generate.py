@@ -153,6 +153,7 @@ class Three:
         alone = Processes("cpu")
         self.rank, self.world_size, self.is_main, self.device = rank, 3, True, alone.device
         self.main_first, self.broadcast, self.all_max = alone.main_first, alone.broadcast, alone.all_max
+        self.watched = alone.watched
 
 
 @pytest.mark.slow

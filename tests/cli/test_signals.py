@@ -35,8 +35,8 @@ def start(arguments: Sequence[str], folder: Path) -> subprocess.Popen[str]:
     """The program with its own imports."""
     return subprocess.Popen(
         [sys.executable, "-m", "danceopd", *arguments], cwd=folder, stderr=subprocess.PIPE, text=True,
-        # A shell's background job, as CI may be, starts with SIGINT ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # A shell's background job, as CI may be, starts with signals ignored, and children inherit that.
+        preexec_fn=lambda: [signal.signal(one, signal.SIG_DFL) for one in (signal.SIGINT, signal.SIGHUP)],
     )  # fmt: skip
 
 

@@ -291,7 +291,7 @@ def test_a_gate_is_one_key(files):
         ({"gates": {"consensus": True, "group": 4}}, "which only evidence does"),
         ({"gates": {"consensus": {"bound": 0.9}}}, "gates.consensus.bound is 0.9"),
         ({"gates": {"skills": {"generation": {"step": "source"}}}}, "gates.skills.generation.step is 'source'"),
-        ({"gates": {"skills": True}, "rollout": {"steps": 1}}, "needs rollouts of two steps or more"),
+        ({"gates": {"skills": True}, "rollout": {"steps": 1}}, "rollout.steps is 1; give two or more"),
     ],
 )
 def test_misuse_is_refused_in_a_sentence(files, fields, sentence):
