@@ -243,7 +243,8 @@ def test_the_recipe_says_how_rollouts_are_captured(models, tmp_path, monkeypatch
         raise Killed
 
     monkeypatch.setattr(module, "with_cuda_graphs", noted)
-    monkeypatch.setattr(module, "check_source_cache", lambda family: None)  # FLUX.2 klein cannot keep its source
+    # FLUX.2 klein cannot keep its source
+    monkeypatch.setattr("danceopd.planning.outline.check_source_cache", lambda family: None)
     quick = {"validation": {"every": 0}, "samples": {"every": 0, "count": 1}, "device": "cpu"}
     with pytest.raises(Killed):
         merge(recipe(models, tmp_path / "run", **quick, **fields), silent)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 PRINT_INTERVAL = 15.0
 """Seconds between progress lines where standard error is no terminal."""
-MIN_WIDTH = 80
+MIN_WIDTH = 100
 """Columns that every table fits into."""
 _CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 

@@ -175,7 +175,7 @@ def test_a_narrow_terminal_cuts_nothing(danceopd: Program) -> None:
     facts = json.loads(danceopd("inspect", "generation", "--json").stdout)
     assert facts["sha256"] in danceopd("inspect", "generation", COLUMNS="40").stdout
     shown = danceopd("plan", "--tflops", "1", COLUMNS="40").stdout
-    assert "activations of the largest batch" in shown and "…" not in shown
+    assert "at times: activations of the proof" in shown and "…" not in shown
 
 
 def test_inspect_leaves_out_what_training_left_and_knows_rank_0(danceopd: Program, tmp_path: Path) -> None:
