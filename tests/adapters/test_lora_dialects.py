@@ -317,7 +317,7 @@ BROKEN = {
     "rank_pattern that is no map": {**CONFIG, "rank_pattern": ["a"]},
     "alpha_pattern that is no map": {**CONFIG, "alpha_pattern": {"a": "b"}},
     "'\\(', which is no regular expression": {**CONFIG, "rank_pattern": {"(": 4}},
-    "takes too long": {**CONFIG, "alpha_pattern": {r"(?:\w|\w\w|\.|\w\.)+[XYZ]": 4}},
+    "takes too long": {**CONFIG, "alpha_pattern": {r"(?:\w|\w\w|\w\w\w|\.|\w\.|\.\w|\w\.\w)+[XYZ]": 4}},
     "says rank 8 and its tensors say 4": {**CONFIG, "r": 8},
     "has no lora_alpha": {"peft_type": "LORA", "r": 4},
     "has no alpha, ": {"peft_type": "LOHA", "r": 4},
