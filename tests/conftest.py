@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +21,8 @@ if "DANCEOPD_CACHE" not in os.environ:  # nothing of a test outlives it, nor rea
 
 import program
 import pytest
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
