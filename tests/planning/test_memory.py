@@ -6,7 +6,6 @@ import meta_counts
 import pytest
 from header_only import MODELS, small_transformer
 
-from danceopd.models import lora
 from danceopd.models.flops import TokenCounts, activation_bytes, forward_bytes
 
 # (model, side in pixels, whether there is a source, tokens of text)
@@ -16,7 +15,6 @@ ROWS = [
 ]  # fmt: skip
 
 
-@pytest.mark.skipif(not hasattr(lora, "LoraLinear"), reason="counted with LoRA layers that cast no activation up")
 @pytest.mark.parametrize(("name", "side", "source", "text"), ROWS)
 @pytest.mark.parametrize("kind", ["kept", "checkpointed", "forward"])
 def test_activations_are_those_of_the_real_transformer(
