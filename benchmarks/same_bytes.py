@@ -40,7 +40,7 @@ def make_inputs(folder: Path, tests: Path) -> None:
     for place in (tests, tests / "helpers"):
         sys.path.insert(0, str(place))
     import torch
-    from tinies import TINIES  # type: ignore[import-not-found]
+    from tinies import TINYS  # type: ignore[import-not-found]
     from tiny import random_adapter, random_image  # type: ignore[import-not-found]
 
     from danceopd.pipelines import registry as families
@@ -58,7 +58,7 @@ def make_inputs(folder: Path, tests: Path) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     from danceopd.adapters.write import write_adapter
 
-    for tiny in TINIES:
+    for tiny in TINYS:
         place = folder / tiny.family
         pipe = tiny.build(place / "base")
         for i in range(2):

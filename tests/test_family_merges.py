@@ -12,7 +12,7 @@ import math
 
 import pytest
 import torch
-from tinies import TINIES
+from tinies import TINYS
 from tiny import random_image
 from tiny_merge import FAMILY_EDITS, FAMILY_PROMPTS, family_recipe, json_lines
 from tiny_parts import recorded_steps
@@ -35,7 +35,7 @@ def write_paraphrases(folder):
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
 
 
-@pytest.mark.parametrize("tiny", TINIES, ids=lambda tiny: tiny.family)
+@pytest.mark.parametrize("tiny", TINYS, ids=lambda tiny: tiny.family)
 def test_all_gates_together_on_every_family(tiny, tmp_path, monkeypatch):
     """Every condition that a gate queries stacks, every contrast differs, and the metrics are numbers."""
     # a prompt hardly changes what random weights say
@@ -55,7 +55,7 @@ def test_all_gates_together_on_every_family(tiny, tmp_path, monkeypatch):
     assert seen["gate/leak"] > 0 and seen["gate/rho"] != 0
 
 
-@pytest.mark.parametrize("tiny", TINIES, ids=lambda tiny: tiny.family)
+@pytest.mark.parametrize("tiny", TINYS, ids=lambda tiny: tiny.family)
 def test_the_stock_pipelines_with_the_exported_lora_draw_what_the_student_draws(tiny, tmp_path):
     family, stock = FAMILIES[tiny.family], tiny.build()
     backbone = Backbone(copy.deepcopy(stock.transformer), family)

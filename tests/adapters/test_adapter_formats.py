@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tinies import TINIES
+from tinies import TINYS
 from tiny import random_adapter, tiny_klein
 
 from danceopd.adapters.dialects import linear_sizes
@@ -24,7 +24,7 @@ from danceopd.models.base import load_base
 from danceopd.models.lora import Adapter
 from danceopd.pipelines.registry import FAMILIES
 
-FAMILY = {tiny.family: tiny for tiny in reversed(TINIES)}
+FAMILY = {tiny.family: tiny for tiny in reversed(TINYS)}
 HIDDEN = 3072  # FLUX.1's converter knows this width only, and no tiny model has it
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lora_files import flat, klein_adapter, klein_transformer, refused, saved_base
 from safetensors.torch import save_file
-from tinies import TINIES
+from tinies import TINYS
 
 from danceopd.adapters.dialects import linear_sizes
 from danceopd.adapters.export import distance
@@ -50,7 +50,7 @@ def put(folder, tensors, name="x.safetensors", metadata=None):
 # Names
 
 
-@pytest.mark.parametrize("tiny", {tiny.family: tiny for tiny in reversed(TINIES)}.values(), ids=lambda t: t.family)
+@pytest.mark.parametrize("tiny", {tiny.family: tiny for tiny in reversed(TINYS)}.values(), ids=lambda t: t.family)
 def test_every_linear_of_every_family_has_a_name_in_the_tables(tiny, tmp_path):
     tiny.build(tmp_path)
     model = empty_transformer(tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tinies import TINIES
+from tinies import TINYS
 
 import danceopd
 from danceopd.pipelines.registry import FAMILIES
@@ -36,7 +36,7 @@ def test_every_family_has_its_line_and_its_recipe():
         (line,) = [row for row in GUIDE.splitlines() if row.startswith(f"| `{family.name}` ")]
         assert all(f"`{c}`" in line for c in (family.generation, *family.other_editing))
         assert ("guidance_scale" in line) == ("guidance_scale" in family.call)
-    assert {tiny.family for tiny in TINIES} == set(FAMILIES)
+    assert {tiny.family for tiny in TINYS} == set(FAMILIES)
 
 
 def test_adding_a_family_is_shown_as_it_is_in_under_40_lines():

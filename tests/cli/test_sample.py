@@ -11,7 +11,7 @@ import torch
 from conftest import Program
 from diffusers import DiffusionPipeline
 from PIL import Image
-from tinies import TINIES
+from tinies import TINYS
 from tiny import random_adapter, random_image, tiny_klein
 from tiny_parts import Tiny
 
@@ -77,7 +77,7 @@ def test_an_edit_has_the_shape_of_its_source(made: Path, stock, tmp_path: Path) 
         sample(made / "student", "a red circle", **options)
 
 
-@pytest.mark.parametrize("tiny", [t for t in TINIES if t.editing is not None], ids=lambda tiny: tiny.family)
+@pytest.mark.parametrize("tiny", [t for t in TINYS if t.editing is not None], ids=lambda tiny: tiny.family)
 def test_every_family_edits_in_the_source_s_shape(tiny: Tiny, tmp_path: Path) -> None:
     """At the size that a merge encodes the edit at, and never in the square of the settings."""
     pipe, components = tiny.build(), None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tinies import TINIES
+from tinies import TINYS
 from tiny import random_adapter, random_image
 
 from danceopd.engine.rollout import rollout
@@ -17,9 +17,9 @@ from danceopd.pipelines import EditingPipeline, GenerationPipeline
 from danceopd.pipelines.family import unchanged_condition
 from danceopd.pipelines.registry import FAMILIES
 
-_LISTED = [(i, tiny, task) for i, tiny in enumerate(TINIES) for task in tiny.tasks]
+_LISTED = [(i, tiny, task) for i, tiny in enumerate(TINYS) for task in tiny.tasks]
 CASES = [(tiny, task) for _, tiny, task in _LISTED]
-NAMES = [f"{tiny.family}{'+' * (i > 0 and TINIES[i - 1].family == tiny.family)} {task}" for i, tiny, task in _LISTED]
+NAMES = [f"{tiny.family}{'+' * (i > 0 and TINYS[i - 1].family == tiny.family)} {task}" for i, tiny, task in _LISTED]
 WORDS = {
     "generation": ["a red circle", "two blue square on the left", "a white ring"],
     "editing": ["make it red", "remove the blue star above", "add a ring"],

@@ -1,4 +1,4 @@
-"""Every family's tiny pipelines in one list, `TINIES`; a family that is added here is tested by `test_families.py`."""
+"""Every family's tiny pipelines in one list, `TINYS`; a family that is added here is tested by `test_families.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tiny import CALL, tiny_klein
 from tiny_parts import Tiny
 
 KLEIN = Tiny("flux2-klein", tiny_klein, lambda pipe: pipe, {**CALL, "steps": 4})
-TINIES: list[Tiny] = [
+TINYS: list[Tiny] = [
     KLEIN,
     tiny_klein_kv.TINY,
     tiny_flux2_dev.TINY,

@@ -7,7 +7,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from tinies import TINIES
+from tinies import TINYS
 from tiny import random_adapter, random_image, tiny_klein
 from tiny_klein_kv import TINY, tiny_klein_kv
 from tiny_merge import family_recipe
@@ -110,7 +110,7 @@ def test_a_prompt_alone_has_no_source_to_cache(kv):
     assert with_cached_source(BaseField(backbone), condition) is condition
 
 
-@pytest.mark.parametrize("tiny", TINIES, ids=lambda tiny: tiny.family)
+@pytest.mark.parametrize("tiny", TINYS, ids=lambda tiny: tiny.family)
 def test_refused_in_one_sentence_where_sources_see_the_image(tiny):
     family = FAMILIES[tiny.family]
     if family.cache_source is not None:
@@ -121,7 +121,7 @@ def test_refused_in_one_sentence_where_sources_see_the_image(tiny):
 
 
 def test_a_merge_refuses_before_weights_load(tmp_path, monkeypatch):
-    recipe = family_recipe(TINIES[0], tiny_klein(), tmp_path)
+    recipe = family_recipe(TINYS[0], tiny_klein(), tmp_path)
     recipe = danceopd.Recipe(**{**recipe.resolved(), "rollout": {"steps": 2, "cache_source": True}})
     monkeypatch.setattr(import_module("danceopd.merge"), "load_base", lambda *a: pytest.fail("loaded"))
     with pytest.raises(UserError, match="cache_source.*flux2-klein see the noisy ones"):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tinies import TINIES
+from tinies import TINYS
 from tiny import random_adapter, random_image
 from tiny_parts import Tiny, recorded_steps
 
@@ -88,7 +88,7 @@ def names(tiny):
     return tiny.family
 
 
-@pytest.fixture(scope="module", params=TINIES, ids=names)
+@pytest.fixture(scope="module", params=TINYS, ids=names)
 def built(request):
     tiny = request.param
     pipe = tiny.build()
