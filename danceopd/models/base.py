@@ -23,6 +23,7 @@ from danceopd.common.messages import shown
 from danceopd.common.parse import read_json
 from danceopd.common.safetensors import read_header
 from danceopd.common.shipped import resolve
+from danceopd.common.system import out_of_memory
 from danceopd.errors import UserError
 from danceopd.pipelines.family import Family
 from danceopd.pipelines.registry import family_of
@@ -100,7 +101,7 @@ def load_base(folder: str | Path, dtype: torch.dtype | None = None, **components
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} needs a package that is not installed ({reason}); install it") from error
     except Exception as error:  # every damaged part fails in its own way
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        if out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(

@@ -15,6 +15,7 @@ from PIL import Image
 
 from danceopd.adapters.blend import check_blend
 from danceopd.common.files import disk_errors, lock_file
+from danceopd.common.system import out_of_memory
 from danceopd.data.dataset import TeacherData
 from danceopd.data.encode import check_target
 from danceopd.data.images import image_size
@@ -64,7 +65,10 @@ def for_distilled(recipe: Recipe, folder: Path, begun: Recipe | None = None) -> 
     steps = recipe.rollout.steps if named else given or FEW_STEPS
     values = ({} if named else {"rollout.steps": steps}) | ({} if given else {"call.num_inference_steps": steps})
     if begun is not None:
-        values = ({} if named else {"rollout.steps": begun.rollout.steps}) | ({} if given else {"call": begun.call})
+        kept = begun.call.get("num_inference_steps")
+        values = ({} if named else {"rollout.steps": begun.rollout.steps}) | (
+            {} if given or kept is None else {"call.num_inference_steps": kept}
+        )
     elif values:
         chosen = " and ".join(f"{key} {value}" for key, value in values.items())
         said.append(f"the base is distilled to few steps, so {chosen}; name another in the recipe if you want it")
@@ -150,5 +154,7 @@ def does_not_load(place: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # transformers raises a dozen kinds
+        if out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{place} does not load ({reason}); fetch it again") from error

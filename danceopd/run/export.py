@@ -30,7 +30,6 @@ from danceopd.common.tensors import DTYPES
 from danceopd.data.dataset import of_one_layout
 from danceopd.engine.teachers import RoutedTeacher
 from danceopd.engine.trainer import Trainer
-from danceopd.errors import UserError
 from danceopd.kernels import uninstall
 from danceopd.models.base import base_fingerprint, base_folder, load_base
 from danceopd.models.checkpoint import open_checkpoint
@@ -113,13 +112,9 @@ def _with_own_transformer(pipe: Any, transformer: nn.Module, base: Path) -> Any:
     """
     uninstall(transformer)
     eager_blocks(transformer)
-    try:
-        stored = open_checkpoint(base)
-    except UserError:  # files that only stock `from_pretrained` reads
-        stored = None
-    for name, tensor in transformer.state_dict().items() if stored else ():
-        there = stored.tensor(name) if stored and name in stored.shapes else tensor
-        if not torch.equal(there.to(tensor.device, tensor.dtype), tensor):
+    stored = open_checkpoint(base)
+    for name, tensor in transformer.state_dict().items():
+        if not torch.equal(stored.tensor(name).to(tensor.device, tensor.dtype), tensor):
             raise ExportError(f"{name} of the base is not what {base} holds, so nothing proven on it would count")
     pipe.transformer = transformer
     return pipe
