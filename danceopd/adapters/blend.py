@@ -22,7 +22,7 @@ from danceopd.errors import UserError
 from danceopd.models.lora import Adapter
 
 LARGEST = 1e6
-"""Of weights and scales; fp32 holds what they make of a LoRA."""
+"""Largest size of a weight or scale; beyond it, a blend may overflow fp32."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def check_blend(
         )
     if weights is not None and (not all(abs(weight) <= LARGEST for weight in weights) or not any(weights)):
         raise UserError(
-            f"blend weights {list(weights)} are all zero, or not finite and up to {LARGEST:g}; give weights about 1"
+            f"blend weights {list(weights)} are all 0, or one is beyond ±{LARGEST:g} or no number; give weights about 1"
         )
     if rank is not None and rank < 1:
         raise UserError(f"an adapter of rank {rank} cannot be blended into; give a rank of 1 or more")
@@ -128,7 +128,7 @@ def check_blend(
     if how.adapters is not None and weights is not None and (min(weights) < 0 or not sum(weights)):
         raise UserError(f"{method} goes from one adapter to the other; give two weights of 0 or more, not {weights}")
     if not 0 < abs(scale) <= LARGEST:
-        raise UserError(f"a blend of scale {scale:g} is none; give a number other than 0 and up to {LARGEST:g}")
+        raise UserError(f"the scale is {scale:g}; give a number other than 0, up to {LARGEST:g} in size")
     if density is not None and how.density is None:
         raise UserError(f"{method} keeps every entry, so it takes no density; leave the density out")
     if density is not None and not 0 < density <= 1:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -18,6 +17,7 @@ import regex
 
 from danceopd.adapters.dialects import TEXT_ENCODERS, adapter_kind, dialect, split_key
 from danceopd.common.messages import few
+from danceopd.common.parse import parse_json
 from danceopd.common.safetensors import PICKLE_SUFFIXES, SafetensorsHeader, read_header, refuse_pickle
 from danceopd.errors import UserError
 
@@ -65,8 +65,8 @@ class LoraHeader(SafetensorsHeader):
     def record(self) -> dict[str, Any]:
         """What danceopd wrote into the file: `modules`, `sha256` and the caller's strings; {} otherwise."""
         try:
-            found = json.loads(self.metadata.get(METADATA_KEY, "{}"))
-        except (ValueError, RecursionError):
+            found = parse_json(self.metadata.get(METADATA_KEY, "{}"))
+        except ValueError:
             found = {}
         return found if isinstance(found, dict) else {}
 
@@ -123,8 +123,8 @@ def _number(text: str | None) -> float | None:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         pointer = text.startswith("version https://git-lfs")
         mend = "fetch it with `git lfs pull`" if pointer else "copy or download it again"
         what = "is a git-lfs pointer" if pointer else "cannot be read as JSON"
@@ -240,8 +240,8 @@ def _refuse_shard(file: Path) -> None:
     match, names = _SHARD.search(file.name), {file.name}
     for index in file.parent.glob("*.safetensors.index.json"):
         try:
-            listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            listed = set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{index} cannot be read; copy or download it again, or remove it") from None
         names = names | listed if file.name in listed else names
     total = max(len(names), int(match[2]) if match else 1)

@@ -55,7 +55,8 @@ def write_adapter(
 
 def check_range(tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype) -> None:
     """UserError for numbers that are finite and beyond `dtype`; ValueError for those that are not finite at all."""
-    largest = max(float(half.abs().max()) for pair in tensors.values() for half in pair)
+    found = [half.abs().max().float().cpu() for pair in tensors.values() for half in pair]
+    largest = float(torch.stack(found).max())  # of tensors: Python's max drops a NaN that is not first
     if not isfinite(largest):
         raise ValueError("the adapter holds NaN or infinite numbers")
     if not torch.tensor(largest, dtype=torch.float64).to(dtype).isfinite():

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from danceopd.bench.generate import Generated, GenerationLog, ImageGenerator, Missing, Progress, missing_images
+from danceopd.bench.generate import GenerationLog, ImageGenerator, Missing, Progress, missing_images
 from danceopd.bench.images import FILES, MARK, ImageStore, check_identity
 from danceopd.bench.lineup import Lineup, add_image_folders, build_lineup
 from danceopd.bench.options import BlendOptions, JudgeOptions, SuiteOptions
@@ -153,7 +153,8 @@ class Bench:
                     seconds = generator.run(missing, self._measure_ceiling)
             if not processes.is_main:
                 return BenchResult(self.folder, is_main=False)
-            return self._scored(self._scoring(log.merge()), seconds, started, processes)
+            log.merge()
+            return self._scored(self._scoring(), seconds, started, processes)
         finally:
             if lock is not None:
                 lock.close()
@@ -174,7 +175,7 @@ class Bench:
             "judge": None,
         }
         if self.session is not None:
-            scoring = self._scoring(generated)
+            scoring = self._scoring()
             to_come = scoring.questions_to_come(missing, self.call or {})
             cost = self.session.estimate(scoring.questions(), to_come)
             found["judge"] = {"name": redacted(self.judge.judge or ""), **vars(cost)}
@@ -287,9 +288,9 @@ class Bench:
     def _generates(self) -> bool:
         return not self.only_score and self.lineup.folder is not None
 
-    def _scoring(self, generated: Generated) -> Scoring:
+    def _scoring(self) -> Scoring:
         where = (self.loaded_suite, self.lineup, self.items, self.store)
-        return Scoring(*where, self.seed, generated, self.progress, self.networks)
+        return Scoring(*where, self.seed, self.progress, self.networks)
 
     def _check(self) -> None:
         """UserError for everything that can be refused before a model is loaded or a folder is made."""

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from danceopd.bench.generate import Generated, Missing, Progress, seed_of
+from danceopd.bench.generate import Missing, Progress, seed_of
 from danceopd.bench.images import ImageStore, pixels_sha256
 from danceopd.bench.lineup import Lineup, Model
+from danceopd.bench.results import NO_JUDGE
 from danceopd.bench.suites.protocol import ExactSuite, Item, JudgedSuite, Score, Suite
 from danceopd.common.files import disk_errors, json_line, read_lines, write_atomic
 from danceopd.data.images import ImageSource, picture
@@ -54,12 +55,11 @@ class Scoring:
         items: Mapping[str, Sequence[Item]],
         store: ImageStore,
         seed: int,
-        generated: Generated,
         progress: Progress,
         networks: Sequence[Network] = (),
     ) -> None:
         self.suite, self.lineup, self.items, self.store = suite, lineup, items, store
-        self.seed, self.generated, self.progress, self.networks = seed, generated, progress, networks
+        self.seed, self.progress, self.networks = seed, progress, networks
         self.network_ids = [network.identity for network in networks]
         self.file = store.folder / "samples.jsonl"
         self.total = len(lineup.models) * sum(map(len, items.values()))
@@ -133,9 +133,8 @@ class Scoring:
             row = rows[model.name, item.id] = self._row(model, item, path)
             if path is None:
                 continue
-            pixels = self.generated.get((model.name, item.id))
             try:
-                row["pixels_sha256"] = pixels or pixels_sha256(self.store.read(path))
+                row["pixels_sha256"] = pixels_sha256(self.store.read(path))
                 if item.capability == "editing":
                     row |= self._measured(model, item, path, row["pixels_sha256"], known.get((model.name, item.id), {}))
             except UserError as error:
@@ -241,7 +240,7 @@ class Scoring:
             answers = session.answers(questions(), on_answer)
         for model, item in self._with_images(rows):
             row, by_aspect = rows[model, item.id], keys.get((model, item.id), {})
-            row["reason"] = "no judge was asked" if session is None else "the judge was not asked"
+            row["reason"] = NO_JUDGE if session is None else "the judge was not asked"
             if by_aspect and all(answers.get(key) for key in by_aspect.values()):
                 row.update(_judged_row(suite, item, {aspect: answers[key] for aspect, key in by_aspect.items()}))
 

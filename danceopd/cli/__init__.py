@@ -20,7 +20,9 @@ def main() -> None:
 
         run()
     except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 0
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except (KeyboardInterrupt, Stopped) as stopped:
         status = 128 + getattr(stopped, "number", 2)
         print("\nstopped", file=sys.stderr)

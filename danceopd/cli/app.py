@@ -262,7 +262,7 @@ def inspect(
 
 @app.command()
 def kernels() -> None:
-    """Say which attention kernels would run on this machine, and why."""
+    """Say which fused kernels would run on this machine, and why."""
     from danceopd.cli.kernels import describe, show
 
     show(describe())

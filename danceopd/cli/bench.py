@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from danceopd.cli.boundary import echo
 from danceopd.cli.flags import number, pairs, words
 from danceopd.errors import UserError
 
@@ -190,8 +191,8 @@ def bench(
     elif found.is_main:  # of several processes, one prints
         print_table(found.scores)
         for line in about_run(found.scores):
-            typer.echo(line)
-        typer.echo(f"report: {found.report}")
+            echo(line)
+        echo(f"report: {found.report}")
         refuse_nothing("score", found.scores["unscored"] if nothing_scored(found.scores) else [])
 
 
@@ -223,23 +224,23 @@ def show_estimate(found: dict[str, Any]) -> None:
     for capability, count in found["items"].items():
         whole = found["published"].get(capability, count)
         items += [f"{count} of {f'{whole} of ' if count < whole else ''}{capability}"] if count else []
-    typer.echo(f"items: {', '.join(items)}")
-    typer.echo(f"models: {', '.join(found['models'])}")
-    typer.echo(f"images to generate: {found['images']}")
+    echo(f"items: {', '.join(items)}")
+    echo(f"models: {', '.join(found['models'])}")
+    echo(f"images to generate: {found['images']}")
     judge = found["judge"]
     if judge is None:
-        typer.echo("questions: none; no judge is asked")
+        echo("questions: none; no judge is asked")
         return
-    typer.echo(f"judge: {judge['name']}")
-    typer.echo(
+    echo(f"judge: {judge['name']}")
+    echo(
         f"questions: {judge['questions']} ({judge['recorded']} already answered, {judge['equal']} equal to another, "
         f"{judge['to_ask']} to ask)"
     )
-    typer.echo(f"tokens: about {judge['tokens_in']:,} in, {judge['tokens_out']:,} out")
+    echo(f"tokens: about {judge['tokens_in']:,} in, {judge['tokens_out']:,} out")
     if judge["cost"] is None:
-        typer.echo("cost: unknown; give --price-in and --price-out, in dollars per million tokens")
+        echo("cost: unknown; give --price-in and --price-out, in dollars per million tokens")
     else:
-        typer.echo(f"cost: about {judge['cost']:.2f} dollars, at most {judge['at_most']:.2f}")
+        echo(f"cost: about {judge['cost']:.2f} dollars, at most {judge['at_most']:.2f}")
 
 
 def suites() -> None:
@@ -285,7 +286,7 @@ def report(
     scores, _ = load(folder)
     path = write(folder)
     print_table(scores)
-    typer.echo(f"report: {path}")
+    echo(f"report: {path}")
 
 
 def compare(
@@ -334,5 +335,5 @@ def compare(
     found = run(run_a, run_b, output, words(models), anyway, options, limit, dry_run, margin)
     show(found)
     if not dry_run:
-        typer.echo(f"comparison: {output}")
+        echo(f"comparison: {output}")
         refuse_nothing("vote", found["votes"]["unscored"] if no_vote(found) else [])

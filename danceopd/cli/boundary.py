@@ -33,10 +33,9 @@ CONTINUED = ("merge", "bench", "compare", "teach")
 LONGEST = 400
 """Characters of a sentence, at most."""
 LOWER = {
-    "merge": "lower micro_batch or batch, student.rank, call.height and call.width, query.count or rollout.steps in "
-    "the recipe, or set gradient_checkpointing: true (danceopd plan says what a recipe takes)",
+    "merge": "danceopd plan says what a recipe takes, and which changes make it fit",
     "bench": "lower --batch, or give --device cpu",
-    "sample": "draw a smaller picture (call.height and call.width of the recipe), or give --device cpu",
+    "sample": "give a smaller --height and --width, or --device cpu",
     "extract": "lower --rank, or give --device cpu",
     "blend": "blend fewer LoRAs, or lower their ranks with danceopd export --rank",
     "export": "lower --rank",

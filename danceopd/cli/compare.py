@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from danceopd.bench.judges.session import JudgeSession
 
 FILES = ("compare.json", "compare.md", "judge.jsonl")
-NO_JUDGE = JudgeOptions()
+WITHOUT_JUDGE = JudgeOptions()
 HEADS = ("category", "n", "A", "B", "A - B", "95%", "W/L/T", "p")
 
 
@@ -33,7 +33,7 @@ def run(
     output: Path,
     models: Sequence[str] = (),
     anyway: bool = False,
-    judge: JudgeOptions = NO_JUDGE,
+    judge: JudgeOptions = WITHOUT_JUDGE,
     limit: int | None = None,
     dry_run: bool = False,
     margin: float = MARGIN,

@@ -13,13 +13,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from danceopd.adapters.dialects import split_prefix
 from danceopd.adapters.export import FORMATS
 from danceopd.adapters.header import LoraHeader, check_is_lora, inspect_adapter, without
 from danceopd.adapters.original_names import ARCHITECTURES, ArchitectureNames
 from danceopd.adapters.read import check_layers
+from danceopd.cli.boundary import echo
 from danceopd.common.files import numbered_folders, sha256
 from danceopd.common.messages import did_you_mean, read_yaml
 from danceopd.common.shipped import SHIPPED, resolve
@@ -71,11 +70,11 @@ def show(facts: dict[str, Any], names: bool = False) -> None:
     rows += facts.get("parts", {}).items()
     wide = max(len(key) for key, _ in rows)
     for key, shown in rows:
-        typer.echo(f"{key:<{wide}}  {shown}")
+        echo(f"{key:<{wide}}  {shown}")
     for file in facts.get("weights", []):
-        typer.echo(f"{file['file']}: {file['parameters']:,} parameters, sha256 {file['sha256']}")
+        echo(f"{file['file']}: {file['parameters']:,} parameters, sha256 {file['sha256']}")
     for name in facts.get("names", []) if names else []:
-        typer.echo(f"  {name}")
+        echo(f"  {name}")
 
 
 def _lora(header: LoraHeader) -> dict[str, Any]:

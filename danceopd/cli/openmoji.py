@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from danceopd.cli.boundary import echo
+
 app = typer.Typer(help="Get the drawings for the benchmark suite openmoji.", no_args_is_help=True)
 
 
@@ -28,5 +30,5 @@ def fetch(
     from danceopd.worlds.openmoji.fetch import ATTRIBUTION
     from danceopd.worlds.openmoji.fetch import fetch as run
 
-    typer.echo(f"drawings: {run(package, output)}")
-    typer.echo(ATTRIBUTION)
+    echo(f"drawings: {run(package, output)}")
+    echo(ATTRIBUTION)

@@ -13,7 +13,7 @@ def show(facts: dict[str, Any]) -> None:
 
     from danceopd.common.console import wide_console
 
-    console = wide_console()
+    console = wide_console(least=100)
 
     def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         made = Table(title=title, title_justify="left", box=None, header_style="bold", title_style="bold")

@@ -15,8 +15,8 @@ from rich.text import Text
 
 PRINT_INTERVAL = 15.0
 """Seconds between progress lines where standard error is no terminal."""
-MIN_WIDTH = 100
-"""Columns that every table fits into."""
+MIN_WIDTH = 80
+"""Columns that most tables fit into."""
 _CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -32,9 +32,9 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def wide_console(soft_wrap: bool = True) -> Console:
-    """Standard output, as wide as the terminal and at least `MIN_WIDTH`; text in square brackets is not markup."""
-    return _Plain(width=max(MIN_WIDTH, Console().width), soft_wrap=soft_wrap, markup=False)
+def wide_console(soft_wrap: bool = True, least: int = MIN_WIDTH) -> Console:
+    """Standard output, as wide as the terminal and at least `least`; text in square brackets is not markup."""
+    return _Plain(width=max(least, Console().width), soft_wrap=soft_wrap, markup=False)
 
 
 def format_seconds(seconds: float) -> str:

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from danceopd.common.messages import clipped
 from danceopd.common.system import resolve_device
 from danceopd.errors import UserError
 
@@ -107,7 +108,7 @@ class Processes:
             raise
         except RuntimeError as error:
             if _LOST.search(str(error)):
-                raise UserError(_SENTENCE) from error
+                raise UserError(f"{_SENTENCE} ({clipped(str(error), 150)})") from error
             raise
         _leave(peers)
 

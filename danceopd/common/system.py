@@ -31,7 +31,7 @@ _QUERY = re.compile(rf"([?&](?!(?:{'|'.join(PUBLIC_QUERY)})=)[\w.~-]+=)[^&#\s'\"
 _NAMED = re.compile(
     r"((?:^|[\s'\":-])(?:[\w-]*[_-])?(?:key|token|secret|password|bearer)(?:=|\s+|['\"],?\s*['\"]))[^\s'\"]+", re.I
 )
-_TOKEN = re.compile(r"\b(?:sk|pk|rk|hf|gh[opsu]|github_pat|gsk|xai|r8|AIza)[-_]?[\w-]{16,}")
+_TOKEN = re.compile(r"\b(?:(?:sk|pk|rk|gsk|xai)[-_]|(?:hf|gh[opsu]|r8)_|github_pat_|AIza)[\w-]{16,}")
 
 
 def redacted(text: str) -> str:

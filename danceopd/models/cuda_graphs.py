@@ -139,7 +139,7 @@ class CapturedField:
     """`field` (see `fields.MergedField`) from CUDA graphs; equal to it but for the rounding of a padded batch.
 
     `min_calls`: see MIN_CALLS; 1 captures at once. `max_graphs`: see MAX_GRAPHS. More than 16 rows are padded to the
-    next of eight sizes an octave with copies of the first row: less than an eighth more.
+    next of eight sizes between two powers of two with copies of the first row: less than an eighth more.
     """
 
     def __init__(
@@ -272,7 +272,7 @@ class CapturedField:
 
 
 def padded_rows(rows: int) -> int:
-    """The number of rows that a batch is padded to: its own up to 16, then the next of eight sizes an octave."""
+    """How many rows a batch is padded to: its own number up to 16, then the next of eight between two powers of two."""
     step = 1 << max(0, (rows - 1).bit_length() - 4)
     return -(-rows // step) * step
 

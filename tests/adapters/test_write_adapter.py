@@ -71,8 +71,10 @@ def test_writing_refuses_nonsense(adapter, tmp_path):
         write_adapter(adapter, tmp_path, metadata={"steps": 3})
     with pytest.raises(ValueError, match="without layers"):
         write_adapter(Adapter({}), tmp_path)
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        write_adapter(Adapter({"x": (torch.full((1, 2), torch.nan), torch.ones(2, 1))}), tmp_path)
+    for number in (torch.nan, torch.inf):  # also where it is not first
+        odd = {"x": (torch.ones(1, 2), torch.ones(2, 1)), "y": (torch.ones(1, 2), torch.full((2, 1), number))}
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            write_adapter(Adapter(odd), tmp_path)
     with pytest.raises(UserError, match="up to 1e.30 and float16 ends at 6.55e.04; write it as bf16 or fp32"):
         write_adapter(Adapter({"x": (torch.full((1, 2), 1e30), torch.ones(2, 1))}), tmp_path, torch.float16)
     assert not list(tmp_path.iterdir())

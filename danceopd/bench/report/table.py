@@ -177,11 +177,10 @@ def table(scores: dict) -> RenderableType:
         title = ""
     for name, found in (scores.get("subsets") or {}).items():
         for capability, by_model in found.items():
-            if scores["student"] in by_model:
-                figure = by_model[scores["student"]]
+            if figure := by_model.get(scores.get("student")):
                 lines.add_row(f"subset {name}", capability, f"{number(figure['mean'])} (n={figure['n']})")
     for title, found in (scores.get("probes") or {}).items():
-        student = found["models"].get(scores["student"])
+        student = found["models"].get(scores.get("student"))
         if student:
             lines.add_row(
                 f"probe {title}",

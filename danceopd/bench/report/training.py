@@ -13,6 +13,9 @@ from typing import Any
 
 import yaml
 
+from danceopd.common.parse import YAML_BYTES, parse_yaml, read_text
+from danceopd.errors import UserError
+
 FAULTS = (OSError, ValueError, KeyError, TypeError)
 """Errors of a file that is missing, or not as a run writes it."""
 
@@ -22,8 +25,8 @@ def recipe_summary(student: str | Path | None) -> dict[str, Any] | None:
 
     A teacher is {name, adapter, capability, scale, weight}; of paths only the last part, since reports are shared.
     """
-    with suppress(*FAULTS, yaml.YAMLError):
-        found = yaml.safe_load((Path(student or "") / "recipe.yaml").read_text(encoding="utf-8"))
+    with suppress(*FAULTS, yaml.YAMLError, UserError, AttributeError):
+        found = parse_yaml(read_text(Path(student or "") / "recipe.yaml", "recipe", YAML_BYTES))
         kept = ("name", "adapter", "capability", "scale", "weight")
         teachers = [{key: t[key] for key in kept if t.get(key) is not None} for t in found["teachers"]]
         for teacher in teachers:
