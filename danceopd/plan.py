@@ -58,6 +58,8 @@ def plan(recipe: Recipe, tflops: float | None = None, gpu: str | None = None) ->
     found = queries(recipe, run)
     passes, flops = update(recipe, run, found)
     parts, notes = memory(recipe, run, card), [*prepared.said]
+    if recipe.parallel == "fsdp":
+        notes.append("planned for one process; with parallel: fsdp each of several holds its share of the base")
     speed = tflops or card.tflops
     if speed is None and gpu is None:
         speed = measure(device, dtype=DTYPES[recipe.dtype])
@@ -87,7 +89,7 @@ def plan(recipe: Recipe, tflops: float | None = None, gpu: str | None = None) ->
         "seconds": {part: flop / speed / 1e12 for part, flop in flops.items()},
         "total_seconds": recipe.steps * sum(flops.values()) / speed / 1e12,
         "disk": disk, "warnings": _warnings(recipe, run, card, disk, here=gpu is None), "notes": notes,
-        "refused": run.refused or unfit(recipe, run, card),
+        "refused": run.refused or (None if recipe.parallel == "fsdp" else unfit(recipe, run, card)),
     }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from danceopd.bench.interference import interference
 from danceopd.bench.metrics.metrics import metric_means
 from danceopd.bench.report.schema import check_row, check_scores
 from danceopd.bench.report.verdict import MARGIN, verdict
+from danceopd.bench.suites.protocol import JudgedSuite
 from danceopd.common.system import command_line, redacted
 from danceopd.errors import UserError
 from danceopd.recipe.recipe import CAPABILITIES
@@ -80,7 +81,8 @@ def nothing_scored(scores: Mapping[str, Any]) -> bool:
     """Whether the student should have been scored, and has no score at all."""
     mine = [m for m in scores["models"] if m["name"] == scores["student"]]
     figures = [of["overall"] for m in mine for c in CAPABILITIES if (of := m.get(c))]
-    return bool(scores.get("unscored")) and all(figure["mean"] is None for figure in figures)
+    asked = scores.get("judge") is not None or not (scores.get("suite") or {}).get("judged")
+    return asked and bool(scores.get("unscored")) and all(figure["mean"] is None for figure in figures)
 
 
 def versions() -> dict[str, str]:
@@ -95,6 +97,7 @@ def versions() -> dict[str, str]:
 def suite_facts(suite: Suite) -> dict:
     """A suite's name, version, protocol, rules and scales as plain JSON."""
     facts: dict[str, Any] = {key: getattr(suite, key) for key in ("name", "version", "protocol", "rules", "share")}
+    facts["judged"] = isinstance(suite, JudgedSuite)
     facts["scale"] = {capability: list(ends) for capability, ends in suite.scale.items()}
     return facts | {"subsets": {name: list(parts) for name, parts in suite.subsets.items()}}
 

@@ -33,7 +33,8 @@ CONTINUED = ("merge", "bench", "compare", "teach")
 LONGEST = 400
 """Characters of a sentence, at most."""
 LOWER = {
-    "merge": "danceopd plan says what a recipe takes, and which changes make it fit",
+    "merge": "lower micro_batch or batch, student.rank, call.height and call.width (danceopd plan says what a recipe "
+    "takes, and which changes make it fit)",
     "bench": "lower --batch, or give --device cpu",
     "sample": "give a smaller --height and --width, or --device cpu",
     "extract": "lower --rank, or give --device cpu",

@@ -58,7 +58,7 @@ class Trainer:
         rollout = StudentRollout(field, recipe.rollout)
         self.velocities = Velocities(rollout, self._student_velocity, [t.field for t in self.teachers])
         self.merge_weights = self.merged and not recipe.compile and backbone.merging_is_cheaper(STUDENT)
-        self.step, self.should_stop = 0, False
+        self.step, self.ended, self.should_stop = 0, 0, False  # `ended`: the last step whose callbacks have run
 
     @property
     def teachers(self) -> list[RoutedTeacher]:
@@ -68,6 +68,7 @@ class Trainer:
         """Update until the recipe's steps are done or a callback stops."""
         for callback in self.callbacks:
             callback.on_train_start(self)
+        self.ended = self.step
         while self.step < self.steps and not self.should_stop:
             for callback in self.callbacks:
                 callback.on_step_start(self)
@@ -77,6 +78,7 @@ class Trainer:
                 callback.on_step_end(self, metrics)
                 if self.step != metrics.step:  # it restored an earlier state: this step no longer counts
                     break
+            self.ended = self.step
 
     def train_step(self) -> StepMetrics:
         """One update: draw, roll out, query the routed teachers, match, step."""

@@ -24,7 +24,7 @@ from danceopd.pipelines.registry import FAMILIES, with_prompt_of
 from danceopd.recipe.recipe import Recipe
 
 NEAR = 8
-"""Rows of each layout of the data among which another prompt, or another source image, is sought."""
+"""Rows of each layout of the sampled data among which another prompt, or another source image, is sought."""
 
 
 def contrasted(recipe: Recipe, teachers: Sequence[RoutedTeacher], base: VelocityField) -> list[RoutedTeacher]:

@@ -1,6 +1,6 @@
 """Scorers of pictures that no training ever uses, so that a run's confidence can be compared with something else.
 
-In the exact world the scorer is exact. Elsewhere a similarity model (CLIP, SigLIP) says how well a picture fits its
+The built-in scenes have an exact scorer. Elsewhere a similarity model (CLIP, SigLIP) says how well a picture fits its
 prompt, and an edited one how much better its instruction fits the result than the source; a model without a text tower
 (DINO) says how like the teacher's own picture from the same noise it is. With neither, a frozen field that teaches none
 of the rows denoises the picture under its prompt and under another: the better the right prompt helps, the better the
@@ -45,7 +45,7 @@ class Scorer(Protocol):
 
 
 class Exact:
-    """The exact world's scorer: 1 or 0 for a prompt, O / 10 for an edit."""
+    """The built-in scenes' exact scorer: 1 or 0 for a prompt, O / 10 for an edit."""
 
     sentence = "the exact scorer of the scenes world"
 

@@ -15,6 +15,7 @@ CONTEXT = 0.8e9
 """Bytes of a CUDA context with its kernels (0.5 GB), and of the workspaces of cuBLAS and cuDNN."""
 CARDS = {
     "t4": (15.6, 40),
+    "v100-16gb": (16.9, 90),
     "v100": (34.1, 90),
     "4070": (12.6, 55),
     "4080": (16.9, 90),
@@ -36,7 +37,7 @@ CARDS = {
     "b200": (191.5, 1400),
 }
 """Memory in GB (1e9 bytes) as torch reports it, and TFLOP/s that a plain matrix product in half precision reaches."""
-OLD = ("t4", "v100")
+OLD = ("t4", "v100-16gb", "v100")
 """Cards without bfloat16."""
 
 
@@ -72,9 +73,10 @@ def card_named(text: str) -> Card:
         unit = 2**30 if "gib" in given else 1e9
         return Card(f"a card of {memory[1]} {'GiB' if 'gib' in given else 'GB'}", int(float(memory[1]) * unit), True)
     name = re.sub(r"^(nvidia|geforce|tesla|quadro|rtx|gtx|-)+", "", given)
-    name = {"6000": "6000-ada", "ada-6000": "6000-ada", "a10": "a10g"}.get(name, name)
-    shorter = re.sub(r"-(sxm\d?|pcie|nvl|blackwell|\d+gb)", "", name)
-    for known in (name, shorter):
+    bare = re.sub(r"-(sxm\d?|pcie|nvl|blackwell|hbm\d\w?|generation|server-edition)", "", name)
+    shorter = re.sub(r"-\d+gb", "", bare)
+    names = {"6000": "6000-ada", "ada-6000": "6000-ada", "a10": "a10g"}
+    for known in (names.get(one, one) for one in (name, bare, shorter)):
         if known in CARDS:
             size, tflops = CARDS[known]
             return Card(known.upper(), int(size * 1e9), True, known not in OLD, float(tflops))

@@ -57,7 +57,9 @@ def update(recipe: Recipe, run: Outline, found: Mapping[str, Any]) -> tuple[dict
         passes[part] = sum(shares[t.name] * counts[t.name] for t in recipe.teachers)
         total[part] = recipe.batch * sum(shares[t.name] * counts[t.name] * flops[t.capability] for t in recipe.teachers)
     if references := contrast_forwards(recipe):
-        asked = {t: passes["student, forward"] * shares[t.name] * references[t.name] for t in recipe.teachers}
+        drawn = recipe.rollout.steps if recipe.objective == "offpolicy" and recipe.offpolicy.clean == "teacher" else 0
+        times = drawn + passes["student, forward"]
+        asked = {t: times * shares[t.name] * references[t.name] for t in recipe.teachers}
         passes["contrast"] = sum(asked.values())
         total["contrast"] = recipe.batch * sum(count * flops[t.capability] for t, count in asked.items())
     if recipe.validation.every:

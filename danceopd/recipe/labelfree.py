@@ -51,8 +51,8 @@ class Evidence(Part):
 class Consensus(Part):
     """Self-consistency: a teacher that agrees with itself over paraphrases, and not under a wrong prompt, counts more.
 
-    Weights go up to 1 + `bound`. Paraphrases are the data's column `paraphrases`, else a rule for the exact world's
-    templates.
+    Weights go up to 1 + `bound`. Paraphrases are the data's column `paraphrases`, else a rule for the built-in
+    scenes' templates.
     """
 
     bound: float = Field(0.5, ge=0, le=0.5)
@@ -77,7 +77,7 @@ class Skills(Part):
     """OPID's skills: some rows are queried where their own rollout decides, by a teacher with privileged context.
 
     `guided` is classifier-free guidance about the teacher's own answer, `caption` the data's column `expanded` (else a
-    rule for the exact world's templates), `source` the clean source of which the student sees a degraded copy.
+    rule for the built-in scenes' templates), `source` the clean source of which the student sees a degraded copy.
     """
 
     eta: float = Field(1.0, ge=0, le=1)  # share of the shift that is taken; 0: no privileged context

@@ -94,7 +94,7 @@ def load_snippet(base: str, call: Mapping[str, Any] | None = None, fused: bool =
     if fused:
         load.append('pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")')
     else:
-        where = base if _HUB.fullmatch(base) else f"path/to/{base}"
+        where = base if _HUB.fullmatch(base) else f"path/to/{Path(base).name}"
         load.append(f'pipe = DiffusionPipeline.from_pretrained("{where}")')
         load.append('pipe.load_lora_weights("path/to/this/folder")')
     return "\n".join(

@@ -163,9 +163,10 @@ class Checkpoints(Callback):
         self.run.checkpoints.save(trainer.step, tensors, facts, states, good)
 
     def rescue(self, trainer: Trainer) -> None:
-        """After an error: save the last step that ended, where this process is the only one and there is a step."""
+        """After an error: save the last step if it ended with its callbacks, where this process is the only one."""
         trainer.optimizer.adamw.zero_grad(set_to_none=True)
-        if self.processes.world_size == 1 and trainer.step and not trainer.optimizer.updating:
+        whole = trainer.ended == trainer.step and not trainer.optimizer.updating
+        if self.processes.world_size == 1 and trainer.step and whole:
             self.save(trainer)
 
     def restore(self, trainer: Trainer, good: bool = False) -> dict[str, Any] | None:

@@ -1,8 +1,8 @@
 """Held-out prompts and edits that no update learns from, for validation and for the monitor.
 
-Of the exact world they are tasks of its validation split; of other data, rows that no update samples. They are encoded
-once, like the run's own rows, into the same cache. Edits keep their sizes; rows of one layout and schedule batch
-together.
+Of the built-in scenes they are tasks of its validation split; of other data, rows that no update samples. They are
+encoded once, like the run's own rows, into the same cache. Edits keep their sizes; rows of one layout and schedule
+batch together.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _log = logging.getLogger("danceopd")
 class Row:
     """One held-out prompt, or instruction with its source image.
 
-    `task` is what the exact world's scorer needs; of other data, `index` is the row's number in its table.
+    `task` is what the scenes' exact scorer needs; of other data, `index` is the row's number in its table.
     """
 
     prompt: str

@@ -123,7 +123,7 @@ def test_a_result_may_be_written_into_and_x_is_kept_once():
     torch.testing.assert_close([p.grad for p in parameters], list(plain))
 
 
-def test_half_precision_errs_no_more_than_peft():
+def test_half_precision_errs_at_most_half_more_than_peft():
     """A whole tiny transformer in bf16 against float64: velocity and gradients, PEFT's layers in fp32 and ours."""
     pipe = tiny_klein()
     adapter = random_adapter(pipe.transformer, seed=1, size=0.1)

@@ -33,10 +33,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_recipe_fits_its_card(folder: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, gpu = file.stem.rsplit("-", 1)
     base = header_only(name, folder)
-    for kind in ("generation", "editing"):
-        header_only_lora(name, folder / "loras" / f"{kind}.safetensors")
-    monkeypatch.chdir(folder)
     fields: dict[str, Any] = yaml.safe_load(file.read_text())
+    for teacher in fields["teachers"]:
+        header_only_lora(name, folder / teacher["adapter"])
+    monkeypatch.chdir(folder)
     facts = plan(Recipe.from_yaml(file, base=str(base)), tflops=100.0, gpu=gpu)
     assert facts["refused"] is None
     written = {**fields, "rollout.merged": fields["rollout"]["merged"]}

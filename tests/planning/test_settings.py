@@ -115,6 +115,11 @@ def test_cards_by_name() -> None:
         assert card_named(text).memory == CARDS["4090"][0] * 1e9
     assert card_named("a100-40gb").memory < card_named("A100 80GB").memory == card_named("a100").memory
     assert card_named("H100-SXM5-80GB") == card_named("h100") and not card_named("T4").bf16
+    for text, known in {
+        "NVIDIA A100-SXM4-40GB": "a100-40gb", "A100-PCIE-40GB": "a100-40gb", "Tesla V100-SXM2-16GB": "v100-16gb",
+        "NVIDIA H100 80GB HBM3": "h100", "NVIDIA RTX 6000 Ada Generation": "6000-ada", "RTX 6000": "6000-ada",
+    }.items():  # as torch says them
+        assert card_named(text).memory == int(CARDS[known][0] * 1e9), text
     for text in ("", "24", "0GB", "-1GB", "nanGB", "5090ti super", "2x4090", "GB"):
         with pytest.raises(UserError, match="give its memory, such as 24GB, or its name"):
             card_named(text)
