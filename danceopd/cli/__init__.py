@@ -4,7 +4,9 @@ In: arguments. Out: calls of the public functions, tables on the terminal, and e
 error that a user can mend. Read `app.py` first; `boundary.py` is how a command ends.
 """
 
+import importlib
 import sys
+from typing import Any
 
 from danceopd.common.signals import Stopped, end_on_signals, raise_on_signals
 
@@ -28,3 +30,10 @@ def main() -> None:
         print("\nstopped", file=sys.stderr)
     end_on_signals(status)
     raise SystemExit(status)
+
+
+def __getattr__(name: str) -> Any:
+    """`danceopd.cli.app`, imported when it is asked for: `main` handles signals before anything else is there."""
+    if name == "app":
+        return importlib.import_module("danceopd.cli.app")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -48,6 +48,12 @@ def test_help_lists_every_command_and_never_loads_torch(danceopd: Program) -> No
     assert done.stdout.splitlines()[-1] == "heavy: []"
 
 
+def test_the_package_has_its_application() -> None:
+    code = "import danceopd.cli; print(type(danceopd.cli.app.app).__name__); danceopd.cli.ap"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "Typer\n" and "has no attribute 'ap'" in done.stderr
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_each_command(danceopd: Program, name: str) -> None:
     assert danceopd(name, "--help").returncode == 0
