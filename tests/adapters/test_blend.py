@@ -101,14 +101,14 @@ def test_no_large_matrix_is_made():
     [
         (lambda: blend([], []), "0 adapters"),
         (lambda: blend([adapter(1, 2)], [1.0, 2.0]), "1 adapters and 2 weights"),
-        (lambda: blend([adapter(1, 2)], [float("nan")]), "not finite"),
-        (lambda: blend([adapter(1, 2)], [0.0]), "all zero"),
+        (lambda: blend([adapter(1, 2)], [float("nan")]), r"weights \[nan\] are all 0, or one is .* no number"),
+        (lambda: blend([adapter(1, 2)], [0.0]), r"weights \[0.0\] are all 0"),
         (lambda: blend([adapter(1, 2)], [1.0], rank=0), "rank 0"),
         (lambda: blend([adapter(1, 2)], [1.0], method="tie"), "no blend method 'tie'; did you mean 'ties'"),
         (lambda: blend([adapter(1, 2)], [1.0], density=0.5), "linear keeps every entry"),
         (lambda: blend([adapter(1, 2)], [1.0], method="ties", density=0.0), "density 0 is no share"),
         (lambda: blend([adapter(1, 2)], [1.0], method="sce", density=1.5), "density 1.5 is no share"),
-        (lambda: blend([adapter(1, 2)], [1.0], scale=0.0), "scale 0"),
+        (lambda: blend([adapter(1, 2)], [1.0], scale=0.0), "the scale is 0; give"),
         (lambda: blend([adapter(1, 2)], [1.0], method="slerp"), "slerp blends 2 adapters and here are 1"),
         (lambda: blend([adapter(1, 2)] * 2, [1.0, -1.0], method="slerp"), "two weights of 0 or more"),
         (

@@ -74,7 +74,9 @@ def test_while_it_is_imported(tmp_path: Path, number: int) -> None:
         process.send_signal(number)
         _, said = process.communicate(timeout=40)
         assert process.returncode in (128 + number, -number), said  # a shell says 128 + number of both
-        assert said in ("", "\nstopped\n")
+        # Python's own decimal module says this line when its import is broken off and begun again.
+        ours = [line for line in said.splitlines() if line and "mpd_setminalloc" not in line]
+        assert ours in ([], ["stopped"]), said
 
 
 @pytest.mark.slow
