@@ -132,12 +132,12 @@ def test_guidance_moves_the_target_away_from_no_prompt(parts):
     batch = Batches(pipe, table, Mix(dict.fromkeys(TAGS, 1), {}, 1.0), 8, 0, drop=0.0)(0)
     torch.manual_seed(0)
     torch.nn.init.normal_(pipe.transformer.proj_out.weight, std=0.02)
-    plain = loss_of(pipe.transformer, batch, torch.Generator().manual_seed(1))
-    guided = loss_of(pipe.transformer, batch, torch.Generator().manual_seed(1), guidance=3.0)
+    plain = loss_of(pipe.transformer, batch, torch.Generator().manual_seed(1), Schedule(1))
+    guided = loss_of(pipe.transformer, batch, torch.Generator().manual_seed(1), Schedule(1, guidance=3.0))
     assert plain != guided
     batch.text = batch.empty.expand_as(batch.text).clone()
-    plain = loss_of(pipe.transformer, batch, torch.Generator().manual_seed(1))
-    guided = loss_of(pipe.transformer, batch, torch.Generator().manual_seed(1), guidance=3.0)
+    plain = loss_of(pipe.transformer, batch, torch.Generator().manual_seed(1), Schedule(1))
+    guided = loss_of(pipe.transformer, batch, torch.Generator().manual_seed(1), Schedule(1, guidance=3.0))
     assert plain == guided
 
 
@@ -156,7 +156,7 @@ def test_lora_transformer_is_the_base_at_first_and_trains_only_its_factors(parts
     x, sigma = torch.randn(2, 16, 64), torch.rand(2)
     bare = velocity(pipe.transformer, x, sigma, batch.text, None)
     assert torch.equal(velocity(model, x, sigma, batch.text, None), bare)
-    loss_of(model, batch, torch.Generator().manual_seed(0)).backward()
+    loss_of(model, batch, torch.Generator().manual_seed(0), Schedule(1)).backward()
     assert all(p.grad is None for p in pipe.transformer.parameters())
     assert model.factors["transformer_blocks.0.attn.to_q.lora_B"].grad.abs().max() > 0
     pipe.transformer.requires_grad_(True)
@@ -190,7 +190,7 @@ def test_stages_run_and_continue_to_the_same_bytes(tmp_path, monkeypatch):
     assert (cut / name).read_bytes() == (whole / name).read_bytes()
     before = (base / "base.json").read_bytes()
     for stage, folder, how, words in (
-        ("editing", cut, {"steps": 5}, "holds a training with another steps .4 there, 5 here"),
+        ("editing", cut, {"steps": 4, "seed": 1}, "holds a training with another seed .0 there, 1 here"),
         ("generation", cut, {"steps": 4}, "holds what `danceopd teach generation` has not begun"),
         ("editing", base, {"steps": 4}, "nothing is overwritten; choose another --output"),
     ):

@@ -1,9 +1,9 @@
 """`Trainer`: supervised flow matching, for the small base from scratch and for teachers as LoRAs on it.
 
-``v = noise - clean`` is regressed at ``x = (1 - sigma) clean + sigma noise`` with sigma = sigmoid(N(1, 1)):
-composition is decided at high noise. Matrices of the blocks are trained by Muon, all else by AdamW; the exponential
+``v = noise - clean`` is regressed at ``x = (1 - sigma) clean + sigma noise`` with sigma = sigmoid(N(m, s)), m above 0:
+composition is decided at high noise, and so is what an edit leaves unchanged. Matrices of the blocks are trained by Muon, all else by AdamW; the exponential
 average of the weights is kept. Every step is a function of (seed, step) and of the saved state, so an interrupted run
-continues to the same weights.
+continues to the same weights; one that is continued to more steps has its learning rate rise again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ CHANGED = 8.0
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps and learning rates: warm up, hold, then fall linearly to zero over the last ``decay`` share."""
+    """Steps and learning rates: warm up, hold, then fall linearly to zero over the last ``decay`` share.
+
+    ``noise`` is the mean and the deviation of the noise level's logit.
+    """
 
     steps: int
     muon: float = 3e-3
@@ -39,6 +42,7 @@ class Schedule:
     decay: float = 0.5
     ema: float = 0.998
     guidance: float = 1.0
+    noise: tuple[float, float] = (1.0, 1.0)
 
     def factor(self, step: int) -> float:
         """Multiplier of the learning rates at a step."""
@@ -70,16 +74,16 @@ def _ids(count: int, text: bool = False) -> Tensor:
     return ids
 
 
-def loss_of(model: nn.Module, batch: Batch, generator: torch.Generator, guidance: float = 1.0) -> Tensor:
+def loss_of(model: nn.Module, batch: Batch, generator: torch.Generator, schedule: Schedule) -> Tensor:
     """Mean squared velocity error of a batch; tokens that an edit changes weigh `1 + CHANGED`, the others 1.
 
-    With ``guidance`` s above 1 the target moves by 1 - 1/s of the model's own difference between prompt and no
+    With the schedule's ``guidance`` s above 1 the target moves by 1 - 1/s of the model's own difference between prompt and no
     prompt. Its fixed point is the guided velocity ``v0 + s (v - v0)``, so the trained model needs no guidance when
     it is sampled (model guidance, arXiv 2502.12154).
     """
-    n = len(batch.clean)
+    n, guidance, (mean, deviation) = len(batch.clean), schedule.guidance, schedule.noise
     noise = torch.randn(batch.clean.shape, generator=generator)
-    sigma = torch.sigmoid(1 + torch.randn(n, generator=generator))
+    sigma = torch.sigmoid(mean + deviation * torch.randn(n, generator=generator))
     mixed = torch.lerp(batch.clean, noise, sigma[:, None, None])
     v = velocity(model, mixed, sigma, batch.text, batch.source)
     target = noise - batch.clean
@@ -159,6 +163,7 @@ class FlowTrainer:
         **facts: object,
     ) -> None:
         self.meta = {**asdict(schedule), "seed": batches.seed, **facts}
+        del self.meta["steps"]
         self.model, self.parameters, self.batches = model, parameters, batches
         self.schedule, self.folder = schedule, folder
         self.average = {n: p.detach().clone() for n, p in parameters.items()}
@@ -185,7 +190,7 @@ class FlowTrainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
         generator = torch.Generator().manual_seed(1_000_003 * self.batches.seed + self.step)
-        loss = loss_of(self.model, self.batches(self.step), generator, self.schedule.guidance)
+        loss = loss_of(self.model, self.batches(self.step), generator, self.schedule)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         for optimizer in self.optimizers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,9 +38,10 @@ class Stage:
     rank: int | None = None
     muon: float = 3e-3
     guidance: float = 1.0
+    noise: tuple[float, float] = (1.0, 1.0)
 
 
-def _even(names: tuple[str, ...]) -> Mapping[str, float]:
+def _even(names: tuple[str, ...]) -> dict[str, float]:
     return dict.fromkeys(names, 1.0)
 
 
@@ -48,6 +49,8 @@ HARD = {"single_object": 0.4, "two_object": 1.5, "counting": 2.0, "colors": 0.4,
 """The data of the generation teacher: mostly counting, position and binding."""
 PIPELINE = ("autoencoder", "base")
 """Stages that train the parts of one pipeline, in one folder."""
+EDITS = (2.3, 1.2)
+"""The noise levels of edits: nearer to pure noise, where the source alone says what an edit leaves unchanged."""
 RANK = 40
 """Rank of the shipped teachers: 1.4 MB each in bfloat16."""
 
@@ -55,7 +58,7 @@ STAGES: dict[str, Stage] = {
     "autoencoder": Stage(steps=10000, batch=24),
     "base": Stage(steps=4000, mix=Mix(_even(TAGS), _even(TASKS), 0.6)),
     "generation": Stage(steps=11000, mix=Mix(HARD, {}, 1.0), rank=RANK, guidance=2.0),
-    "editing": Stage(steps=1800, mix=Mix({}, _even(TASKS), 0.0), rank=RANK),
+    "editing": Stage(steps=7500, mix=Mix({}, _even(TASKS) | dict.fromkeys(LOCAL, 2.0), 0.0), rank=RANK, noise=EDITS),
     "local-edit": Stage(steps=2000, mix=Mix({}, _even(LOCAL), 0.0), rank=RANK),
     "global-edit": Stage(steps=300, mix=Mix({}, _even(GLOBAL), 0.0), rank=RANK),
 }
@@ -183,7 +186,7 @@ def _teach_lora(
     assert plan.mix is not None and plan.rank is not None
     model = LoraTransformer(pipe.transformer, modules, plan.rank, seed)
     batches = Batches(pipe, CellTable(pipe.vae), plan.mix, plan.batch, seed)
-    schedule = Schedule(total, muon=plan.muon, guidance=plan.guidance)
+    schedule = Schedule(total, muon=plan.muon, guidance=plan.guidance, noise=plan.noise)
     origin = {"base": portable(str(place)), "base_sha256": base_fingerprint(place)}
     trainer = FlowTrainer(model, model.factors, batches, schedule, state, base=origin["base_sha256"])
     average = trainer.run(on_step)
