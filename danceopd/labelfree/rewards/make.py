@@ -1,0 +1,72 @@
+"""The rewards of a recipe, and ranks from their numbers.
+
+Rewards have units of their own, so each is turned into standard scores inside every group before they are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from danceopd.engine.teachers import RoutedTeacher
+from danceopd.labelfree.rewards.agreement import consensus, preserve
+from danceopd.labelfree.rewards.group import Reward
+from danceopd.labelfree.rewards.likelihood import likelihood
+from danceopd.labelfree.rewards.own import own
+from danceopd.models.fields import VelocityField, unguided
+from danceopd.recipe import nft as parts
+
+REWARDS: dict[str, Callable[..., Reward]] = {
+    "likelihood": likelihood,
+    "consensus": lambda: consensus,
+    "preserve": lambda: preserve,
+}
+"""Makes each registered reward: `likelihood` of a field, `consensus` and `preserve` of nothing."""
+SPREAD = 1e-6
+"""Deviation of a reward in a group, over the largest of its numbers there, below which the samples are alike."""
+
+
+def rewards_of(
+    part: parts.NFT, teachers: Sequence[RoutedTeacher], base: VelocityField, rows: int = 64
+) -> dict[str, dict[str, Reward]]:
+    """The rewards of each teacher's rows by their names in the recipe; fields are asked without guidance or contrast.
+
+    `base` is the bare base's field; `rows` are asked at a time.
+    """
+    fields = {teacher.name: unguided(teacher.field) for teacher in teachers} | {"base": base}
+    found = {}
+    for teacher in teachers:
+        mine: dict[str, Reward] = {}
+        for name, reward in part.rewards.items():
+            if isinstance(reward, parts.Likelihood):
+                field = fields[reward.teacher or teacher.name]
+                mine[name] = likelihood(field, reward.levels, reward.draws, rows)
+            else:
+                mine[name] = own(name, reward.options) if isinstance(reward, parts.OwnReward) else REWARDS[name]()
+        found[teacher.name] = mine
+    return found
+
+
+def standard_scores(rewards: Tensor) -> Tensor:
+    """(Q, G) rewards as standard scores inside each group; zeros where its samples are alike, NaN where one is NaN."""
+    wide = rewards.double()
+    deviation = wide.std(1, correction=0, keepdim=True)
+    alike = deviation <= SPREAD * wide.abs().amax(1, keepdim=True)
+    scores = (wide - wide.mean(1, keepdim=True)) / torch.where(alike, torch.ones_like(deviation), deviation)
+    return torch.where(alike, torch.zeros_like(scores), scores).float()
+
+
+def combined(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The weighted mean (Q, G) of the rewards' standard scores; a reward that is NaN for a question does not count.
+
+    Where none says anything all samples are equal: zeros. Rewards that disagree leave scores near zero.
+    """
+    total = wanted = torch.zeros(())
+    for name, values in rewards.items():
+        scores = standard_scores(values)
+        there = torch.isfinite(scores).all(1, keepdim=True)
+        total = total + weights[name] * torch.where(there, scores, torch.zeros_like(scores))
+        wanted = wanted + weights[name] * there.float()
+    return total / torch.where(wanted > 0, wanted, torch.ones_like(wanted))

@@ -1,0 +1,109 @@
+"""Objective nft of a recipe: the student's own samples, ranked by frozen rewards (DiffusionNFT, arXiv 2509.16117).
+
+    objective: nft
+    nft: {group: 6, share: 0.5, rewards: {likelihood: 1.0, consensus: {weight: 0.5}}}
+    nft: {rewards: {"my_rewards:sharpness": {weight: 2, options: {radius: 3}}}}
+
+A number alone is a reward's weight. docs/labelfree.md has the equations; a key here is a letter there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny, ValidationError
+
+from danceopd.common.messages import did_you_mean, explain_validation_error
+from danceopd.recipe.parts import Part, Weight
+
+
+class Reward(Part):
+    """What every reward has: its weight in the sum of the rewards' standard scores."""
+
+    weight: Weight = 1.0
+
+
+class Likelihood(Reward):
+    """Minus a frozen teacher's denoising loss of the picture, at these noise levels, with so many noises at each.
+
+    `teacher` None asks each row's routed teacher, else "base" or a teacher's name.
+    """
+
+    levels: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field((0.85, 0.75, 0.65), min_length=1, max_length=64)
+    draws: int = Field(2, ge=1, le=64)
+    teacher: str | None = None
+
+
+class Consensus(Reward):
+    """Minus the distance to the other samples of the group inside the region that is edited; of editing rows only."""
+
+
+class Preserve(Reward):
+    """Minus what changed of the source outside the region that is edited; of editing rows only."""
+
+
+class OwnReward(Reward):
+    """A function of the user's, `function(groups, **options)`."""
+
+    options: dict[str, Any] = {}
+
+
+KINDS: dict[str, type[Reward]] = {"likelihood": Likelihood, "consensus": Consensus, "preserve": Preserve}
+EDITING_ONLY = ("consensus", "preserve")
+"""Rewards that say nothing of a picture without a source."""
+_OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def _rewards(value: Any) -> Any:
+    """Each reward as its own part; a number is its weight."""
+    if not isinstance(value, Mapping):
+        return value
+    found = {}
+    for name, given in value.items():
+        kind = KINDS.get(name, OwnReward)
+        if kind is OwnReward and not _OWN.fullmatch(str(name)):
+            known = [*KINDS, "module:function"]
+            raise ValueError(f"{name!r} is no reward{did_you_mean(str(name), known)}")
+        fields = {"weight": given} if isinstance(given, int | float) and not isinstance(given, bool) else given
+        try:
+            found[name] = kind.model_validate(fields)
+        except ValidationError as error:
+            raise ValueError(explain_validation_error(error, kind, f"reward {name}")) from None
+    return found
+
+
+class NFT(Part):
+    """Of objective nft: each question is answered `group` times, and the answers are told from each other by rewards.
+
+    The student's average draws the samples of `round` updates, each sample is learnt from in `reuse` of them, and it
+    stays as it is for so long. `beta` is how far the student moves from it in the positive and the negative branch,
+    `clip` the standard score at which a sample counts as wholly good or bad. `share` of the loss is this one, the rest
+    is objective danceopd's; `anchor` weighs the error to the routed teacher at the samples' states, beside it.
+    """
+
+    group: int = Field(6, ge=2, le=2**10)
+    rewards: Annotated[dict[str, SerializeAsAny[Reward]], BeforeValidator(_rewards)] = Field(
+        {"likelihood": Likelihood()}, min_length=1
+    )
+    beta: float = Field(1.0, gt=0, le=10)
+    clip: float = Field(1.0, gt=0, le=10)
+    share: float = Field(1.0, gt=0, le=1)
+    anchor: float = Field(0.0, ge=0, le=1e3)
+    round: PositiveInt = 16
+    reuse: PositiveInt = 4
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether anything is learnt from a teacher's velocity."""
+        return self.share < 1 or self.anchor > 0
+
+    @property
+    def batches(self) -> int:
+        """Updates of a round whose samples are drawn anew."""
+        return self.round // self.reuse
+
+    def applying(self, capability: str) -> list[str]:
+        """The rewards that say something of pictures of a capability."""
+        return [name for name in self.rewards if capability == "editing" or name not in EDITING_ONLY]
