@@ -42,12 +42,12 @@ RESULTS = Path(__file__).parent / "results"
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "contrast": {"contrast": {"generation": {"reference": "others", "weight": 1.0}}},
-    "joint SFT": {"objective": "supervised"},
-    "off-policy": {"objective": "offpolicy"},
-    "DiffusionOPD": {"objective": "diffusionopd"},
-    "Flow-OPD": {"objective": "flowopd"},
+    "joint SFT": {"objective": "supervised", "rollout": None},
+    "off-policy": {"objective": "offpolicy", "rollout": None},
+    "DiffusionOPD": {"objective": "diffusionopd", "query": None},
+    "Flow-OPD": {"objective": "flowopd", "query": None, "rollout": {"steps": 5, "noise": 0.7}},
 }
-"""Each arm's changes of the recipe's top-level keys."""
+"""Each arm's changes of the recipe's top-level keys; None leaves one out."""
 QUIET: dict[str, Any] = {"samples": {"every": 0, "count": 1}, "validation": {"every": 0}, "keep_last": 1}
 WEIGHTS = (0.3, 0.5, 0.7, 0.9)
 """Of each teacher in the linear blend; the best pair by the two gaps closed, on validation items, is scored."""
@@ -94,9 +94,10 @@ class TestEvaluator(ImageEvaluator):
     def diversity(self, adapter: Adapter | None) -> float:
         """How much the pictures of one prompt differ."""
         pipeline, _, condition = self.parts[0][1][0]
-        condition = condition.rows([row for row in range(PROMPTS) for _ in range(PICTURES)])
-        ends = torch.full((PROMPTS * PICTURES,), len(pipeline.sigmas()) - 1)
-        noise = pipeline.noise(list(range(PROMPTS * PICTURES)))
+        prompts = min(PROMPTS, len(condition))
+        condition = condition.rows([row for row in range(prompts) for _ in range(PICTURES)])
+        ends = torch.full((prompts * PICTURES,), len(pipeline.sigmas()) - 1)
+        noise = pipeline.noise(list(range(prompts * PICTURES)))
         with self.merged(adapter) as field:
             return spread(rollout(field, noise, pipeline.sigmas(), ends, condition), PICTURES)
 
@@ -137,7 +138,8 @@ def below(students: list[Scored], teachers: Mapping[str, Scored]) -> list[str]:
 
 def recipe_of(plain: Mapping[str, Any], arm: str, **fields: Any) -> Recipe:
     """The recipe with an arm's changes, without validation and samples."""
-    return Recipe(**{**plain, **QUIET, **ARMS[arm], **fields})
+    changed = {**plain, **QUIET, **ARMS[arm], **fields}
+    return Recipe(**{key: value for key, value in changed.items() if value is not None})
 
 
 def steps_of(plain: Mapping[str, Any], arms: list[str], repeats: int) -> dict[str, int]:
@@ -248,7 +250,7 @@ def main(
 
     done = {(line["arm"], line["seed"]) for line in read_lines(path)}
     if not any(arm.startswith("blend") for arm, _ in done):
-        weights = best_blend(base, teachers, 192)
+        weights = best_blend(base, teachers, min(items, 192))
         keep(f"blend {weights[0]:g} + {weights[1]:g}", 0, blend(list(teachers.values()), list(weights)), 0, 0.0)
     for seed, arm in itertools.product(range(seeds), chosen):
         if (arm, seed) in done:

@@ -1,9 +1,10 @@
 """`Trainer`: supervised flow matching, for the small base from scratch and for teachers as LoRAs on it.
 
 ``v = noise - clean`` is regressed at ``x = (1 - sigma) clean + sigma noise`` with sigma = sigmoid(N(m, s)), m above 0:
-composition is decided at high noise, and so is what an edit leaves unchanged. Matrices of the blocks are trained by Muon, all else by AdamW; the exponential
-average of the weights is kept. Every step is a function of (seed, step) and of the saved state, so an interrupted run
-continues to the same weights; one that is continued to more steps has its learning rate rise again.
+composition is decided at high noise, and so is what an edit leaves unchanged. Matrices of the blocks are trained by
+Muon, all else by AdamW; the exponential average of the weights is kept. Every step is a function of (seed, step) and of
+the saved state, so an interrupted run continues to the same weights; one that is continued to more steps has its
+learning rate rise again.
 """
 
 from __future__ import annotations
@@ -77,9 +78,9 @@ def _ids(count: int, text: bool = False) -> Tensor:
 def loss_of(model: nn.Module, batch: Batch, generator: torch.Generator, schedule: Schedule) -> Tensor:
     """Mean squared velocity error of a batch; tokens that an edit changes weigh `1 + CHANGED`, the others 1.
 
-    With the schedule's ``guidance`` s above 1 the target moves by 1 - 1/s of the model's own difference between prompt and no
-    prompt. Its fixed point is the guided velocity ``v0 + s (v - v0)``, so the trained model needs no guidance when
-    it is sampled (model guidance, arXiv 2502.12154).
+    With the schedule's ``guidance`` s above 1 the target moves by 1 - 1/s of the model's own difference between prompt
+    and no prompt. Its fixed point is the guided velocity ``v0 + s (v - v0)``, so the trained model needs no guidance
+    when it is sampled (model guidance, arXiv 2502.12154).
     """
     n, guidance, (mean, deviation) = len(batch.clean), schedule.guidance, schedule.noise
     noise = torch.randn(batch.clean.shape, generator=generator)
