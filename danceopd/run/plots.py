@@ -133,35 +133,40 @@ WIDTH, HEIGHT, SCALE = 560, 300, 2
 LEFT, RIGHT, TOP, BOTTOM = 48, 20, 34, 38
 
 
-def curves(steps: Sequence[int], lines: Mapping[str, Sequence[float]], chosen: int | None = None) -> bytes:
-    """A PNG of `lines` by name over `steps`, on a scale of powers of ten; `chosen` is marked by a ring.
+def curves(
+    steps: Sequence[int], lines: Mapping[str, Sequence[float]], chosen: int | None = None, caption: str = CAPTION,
+    log: bool = True,
+) -> bytes:  # fmt: skip
+    """A PNG of `lines` by name over `steps`; `chosen` is marked by a ring.
 
-    Numbers that are not above 0 have no place on it and break their line.
+    With `log` on a scale of powers of ten, on which numbers that are not above 0 have no place and break their line.
     """
     picture = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), PAPER)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12 * SCALE)
-    shown = [value for line in lines.values() for value in line if _placed(value)]
-    low = math.floor(math.log10(min(shown, default=0.1)))
-    high = max(low + 1, math.ceil(math.log10(max(shown, default=1.0))))
+
+    def has_place(value: float) -> bool:
+        return math.isfinite(value) and (value > 0 or not log)
+
+    shown = [value for line in lines.values() for value in line if has_place(value)]
+    ticks = _powers(shown) if log else _even(shown)
+    low, high = (math.log10(end) if log else end for end in (ticks[0], ticks[-1]))
     first, last = steps[0], max(steps[-1], steps[0] + 1)
 
     def at(step: float, value: float) -> tuple[float, float]:
         across = LEFT + (WIDTH - LEFT - RIGHT) * (step - first) / (last - first)
-        down = TOP + (HEIGHT - TOP - BOTTOM) * (high - math.log10(value)) / (high - low)
+        down = TOP + (HEIGHT - TOP - BOTTOM) * (high - (math.log10(value) if log else value)) / (high - low)
         return across * SCALE, down * SCALE
 
-    for power in range(low, high + 1):
-        for factor in (1, 2, 5) if high - low < 3 and power < high else (1,):
-            value = factor * 10.0**power
-            draw.line([at(first, value), at(last, value)], fill=RULE, width=SCALE)
-            draw.text((at(first, value)[0] - 6 * SCALE, at(first, value)[1]), f"{value:g}", INK, font, "rm")
+    for value in ticks:
+        draw.line([at(first, value), at(last, value)], fill=RULE, width=SCALE)
+        draw.text((at(first, value)[0] - 6 * SCALE, at(first, value)[1]), f"{value:g}", INK, font, "rm")
     for step in sorted({first, *steps[:: max(1, -(-len(steps) // 6))]} if len(steps) > 1 else {first}):
         draw.text((at(step, 1)[0], (HEIGHT - BOTTOM + 6) * SCALE), str(step), INK, font, "mt")
-    draw.text(((WIDTH + LEFT) * SCALE / 2, (HEIGHT - 4) * SCALE), CAPTION, INK, font, "mb")
+    draw.text(((WIDTH + LEFT) * SCALE / 2, (HEIGHT - 4) * SCALE), caption, INK, font, "mb")
     across = LEFT * SCALE
     for number, (name, line) in enumerate(lines.items()):
         hue = HUES[0] if number == 0 else HUES[1 + (number - 1) % (len(HUES) - 1)]
-        places = [at(step, value) if _placed(value) else None for step, value in zip(steps, line, strict=True)]
+        places = [at(step, value) if has_place(value) else None for step, value in zip(steps, line, strict=True)]
         for a, b in zip(places, places[1:]):
             if a is not None and b is not None:
                 draw.line([a, b], fill=hue, width=(3 if number == 0 else 2) * SCALE)
@@ -178,8 +183,22 @@ def curves(steps: Sequence[int], lines: Mapping[str, Sequence[float]], chosen: i
     return out.getvalue()
 
 
-def _placed(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+def _powers(values: Sequence[float]) -> list[float]:
+    """Powers of ten around the values, with twice and five times each where there are few."""
+    low = math.floor(math.log10(min(values, default=0.1)))
+    high = max(low + 1, math.ceil(math.log10(max(values, default=1.0))))
+    factors = (1, 2, 5) if high - low < 3 else (1,)
+    return [factor * 10.0**power for power in range(low, high) for factor in factors] + [10.0**high]
+
+
+def _even(values: Sequence[float]) -> list[float]:
+    """Four to eight even ticks around the values."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    width = max(high - low, 1e-6)
+    unit = 10.0 ** math.floor(math.log10(width))
+    step = next(unit * factor for factor in (0.2, 0.5, 1, 2) if width / (unit * factor) <= 6)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [round(step * k, 10) for k in range(first, max(last, first + 1) + 1)]
 
 
 def _dot(draw: ImageDraw.ImageDraw, place: tuple[float, float], radius: int, hue: tuple[int, int, int]) -> None:
