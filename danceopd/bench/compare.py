@@ -16,7 +16,7 @@ from typing import Any
 
 from danceopd.bench import statistics
 from danceopd.bench.pairwise import Pair
-from danceopd.bench.report.facts import OVERALL
+from danceopd.bench.report.facts import ALL_RIGHT, OVERALL
 from danceopd.bench.report.verdict import MARGIN, Compared, decide
 from danceopd.bench.results import load
 from danceopd.common.files import inside
@@ -105,11 +105,12 @@ def _item(row: Mapping[str, Any]) -> tuple:
 def compare(a: Side, b: Side, anyway: bool = False, margin: float = MARGIN) -> dict[str, Any]:
     """The comparison as plain JSON; see `statistics.difference` for its figures.
 
-    `capabilities`: by name `a` and `b` (summaries of the common items), `difference`, `metrics`. `probes` and `heldout`
-    have a difference each. `items`: every common item with both scores and images, the largest loss of the first model
-    first. `only`: how many items just one bench has. `warnings`: what should be equal and is not, accepted with
-    `anyway` only; `notes`: what else differs. `verdict`: whether the first model is worse, with a `margin` that is a
-    share of the scale. UserError where the setups differ or no item is common.
+    `capabilities`: by name `a` and `b` (summaries of the common items), `difference`, `metrics`; `exact`, the same of
+    the share with all facts right, where the suite has one. `probes` and `heldout` have a difference each. `items`:
+    every common item with both scores and images, the largest loss of the first model first. `only`: how many items
+    just one bench has. `warnings`: what should be equal and is not, accepted with `anyway` only; `notes`: what else
+    differs. `verdict`: whether the first model is worse, with a `margin` that is a share of the scale. UserError where
+    the setups differ or no item is common.
     """
     if (a.folder.resolve(), a.model) == (b.folder.resolve(), b.model):
         raise UserError(f"both sides are {a.model!r} of {a.folder}; give two benches, or two models with --models a,b")
@@ -127,6 +128,9 @@ def compare(a: Side, b: Side, anyway: bool = False, margin: float = MARGIN) -> d
     suite = a.scores["suite"]
     kinds = {c: _kind(suite, c) for c in dict.fromkeys(row["capability"] for row in rows)}
     capabilities = {c: found for c, kind in kinds.items() if (found := _capability(rows, c, **kind))}
+    for capability in {*(suite.get("exact") or ()), *(b.scores["suite"].get("exact") or ())} & {*capabilities}:
+        right = _capability(statistics.exact_rows(rows, capability), capability, **statistics.EXACT)
+        capabilities[capability]["exact"] = right
     return {
         "format": FORMAT,
         "a": _about(a),
@@ -154,6 +158,9 @@ def _verdict(a: Side, b: Side, found: Mapping[str, dict], kinds: Mapping[str, di
         share = capability == "generation" if share is None else share
         figures = {OVERALL: parts["difference"], **parts["difference"]["categories"]}
         compared += [Compared(capability, c, f"B ({b.model})", f, high - low, share) for c, f in figures.items()]
+        if "exact" in parts:
+            figure = parts["exact"]["difference"]
+            compared.append(Compared(capability, ALL_RIGHT, f"B ({b.model})", figure, 1.0, True))
     reasons = [] if compared else ["no ordinary item is in both benches"]
     return decide(compared, margin, f"A ({a.model})", reasons)
 

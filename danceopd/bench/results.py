@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from danceopd.bench import statistics
 from danceopd.bench.interference import interference
 from danceopd.bench.metrics.metrics import metric_means
+from danceopd.bench.report.facts import ALL_RIGHT
 from danceopd.bench.report.schema import check_row, check_scores
 from danceopd.bench.report.verdict import MARGIN, verdict
 from danceopd.bench.suites.protocol import JudgedSuite
@@ -97,7 +98,7 @@ def versions() -> dict[str, str]:
 def suite_facts(suite: Suite) -> dict:
     """A suite's name, version, protocol, rules and scales as plain JSON."""
     facts: dict[str, Any] = {key: getattr(suite, key) for key in ("name", "version", "protocol", "rules", "share")}
-    facts["judged"] = isinstance(suite, JudgedSuite)
+    facts["judged"], facts["exact"] = isinstance(suite, JudgedSuite), list(suite.exact)
     facts["scale"] = {capability: list(ends) for capability, ends in suite.scale.items()}
     return facts | {"subsets": {name: list(parts) for name, parts in suite.subsets.items()}}
 
@@ -106,12 +107,25 @@ def summarise(rows: Sequence[dict], lineup: Lineup, suite: Suite, settings: dict
     """The contents of `scores.json`; `settings` are further entries, from the seed to the seconds that it took."""
     capabilities = [c for c in CAPABILITIES if any(r["capability"] == c and statistics.ordinary(r) for r in rows)]
     kind: dict[str, dict[str, Any]] = {c: {"share": suite.share[c], "scale": suite.scale[c]} for c in suite.scale}
+    exact = {c: statistics.exact_rows(rows, c) for c in capabilities if c in suite.exact}
     means = {m.name: {c: statistics.summary(rows, m.name, c, **kind[c]) for c in capabilities} for m in lineup.models}
+    for name, by_capability in means.items():
+        for c, found in by_capability.items():
+            if found and c in exact:
+                found["exact"] = statistics.summary(exact[c], name, c, **statistics.EXACT)
     best = best_blend(means, lineup.names("blend"), suite.scale)
     shown = [m for m in lineup.models if m.role != "blend" or m.name == best]
     others = [m.name for m in shown if m.role != "student"]
     base = next((m.name for m in shown if m.role == "base"), None)
     student = lineup.student.name
+
+    def comparison(rows: Sequence[dict], c: str, how: Mapping[str, Any]) -> dict | None:
+        return statistics.comparison(rows, student, base, lineup.teachers_for(c), others, c, **how)
+
+    compared = {c: comparison(rows, c, kind[c]) for c in capabilities}
+    for c, found in compared.items():
+        if found and c in exact:
+            found["exact"] = comparison(exact[c], c, statistics.EXACT)
     scores = {
         "format": FORMAT,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -120,10 +134,7 @@ def summarise(rows: Sequence[dict], lineup: Lineup, suite: Suite, settings: dict
         "base": lineup.base and {"path": lineup.base.path, "sha256": lineup.base.sha256},
         "student": student,
         "models": [_about(m, rows) | means[m.name] for m in shown],
-        "comparison": {
-            c: statistics.comparison(rows, student, base, lineup.teachers_for(c), others, c, **kind[c])
-            for c in capabilities
-        },
+        "comparison": compared,
         "interference": interference(
             rows,
             student,
@@ -136,7 +147,7 @@ def summarise(rows: Sequence[dict], lineup: Lineup, suite: Suite, settings: dict
         "subsets": _subsets(rows, [m.name for m in shown], suite, kind),
         "metrics": _metrics(rows, [m.name for m in shown], capabilities),
         "blend_grid": _blend_grid(lineup, means, best),
-        "probes": _probes(rows, kind),
+        "probes": _probes(rows, kind, suite.exact),
         "unscored": unscored(rows),
         "versions": versions(),
         **settings,
@@ -180,20 +191,23 @@ def _blend_grid(lineup: Lineup, means: dict, best: str | None) -> list[dict]:
     return found
 
 
-def _probes(rows: Sequence[dict], kind: dict) -> dict[str, dict]:
-    """Probe -> its capability, and by model the mean with its interval."""
-    values: dict[str, dict[str, list[float | None]]] = {}
-    capability = {row["probe"]: row["capability"] for row in rows if row["probe"]}
+def _probes(rows: Sequence[dict], kind: dict, exact: Sequence[str]) -> dict[str, dict]:
+    """Probe -> its capability, and by model the mean with its interval; of `exact` capabilities both measures."""
+    found: dict[str, dict] = {}
+    for probe, capability in {row["probe"]: row["capability"] for row in rows if row["probe"]}.items():
+        own = [row for row in rows if row["probe"] == probe]
+        found[probe] = _probe(own, capability, kind[capability])
+        if capability in exact:
+            right = statistics.exact_rows(own, capability)
+            found[f"{probe}, {ALL_RIGHT}"] = _probe(right, capability, statistics.EXACT)
+    return found
+
+
+def _probe(rows: Sequence[dict], capability: str, how: Mapping[str, Any]) -> dict:
+    values: dict[str, list[float | None]] = {}
     for row in rows:
-        if row["probe"]:
-            values.setdefault(row["probe"], {}).setdefault(row["model"], []).append(row["score"])
-    return {
-        probe: {
-            "capability": capability[probe],
-            "models": {m: statistics.mean(v, **kind[capability[probe]]) for m, v in by_model.items()},
-        }
-        for probe, by_model in values.items()
-    }
+        values.setdefault(row["model"], []).append(row["score"])
+    return {"capability": capability, "models": {m: statistics.mean(v, **how) for m, v in values.items()}}
 
 
 def best_blend(

@@ -53,6 +53,19 @@ def score_of(row: Mapping[str, Any]) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
+EXACT: dict[str, Any] = {"share": True, "scale": (0.0, 1.0)}
+"""How the scores of `exact_rows` are to be read."""
+
+
+def exact_rows(rows: Iterable[Mapping[str, Any]], capability: str) -> list[dict[str, Any]]:
+    """The rows of a capability with another score: 1 for full marks (`correct`), else 0; None where there is none."""
+    return [
+        {**row, "score": None if score_of(row) is None else float(bool(row.get("correct")))}
+        for row in rows
+        if row["capability"] == capability
+    ]
+
+
 def scores_of(
     rows: Iterable[Mapping[str, Any]],
     model: str,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from danceopd.bench.compare import compare, load_side, pairs
 from danceopd.bench.options import JudgeOptions
 from danceopd.bench.pairwise import Pair, questions, tally, vote
+from danceopd.bench.report.facts import ALL_RIGHT
 from danceopd.bench.report.table import why_unscored
 from danceopd.bench.report.verdict import MARGIN, SIGN, check_margin
 from danceopd.bench.results import unscored
@@ -168,14 +169,19 @@ def _cells(name: str, figure: dict, a: dict | None, b: dict | None) -> list[str]
 def tables(found: dict) -> list[tuple[str, list[list[str]]]]:
     """(title, rows of text under `HEADS`) of every table; the last row is that of all categories."""
     made = []
+    measures = []
     for capability, parts in found["capabilities"].items():
+        measures.append((capability.capitalize(), parts))
+        if "exact" in parts:
+            measures.append((f"{capability.capitalize()}, share with {ALL_RIGHT}", parts["exact"]))
+    for title, parts in measures:
         sides, difference = (parts["a"], parts["b"]), parts["difference"]
         rows = [
             _cells(category, figure, *(s["categories"].get(category) if s else None for s in sides))
             for category, figure in difference["categories"].items()
         ]
         rows.append(_cells("all", difference, *(s["overall"] if s else None for s in sides)))
-        made.append((capability.capitalize(), rows))
+        made.append((title, rows))
     apart = [_cells(name, figure, None, None) for name, figure in found["probes"].items()]
     apart += [_cells(f"held out, {name}", figure, None, None) for name, figure in found["heldout"].items()]
     if apart:

@@ -81,6 +81,15 @@ def test_scores_name_what_was_scored(models: Path, result) -> None:
     mine = [r["score"] for r in result.rows if r["model"] == "student" and r["category"] == "cut" and not r["probe"]]
     assert scores["models"][-1]["editing"]["categories"]["cut"]["mean"] == pytest.approx(np.mean(mine), abs=1e-5)
     assert scores["probes"]["odd"]["models"]["student"]["n"] == 1
+    edits = [r for r in result.rows if r["model"] == "student" and r["capability"] == "editing" and not r["probe"]]
+    right = {c: np.mean([r["correct"] for r in edits if r["category"] == c]) for c in ("cut", "paint")}
+    exact = scores["models"][-1]["editing"]["exact"]
+    assert {c: figure["mean"] for c, figure in exact["categories"].items()} == pytest.approx(right, abs=1e-5)
+    assert "exact" not in scores["models"][-1]["generation"] and scores["suite"]["exact"] == ["editing"]
+    assert {"odd", "odd, all facts right"} == set(scores["probes"])
+    compared = scores["comparison"]["editing"]["exact"]["deltas"]["base"]
+    base = scores["models"][0]["editing"]["exact"]["overall"]["mean"]
+    assert compared["mean"] == pytest.approx(exact["overall"]["mean"] - base, abs=1e-5)
     assert (result.folder / "images" / "source" / "cut" / "e0_SRCIMG.png").is_file()
     assert len((result.folder / "samples.jsonl").read_text().splitlines()) == len(result.rows) == 5 * 8
 
@@ -239,7 +248,8 @@ def test_the_table_fits_and_is_plain_when_piped(result) -> None:
     print_table(result.scores, Console(file=piped, width=80))
     lines = piped.getvalue().splitlines()
     assert max(map(len, lines)) <= 80 and "\x1b" not in piped.getvalue()
-    assert sum(line.startswith("student") for line in lines) == 2
+    assert sum(line.startswith("student") for line in lines) == 3  # generation, editing, edits with all facts right
+    assert "Editing (share with all facts right)" in lines
     assert any("gap closed" in line for line in lines)
     coloured = StringIO()
     print_table(result.scores, Console(file=coloured, width=80, force_terminal=True, color_system="standard"))

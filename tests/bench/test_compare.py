@@ -491,6 +491,30 @@ def test_the_verdict_of_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixtu
         run(a, b, tmp_path / "out", margin=2.0)
 
 
+def test_fewer_exact_edits_are_a_loss_though_the_mean_score_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folders = []
+    for name, wrong in (("a", 40), ("b", 0)):  # of 80 edits, all at 9 of 10
+        folders.append(finished(tmp_path / name, [9.0] * 80, [1] * 60))
+        scores = json.loads((folders[-1] / "scores.json").read_text())
+        scores["suite"]["exact"] = ["editing"]
+        (folders[-1] / "scores.json").write_text(json.dumps(scores))
+        rows = [json.loads(line) for line in (folders[-1] / "samples.jsonl").read_text().splitlines()]
+        text = "".join(json.dumps(row | {"correct": n % 80 >= wrong}) + "\n" for n, row in enumerate(rows))
+        (folders[-1] / "samples.jsonl").write_text(text)
+    found = run(*folders, tmp_path / "out")
+    editing = found["capabilities"]["editing"]
+    assert editing["difference"]["mean"] == 0 and editing["exact"]["difference"]["mean"] == -0.5
+    assert "exact" not in found["capabilities"]["generation"]
+    worse = "Something got worse: all facts right (editing) −0.50 [−0.50 to −0.50] against B (student)"
+    assert found["verdict"]["kind"] == "lost" and found["verdict"]["sentence"].startswith(worse)
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert "## Editing, share with all facts right" in text and "| all | 80 | 0.50 | 1.00 | -0.50 |" in text
+    show(found)
+    assert "Editing, share with all facts right" in capsys.readouterr().out
+
+
 def test_a_judge_is_shown_no_picture_from_outside_a_bench(tmp_path: Path) -> None:
     a, b = (finished(tmp_path / n, [5.0] * 6, [1] * 4, pictures=True) for n in ("a", "b"))
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")

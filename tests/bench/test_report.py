@@ -369,7 +369,8 @@ def test_a_bench_without_base_teachers_and_judge_still_reports(folder: Path, tmp
     scores, rows = load(alone)
     scores = {k: v for k, v in scores.items() if k in ("format", "suite", "created", "student", "models", "comparison")}
     scores["models"] = [m | {"role": "other" if m["name"] == "blend" else m["role"]} for m in scores["models"][-2:]]
-    scores["comparison"] = {c: f | {"best_teacher": None, "against_best": {}} for c, f in scores["comparison"].items()}
+    nobody = {"best_teacher": None, "against_best": {}, "exact": None}
+    scores["comparison"] = {c: found | nobody for c, found in scores["comparison"].items()}
     write(alone, scores, [row for row in rows if row["model"] in ("blend", "student")])
     html = report(alone).read_text(encoding="utf-8")
     assert "no base and no teacher" in html and "against blend" in html and "<h2>Interference</h2>" not in html

@@ -52,7 +52,10 @@ def test_csv_has_every_figure_to_the_last_digit(which: str, request: pytest.Fixt
             same(delta, "difference", capability, "overall", "student", other)
             for name, figure in delta["categories"].items():
                 same(figure, "difference", capability, name, "student", other)
+        for model in scores["models"] if which == "scores" and capability == "editing" else ():
+            same(model[capability]["exact"]["overall"], "exact score", capability, "overall", model["name"], "")
     kinds = {row["kind"] for row in rows}
+    assert ("exact difference" in kinds) == (which == "scores")
     assert {"score", "category", "difference"} <= kinds
     if which == "edits":
         assert {"subset", "metric", "interference"} <= kinds
@@ -68,6 +71,9 @@ def test_markdown_prints_the_scores_and_the_best_bold(scores: dict) -> None:
     for line in facts.score_table(scores, "editing", 3)[:-1]:
         cells = [cell.strip() for cell in lines[line["name"]].strip("|").split("|")[1:]]
         assert cells  # the last table with this name: differences
+    right = scores["models"][-1]["editing"]["exact"]["overall"]["mean"]
+    assert "## Editing, share with all facts right\n" in text
+    assert f"editing, all facts right {right:.2f}" in text
     table = text.split("## Editing, score from 0 to 10")[1].split("##")[0]
     for line in facts.score_table(scores, "editing", 3):
         row = next(r for r in table.splitlines() if r.replace("\\", "").startswith(f"| {line['name']} |"))

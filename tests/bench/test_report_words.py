@@ -151,6 +151,7 @@ def test_only_shares_have_a_tick_and_a_cross(folder: Path, edits: Path) -> None:
     assert "✗" not in body and 'class="shot scored mine" data-name="student" style="--at: ' in body
     exact = page(*load(folder), Thumbnails(folder))
     assert "✗" in exact and 'class="shot wrong' in exact and 'class="shot scored' in exact
+    assert re.search(r'<b class="verdict">✓ 9\.\d\d</b>', exact)  # an edit has both
     wrong = [item["wrong"] for item in items_of(*load(edits)) if item["score"] is not None]
     scored = [item["score"] < 5 for item in items_of(*load(edits)) if item["score"] is not None]
     assert wrong == scored and True in wrong and False in wrong
@@ -211,6 +212,24 @@ def test_the_recipe_stands_in_the_report(edits: Path, tmp_path: Path) -> None:
     assert "on klein; rank 32, 180 steps" in card and "/home" not in card
     (tmp_path / "recipe.yaml").write_text("steps: [")
     assert recipe_summary(tmp_path) is None and recipe_summary(None) is None
+
+
+def test_the_share_of_exact_edits_stands_beside_their_score(folder: Path, edits: Path, tmp_path: Path) -> None:
+    words, (scores, rows) = "share with all facts right", load(folder)
+    html = page(scores, rows, Thumbnails(folder), 0)
+    cards, rest = html[html.index('class="cards"') :].split("<h2>Losses and gains", 1)
+    assert cards.index("score from 0 to 10") < cards.index(f"<small> {words}</small>")
+    charts = rest[: rest.index('id="images"')]
+    assert charts.count(f"<figcaption>Editing, {words}</figcaption>") == 2  # differences, radar
+    assert f"<h3>Editing, {words}</h3>" in charts
+    assert words not in page(*load(edits), Thumbnails(edits), 0)  # a judge's scores have no such share
+    write_card(tmp_path, {"base": "base", "teachers": [], "steps": 3})
+    add_to_card(tmp_path, scores)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    metrics = yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"][1]["metrics"]
+    exact = scores["models"][-1]["editing"]["exact"]["overall"]["mean"]
+    assert [m["name"] for m in metrics] == ["score from 0 to 10", words] and metrics[1]["value"] == round(exact, 4)
+    assert f"editing, {words}" in card
 
 
 def test_a_bench_goes_into_the_model_card_once(edits: Path, tmp_path: Path) -> None:

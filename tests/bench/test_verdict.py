@@ -71,6 +71,24 @@ def test_worse_as_a_whole_is_worse_even_if_no_category_is() -> None:
     assert told["sentence"].startswith("Something got worse: overall −0.65 [−1.08 to −0.21] against the base. ")
 
 
+@pytest.mark.parametrize(("wrong", "kind"), [(0, "kept"), (30, "lost")])
+def test_the_share_of_exact_items_is_decided_beside_the_score(wrong: int, kind: str) -> None:
+    scores, models = scores_of(**drawn()), {"base": 0, "mine": wrong}
+    rights = {m: {c: [float(i >= n) for i in range(60)] for c in ("c0", "c1")} for m, n in models.items()}
+    exact = scores_of(share=True, **rights)
+    for one, other in zip(scores["models"], exact["models"], strict=True):
+        one["editing"]["exact"] = other["editing"]
+    scores["comparison"]["editing"]["exact"] = exact["comparison"]["editing"]
+    told = verdict(scores)
+    assert told["kind"] == kind and told["worst"]["editing"]["category"] in ("c0", "c1")
+    assert [e["category"] for e in told["comparisons"]] == ["overall", "c0", "c1", "all facts right"]
+    starts = {
+        "kept": "Nothing lost within the margin: overall, in the share with all facts right and in each of 2 categor",
+        "lost": "Something got worse: all facts right −0.50 [−",
+    }
+    assert told["sentence"].startswith(starts[kind])
+
+
 def test_one_worse_category_is_named_with_its_interval_and_against_whom() -> None:
     models = drawn(n=60, categories=5, shift=0.2)
     models["teacher1"] = {c: list(np.array(v) + (2.0 if c == "c3" else -1.0)) for c, v in models["base"].items()}

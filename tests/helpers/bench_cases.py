@@ -20,6 +20,7 @@ class Suite(ExactSuite):
     rules = {"scorer": "brightness"}
     scale = {"generation": (0.0, 1.0), "editing": (0.0, 10.0)}
     share = {"generation": True, "editing": False}
+    exact = ("editing",)
 
     def generation_items(self, limit: int | None = None) -> list[Item]:
         words = ["a red circle", "two blue square", "a green star", "three white ring"][:limit]

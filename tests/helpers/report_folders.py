@@ -63,8 +63,9 @@ def scenes(folder: Path, each: int = 3, noise: float = 6.0, seed: int = 0) -> Pa
             row["target"] = save(f"images/target/{place}.png", edit.target)
             rows.append(row | _model_fields(model, n, right))
     scores = _scores(
-        rows, list(SKILL), ("generation", "editing"), {"name": "scenes", "version": "1", "protocol": "ab" * 32}
-    )
+        rows, list(SKILL), ("generation", "editing"),
+        {"name": "scenes", "version": "1", "protocol": "ab" * 32, "exact": ["editing"]},
+    )  # fmt: skip
     scores["ceiling"] = {
         "read": 1.0,
         "n": 2 * each * len(TAGS),
@@ -174,7 +175,13 @@ def _photos(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
 
 def _scores(rows: list[dict], models: list[str], capabilities: tuple[str, ...], suite: dict) -> dict:
     teachers, others = [m for m in models if ROLES[m] == "teacher"], [m for m in models if m != "student"]
-    means = {m: {c: statistics.summary(rows, m, c) for c in capabilities} for m in models}
+    means: dict[str, dict] = {m: {c: statistics.summary(rows, m, c) for c in capabilities} for m in models}
+    found = {c: statistics.comparison(rows, "student", "base", teachers, others, c) for c in capabilities}
+    for c in suite.get("exact", ()):
+        right, how = statistics.exact_rows(rows, c), statistics.EXACT
+        found[c]["exact"] = statistics.comparison(right, "student", "base", teachers, others, c, **how)
+        for m in models:
+            means[m][c]["exact"] = statistics.summary(right, m, c, **how)
     return {
         "format": "danceopd-bench/1",
         "suite": suite,
@@ -189,7 +196,7 @@ def _scores(rows: list[dict], models: list[str], capabilities: tuple[str, ...], 
             {"name": m, "label": m, "role": ROLES[m], "path": m, "sha256": f"{n}e" * 32} | means[m]
             for n, m in enumerate(models)
         ],
-        "comparison": {c: statistics.comparison(rows, "student", "base", teachers, others, c) for c in capabilities},
+        "comparison": found,
         "blend_grid": [],
         "probes": {},
         "versions": {"torch": "2.13.0"},

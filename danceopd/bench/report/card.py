@@ -20,20 +20,24 @@ def add_to_card(student: str | Path | None, scores: Mapping[str, Any]) -> None:
     """Write a bench's verdict and overall scores into `student`/README.md, where there is one."""
     if student is None or not (Path(student) / "README.md").is_file():
         return
-    suite, mine = scores["suite"], facts.student_of(scores)
-    columns = {c: f"{c}, {facts.measure(scores, c)}" for c in facts.capabilities(scores)}
-    table = {
-        m["label"]: {head: facts.score(m[c]["overall"]) if m.get(c) else None for c, head in columns.items()}
-        for m in scores["models"]
-    }
+    suite = scores["suite"]
+    table: dict[str, dict[str, str | None]] = {m["label"]: {} for m in scores["models"]}
+    metrics: dict[str, list[dict[str, Any]]] = {}
+    for of, c in facts.measures(scores).values():
+        measure = facts.measure(of, c)
+        for model in of["models"]:
+            found = model.get(c)
+            table[model["label"]][f"{c}, {measure}"] = facts.score(found["overall"]) if found else None
+        own = (facts.student_of(of).get(c) or {"overall": {"mean": None}})["overall"]["mean"]
+        if own is not None:
+            metrics.setdefault(c, []).append({"type": "score", "name": measure, "value": round(own, 4)})
     results = [
         {
             "task": {"type": TASKS[c], "name": facts.CAPABILITIES[c]},
             "dataset": {"type": suite["name"], "name": f"{suite['name']} {suite['version']}"},
-            "metrics": [{"type": "score", "name": facts.measure(scores, c), "value": round(overall["mean"], 4)}],
+            "metrics": found,
         }
-        for c in columns
-        if mine.get(c) and (overall := mine[c]["overall"])["mean"] is not None
+        for c, found in metrics.items()
     ]
     judge = facts.judge_name(scores.get("judge"))
     about = f"Suite `{suite['name']}` {suite['version']}" + (f", judged by {judge}" if judge else "")

@@ -40,8 +40,9 @@ def figures(scores: Mapping[str, Any]) -> Iterator[dict]:
         place = dict(zip(COLUMNS, (kind, capability, name, model, against)))
         return place | {key: figure.get(key) for key in FIGURE}
 
-    for capability in facts.capabilities(scores):
-        for model in scores["models"]:
+    for of, capability in facts.measures(scores).values():
+        exact = "" if of is scores else "exact "
+        for model in of["models"]:
             found = model.get(capability)
             if not found:
                 continue
@@ -50,13 +51,13 @@ def figures(scores: Mapping[str, Any]) -> Iterator[dict]:
                 *(("group", name, figure) for name, figure in (found.get("groups") or {}).items()),
                 *(("category", name, figure) for name, figure in found["categories"].items()),
             ):
-                yield record(kind, capability, name, model["name"], figure)
-        comparison = (scores.get("comparison") or {}).get(capability) or {"deltas": {}}
+                yield record(exact + kind, capability, name, model["name"], figure)
+        comparison = (of.get("comparison") or {}).get(capability) or {"deltas": {}}
         student = facts.student_of(scores)["name"]
         for other, found in comparison["deltas"].items():
-            yield record("difference", capability, facts.OVERALL, student, found, other)
+            yield record(f"{exact}difference", capability, facts.OVERALL, student, found, other)
             for name, figure in found["categories"].items():
-                yield record("difference", capability, name, student, figure, other)
+                yield record(f"{exact}difference", capability, name, student, figure, other)
     for name, by_capability in (scores.get("subsets") or {}).items():
         for capability, models in by_capability.items():
             for model, figure in models.items():
@@ -102,23 +103,23 @@ class _Table:
 
 def _tables(scores: Mapping[str, Any]) -> Iterator[_Table]:
     """Every table that is printed."""
-    for capability in facts.capabilities(scores):
-        models = [m for m in scores["models"] if m.get(capability)]
+    for of, capability in facts.measures(scores).values():
+        models = [m for m in of["models"] if m.get(capability)]
         rows = [
             (line["name"], [(_text(line["cells"][m["name"]]), m["name"] in line["best"]) for m in models])
-            for line in facts.score_table(scores, capability, DIGITS)
+            for line in facts.score_table(of, capability, DIGITS)
         ]
-        title = f"{facts.CAPABILITIES[capability]}, {facts.measure(scores, capability)}"
+        title = f"{facts.CAPABILITIES[capability]}, {facts.measure(of, capability)}"
         yield _Table(title, [m["label"] for m in models], rows)
-        deltas = ((scores.get("comparison") or {}).get(capability) or {"deltas": {}})["deltas"]
+        deltas = ((of.get("comparison") or {}).get(capability) or {"deltas": {}})["deltas"]
         names = [name for name in deltas if deltas[name].get("mean") is not None]
         if names:
-            own = facts.student_of(scores)[capability]["categories"]
+            own = facts.student_of(of)[capability]["categories"]
             rows = [
                 (category, [(_text(_difference(deltas[n], category), sign=True), False) for n in names])
                 for category in (*own, facts.OVERALL)
             ]
-            title = f"{facts.CAPABILITIES[capability]}, {facts.student_of(scores)['label']} minus other models"
+            title += f", {facts.student_of(scores)['label']} minus other models"
             yield _Table(title, [facts.label(scores, n) for n in names], rows)
     matrix = charts.matrix(scores)
     if matrix:

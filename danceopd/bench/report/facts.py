@@ -14,7 +14,7 @@ from danceopd.bench.metrics.names import words_of
 
 CAPABILITIES = {"generation": "Generation", "editing": "Editing"}
 SCALE = {"generation": (0.0, 1.0), "editing": (0.0, 10.0)}
-OVERALL = "overall"
+OVERALL, ALL_RIGHT = "overall", "all facts right"
 
 
 def capabilities(scores: Mapping[str, Any]) -> list[str]:
@@ -33,8 +33,42 @@ def is_share(scores: Mapping[str, Any], capability: str) -> bool:
     return bool((scores["suite"].get("share") or {}).get(capability, capability == "generation"))
 
 
+def exact_of(scores: Mapping[str, Any], capability: str) -> dict[str, Any] | None:
+    """`scores` with the share of items that have all facts right in place of a capability's scores.
+
+    None where the suite has no such share.
+    """
+    if not any((model.get(capability) or {}).get("exact") for model in scores["models"]):
+        return None
+
+    def part(of: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {capability: ((of or {}).get(capability) or {}).get("exact")}
+
+    no_other = dict.fromkeys(CAPABILITIES)
+    return {
+        **scores,
+        "suite": {**scores["suite"], "scale": {capability: (0.0, 1.0)}, "share": {capability: True}},
+        "models": [{**model, **no_other, **part(model)} for model in scores["models"]],
+        "comparison": part(scores.get("comparison")),
+        "ceiling": part(scores.get("ceiling")),
+        "measure": f"share with {ALL_RIGHT}",
+    }
+
+
+def measures(scores: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], str]]:
+    """Name -> (scores, capability) of all that is measured: each capability, and its share with all facts right."""
+    found: dict[str, tuple[Mapping[str, Any], str]] = {}
+    for capability in capabilities(scores):
+        found[capability] = (scores, capability)
+        if exact := exact_of(scores, capability):
+            found[f"{capability}, {ALL_RIGHT}"] = (exact, capability)
+    return found
+
+
 def measure(scores: Mapping[str, Any], capability: str) -> str:
     """The unit of a score, in words."""
+    if scores.get("measure"):
+        return str(scores["measure"])
     if is_share(scores, capability):
         return "share correct"
     low, high = scale(scores, capability)
@@ -152,19 +186,19 @@ def who(scores: Mapping[str, Any], name: str) -> str:
 
 
 def overall_sentence(scores: Mapping[str, Any]) -> str:
-    """The student's overall scores, one clause for each capability."""
+    """The student's overall scores, one clause for each measure."""
     clauses = []
-    for capability in capabilities(scores):
-        mine = student_of(scores).get(capability)
+    for measured, (of, capability) in measures(scores).items():
+        mine = student_of(of).get(capability)
         if not mine:
             continue
-        found = (scores.get("comparison") or {}).get(capability) or {"deltas": {}, "best_teacher": None}
+        found = (of.get("comparison") or {}).get(capability) or {"deltas": {}, "best_teacher": None}
         named = [name for name in (base_of(scores), found["best_teacher"]) if name and name in found["deltas"]]
         parts = [f"{number(found['deltas'][n]['mean'], sign=True)} against {who(scores, n)}" for n in named]
         gap = found.get("gap_closed")
         if gap and gap["share"] is not None:
             parts.append(f"{100 * gap['share']:.0f} % of the gap closed")
-        clauses.append(f"{capability} {number(mine['overall']['mean'])}" + (f" ({', '.join(parts)})" if parts else ""))
+        clauses.append(f"{measured} {number(mine['overall']['mean'])}" + (f" ({', '.join(parts)})" if parts else ""))
     return f"Overall: {'; '.join(clauses)}."
 
 
@@ -217,7 +251,8 @@ def subsets(scores: Mapping[str, Any]) -> list[dict]:
 def separate(scores: Mapping[str, Any]) -> list[dict]:
     """The lines of what counts in no overall score: held-out items (and ordinary ones beside them), and probes."""
     found = []
-    for capability, comparison in (scores.get("comparison") or {}).items():
+    for measured, (of, capability) in measures(scores).items():
+        comparison = (of.get("comparison") or {}).get(capability)
         models = ((comparison or {}).get("heldout") or {}).get("models") or {}
         for key, words in (
             ("heldout", "held-out items"),
@@ -225,7 +260,7 @@ def separate(scores: Mapping[str, Any]) -> list[dict]:
             ("drop", "held out minus ordinary"),
         ):
             if any(m.get(key) for m in models.values()):
-                found.append(_line(scores, f"{capability}: {words}", {n: m.get(key) for n, m in models.items()}))
+                found.append(_line(scores, f"{measured}: {words}", {n: m.get(key) for n, m in models.items()}))
     for name, probe in (scores.get("probes") or {}).items():
         found.append(_line(scores, f"{probe['capability']}: {name}", probe["models"]))
     return found

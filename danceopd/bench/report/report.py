@@ -76,8 +76,9 @@ def page(scores: dict, rows: Sequence[dict], thumbnails: Thumbnails, budget: int
     twice = [item for found in picked.values() for _, item in found]
     embedded = embed_images(items, thumbnails.fetch, budget, twice)
     failed = failures(items)
-    gaps = {c: found for c in capabilities if (found := charts.differences(scores, c))}
-    radars = {c: found for c in capabilities if (found := charts.radar(scores, c))}
+    views = facts.measures(scores)
+    gaps = {key: found for key, view in views.items() if (found := charts.differences(*view))}
+    radars = {key: found for key, view in views.items() if (found := charts.radar(*view))}
     context = {
         "scores": scores,
         "student": facts.student_of(scores),
@@ -86,10 +87,14 @@ def page(scores: dict, rows: Sequence[dict], thumbnails: Thumbnails, budget: int
         "highlights": picked,
         "who": {m["name"]: m for m in scores["models"]},
         "capabilities": capabilities,
-        "titles": facts.CAPABILITIES,
-        "measure": {c: facts.measure(scores, c) for c in capabilities},
+        "measures": list(views),
+        "titles": {key: facts.CAPABILITIES[c] for key, (_, c) in views.items()},
+        "measure": {key: facts.measure(*view) for key, view in views.items()},
+        "own": {key: facts.student_of(of)[c] for key, (of, c) in views.items()},
+        "comparisons_of": {key: (of["comparison"] or {}).get(c) for key, (of, c) in views.items()},
+        "exact": [c for c in capabilities if facts.exact_of(scores, c)],
         "shares": {c: facts.is_share(scores, c) for c in facts.CAPABILITIES},
-        "models": {c: [m for m in scores["models"] if m[c]] for c in capabilities},
+        "models": {key: [m for m in of["models"] if m[c]] for key, (of, c) in views.items()},
         "verdict": verdict_of(scores),
         "sign": SIGN,
         "overall": facts.overall_sentence(scores),
@@ -97,9 +102,9 @@ def page(scores: dict, rows: Sequence[dict], thumbnails: Thumbnails, budget: int
         "gaps": gaps,
         "comparisons": sum(len(row["marks"]) for found in gaps.values() for row in found["rows"][1:]),
         "radars": radars,
-        "panels": {c: charts.bars(scores, c) for c in capabilities},
-        "lines": {c: facts.score_table(scores, c) for c in capabilities},
-        "unscored": {c: facts.unscored(scores, c) for c in capabilities},
+        "panels": {key: charts.bars(*view) for key, view in views.items()},
+        "lines": {key: facts.score_table(*view) for key, view in views.items()},
+        "unscored": {key: facts.unscored(*view) for key, view in views.items()},
         "matrix": charts.matrix(scores),
         "validation": charts.validation_curve(scores["field_gap"]),
         "subsets": facts.subsets(scores),

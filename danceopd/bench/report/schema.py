@@ -43,6 +43,7 @@ class _Means(_Part):
     overall: _Counted
     categories: dict[str, _Counted]
     groups: dict[str, _Figure] | None = None
+    exact: _Means | None = None
 
 
 class _Gap(_Part):
@@ -66,6 +67,7 @@ class _Comparison(_Part):
     gap_closed: _Gap | None = None
     against_best: dict[str, _Best] | None = None
     heldout: _HeldOut | None = None
+    exact: _Comparison | None = None
 
 
 class _Cell(_Part):
@@ -163,6 +165,7 @@ class _Recipe(_Part):
 class _Ceiling(_Part):
     overall: float | None
     categories: dict[str, float | None]
+    exact: _Ceiling | None = None
 
 
 class _Ceilings(_Part):

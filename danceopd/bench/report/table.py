@@ -8,7 +8,8 @@ prints the same table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -62,7 +63,7 @@ def number(value: float | None, sign: bool = False) -> str:
     return "-" if value is None else f"{value:{'+' if sign else ''}.2f}"
 
 
-def _tables(scores: dict, capability: str) -> list[RenderableType]:
+def _tables(scores: Mapping[str, Any], capability: str) -> list[RenderableType]:
     """A title and one table, or several for many categories; the last one has the overall score."""
     models = [m for m in scores["models"] if m.get(capability)]
     categories = list(dict.fromkeys(c for m in models for c in m[capability]["categories"]))
@@ -79,7 +80,9 @@ def _tables(scores: dict, capability: str) -> list[RenderableType]:
     return made
 
 
-def _table(scores: dict, capability: str, models: list[dict], columns: dict[str, str], last: bool) -> Table:
+def _table(
+    scores: Mapping[str, Any], capability: str, models: list[dict], columns: dict[str, str], last: bool
+) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -158,8 +161,8 @@ def why_unscored(found: dict) -> str:
 def table(scores: dict) -> RenderableType:
     """The tables and the lines below them."""
     parts: list[RenderableType] = []
-    for capability in facts.CAPABILITIES:
-        parts += _tables(scores, capability)
+    for of, capability in facts.measures(scores).values():
+        parts += _tables(of, capability)
     told = verdict_of(scores)
     parts += [Text(f"{SIGN[told['kind']]} {told['sentence']}", style="bold"), Text()]
     lines = Table.grid(padding=(0, 2))
@@ -167,9 +170,9 @@ def table(scores: dict) -> RenderableType:
     lines.add_column(no_wrap=True)
     lines.add_column(overflow="fold")
     title = "gap closed"
-    for capability, found in (scores.get("comparison") or {}).items():
-        if found is not None:
-            lines.add_row(title, capability, gap_sentence(found.get("gap_closed")))
+    for measured, (of, capability) in facts.measures(scores).items():
+        if found := (of.get("comparison") or {}).get(capability):
+            lines.add_row(title, measured, gap_sentence(found.get("gap_closed")))
             title = ""
     title = "worst category"
     for capability, found in told["worst"].items():

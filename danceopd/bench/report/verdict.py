@@ -16,7 +16,7 @@ from typing import Any
 
 from danceopd.bench.interference import LEAST_ITEMS
 from danceopd.bench.report import facts
-from danceopd.bench.report.facts import OVERALL, listed, number
+from danceopd.bench.report.facts import ALL_RIGHT, OVERALL, listed, number
 from danceopd.bench.statistics import TIE, Z
 from danceopd.errors import UserError
 
@@ -25,6 +25,8 @@ MARGIN = 0.05
 SIGN = {"lost": "▼", "kept": "✓", "unknown": "?"}
 SHOWN = 3
 """Names in one sentence."""
+WHOLE = (OVERALL, ALL_RIGHT)
+"""What is no category: the overall score, and after it the overall share of items with all facts right."""
 _RANK = {"lost": 0, "open": 1, "few": 1, "kept": 2}
 
 
@@ -33,7 +35,7 @@ class Compared:
     """One paired difference: a figure of `statistics.difference`, the width of its scale, whether scores are 0 or 1."""
 
     capability: str
-    category: str  # or OVERALL
+    category: str  # or one of WHOLE
     against: str  # as a sentence names it
     figure: Mapping[str, Any]
     width: float
@@ -52,11 +54,7 @@ def verdict_of(scores: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def verdict(scores: Mapping[str, Any], margin: float = MARGIN) -> dict[str, Any]:
-    """The verdict of a bench; see `decide`. Against the base, and against each category's best teacher.
-
-    Another measure of a capability (a share of exact answers beside a mean score) is decided with it once
-    `_compared` yields its differences too.
-    """
+    """The verdict of a bench; see `decide`. Against the base, and against each category's best teacher."""
     compared = _compared(scores)
     reasons = [] if compared else [_without_references(scores)]
     reasons += [_nothing_scored(scores)] if compared and all(c.figure.get("mean") is None for c in compared) else []
@@ -78,31 +76,32 @@ def decide(compared: Sequence[Compared], margin: float, subject: str, reasons: S
     difference with its interval, widened for items without a score, `floor` (the lower end that must be above minus
     the margin) and `state`: lost, open, kept or few.
     """
-    categories = sum(c.category != OVERALL and _items(c) >= LEAST_ITEMS for c in compared)
-    found = [_state(c, margin, 1 if c.category == OVERALL else categories) for c in compared]
+    categories = sum(c.category not in WHOLE and _items(c) >= LEAST_ITEMS for c in compared)
+    found = [_state(c, margin, 1 if c.category in WHOLE else categories) for c in compared]
     several = len({e["capability"] for e in found}) > 1
     ordered = sorted(found, key=_worst_first)
     worst: dict[str, dict] = {}
     for entry in ordered:
-        if entry["category"] != OVERALL and (entry["state"] != "few" or entry.get("share", 0.0) < 0):
+        if entry["category"] not in WHOLE and (entry["state"] != "few" or entry.get("share", 0.0) < 0):
             worst.setdefault(entry["capability"], entry)
     deepest = min(worst.values(), key=_worst_first, default=None)
     lost = [e for e in ordered if e["state"] == "lost"]
     named: list[dict] = []
     if not reasons and lost:
-        kind, named = "lost", sorted(lost, key=lambda e: e["category"] != OVERALL)[:SHOWN]
+        kind, named = "lost", sorted(lost, key=lambda e: [*WHOLE, e["category"]].index(e["category"]))[:SHOWN]
         text = f"Something got worse: {', '.join(where(e, several) for e in named)}"
         text += f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
     elif not reasons and all(e["state"] == "kept" for e in found):
         whom = listed(list(dict.fromkeys(_kind_of(e["against"]) for e in found)))
-        names = {(e["capability"], e["category"]) for e in found if e["category"] != OVERALL}
+        names = {(e["capability"], e["category"]) for e in found if e["category"] not in WHOLE}
         each = f"each of {len(names)} categories" if len(names) > 1 else "its category"
-        kind, text = "kept", f"Nothing lost within the margin: overall and in {each}, "
+        right = f", in the share with {ALL_RIGHT}" if any(e["category"] == ALL_RIGHT for e in found) else ""
+        kind, text = "kept", f"Nothing lost within the margin: overall{right} and in {each}, "
         text += f"{subject} is at most {_percent(margin)} of the scale below {whom} (95 % confidence)"
     else:
         doubts = [*reasons, *_doubts(found, margin, several)]
         kind, text = "unknown", f"Cannot tell whether anything got worse: {'; '.join(doubts)}"
-        if found and all(e["state"] == "kept" for e in found if e["category"] == OVERALL):
+        if found and all(e["state"] == "kept" for e in found if e["category"] in WHOLE):
             text += f". Overall, nothing is lost within the margin of {_percent(margin)} of the scale"
     if deepest and deepest not in named:
         text += f". Worst category: {where(deepest, several)}"
@@ -201,12 +200,17 @@ def _kind_of(against: str) -> str:
 
 
 def _compared(scores: Mapping[str, Any]) -> list[Compared]:
-    """The student's differences from the base and from the best teacher, overall first, then by category."""
+    """The student's differences from the base and from the best teacher, overall first, then by category.
+
+    Of the share of items with all facts right only the overall one.
+    """
     found = []
-    for capability in facts.capabilities(scores):
-        width, share = facts.span(scores, capability), facts.is_share(scores, capability)
-        for category, name, figure in facts.differences_from_references(scores, capability):
-            found.append(Compared(capability, category, facts.who(scores, name), figure, width, share))
+    for of, capability in facts.measures(scores).values():
+        width, share = facts.span(of, capability), facts.is_share(of, capability)
+        for category, name, figure in facts.differences_from_references(of, capability):
+            if of is scores or category == OVERALL:
+                what = category if of is scores else ALL_RIGHT
+                found.append(Compared(capability, what, facts.who(scores, name), figure, width, share))
     return found
 
 

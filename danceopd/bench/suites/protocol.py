@@ -87,6 +87,8 @@ class Suite(ABC):
     """Capability -> the lowest and the highest score of an item."""
     share: ClassVar[Mapping[str, bool]]
     """Capability -> whether every score is 0 or 1, so that a mean is the share of correct images."""
+    exact: ClassVar[tuple[str, ...]] = ()
+    """Capabilities beside whose graded scores stands the share of items with full marks (`Score.correct`)."""
     subsets: Mapping[str, tuple[str, ...]] = {}
     """Name of a reported subset -> its categories, or "tag:…" of its items."""
     published: Mapping[str, int] = {}

@@ -105,6 +105,7 @@ class WorldSuite(ExactSuite):
 
     scale = {"generation": (0.0, 1.0), "editing": (0.0, 10.0)}
     share = {"generation": True, "editing": False}
+    exact = ("editing",)
 
     @abstractmethod
     def _rendered(self, scene: Scene) -> Image.Image:
@@ -118,7 +119,8 @@ class WorldSuite(ExactSuite):
         """What correct images score after an autoencoder's round trip.
 
         ``{"read", "n", "generation", "editing"}``: the share of ``n`` images of which every fact is read correctly, and
-        for each capability ``{"overall", "categories"}``, the means of the first ``limit`` items.
+        for each capability ``{"overall", "categories"}``, the means of the first ``limit`` items; of editing also
+        ``exact``, the same of the shares with all facts right.
         """
         out: dict[str, Any] = {}
         read: list[bool] = []
@@ -127,8 +129,9 @@ class WorldSuite(ExactSuite):
             scenes = [i.task.scene if capability == "generation" else i.task.target for i in items]
             scores = self.score(items, roundtrip([self._rendered(scene) for scene in scenes]))
             read += [self._is_read(score, scene) for score, scene in zip(scores, scenes)]
-            means = {c: float(np.mean(v)) for c, v in _by_category(scores, TAGS + TASKS).items()}
-            out[capability] = {"overall": float(np.mean(list(means.values()))), "categories": means}
+            out[capability] = _ceiling(scores, "value")
+            if capability in self.exact:
+                out[capability]["exact"] = _ceiling(scores, "correct")
         return {"read": float(np.mean(read)), "n": len(read), **out}
 
 
@@ -257,6 +260,11 @@ def _by_category(scores: Sequence[WorldScore], order: Sequence[str], what: str =
         if score.item is not None and score.item.category in found:
             found[score.item.category].append(float(getattr(score, what)))
     return {category: values for category, values in found.items() if values}
+
+
+def _ceiling(scores: Sequence[WorldScore], what: str) -> dict[str, Any]:
+    means = {c: float(np.mean(v)) for c, v in _by_category(scores, TAGS + TASKS, what).items()}
+    return {"overall": float(np.mean(list(means.values()))), "categories": means}
 
 
 def _sums(by: dict[str, list[float]], share: bool) -> dict[str, Any]:
