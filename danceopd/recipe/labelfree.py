@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, WithJsonSchema, model_validator
 
 from danceopd.recipe.parts import Part, Rows, existing
 
@@ -31,21 +31,28 @@ def _null(value: Any) -> Any:
     return "null" if value is None else value  # YAML reads a bare null as nothing
 
 
-EvidenceContrast = Annotated[Literal["null", "prompt", "source"], BeforeValidator(_null)]
+EvidenceContrast = Annotated[
+    Literal["null", "prompt", "source"],
+    BeforeValidator(_null),
+    WithJsonSchema({"enum": ["null", "prompt", "source", None]}),
+]
 
 
 class Evidence(Part):
     """V-Zero's gate: the teacher is queried again under a contrast; the difference says where and how far it edits.
 
-    `contrast` is the other condition: the null prompt on the same source, another row's prompt, or another row's source
-    (generation rows, which have none, then get another row's prompt). A positive `alpha` raises rows that already
-    follow the teacher, a negative one those that do not.
+    Generation rows have no source, so contrast `source` gives them another row's prompt. A positive `alpha` raises rows
+    that already follow the teacher, a negative one those that do not.
     """
 
-    alpha: float = Field(0.5, ge=-2, le=2)  # of row weights, by the group's standard score; 0: all rows are equal
-    tokens: float = Field(0.5, ge=0, le=1)  # of token weights, towards where the answers differ; 0: all are equal
+    alpha: float = Field(0.5, ge=-2, le=2)
+    """Strength of row weights, by the group's standard score; 0: all rows count alike."""
+    tokens: float = Field(0.5, ge=0, le=1)
+    """Strength of token weights, towards where the two answers differ; 0: all count alike."""
     contrast: EvidenceContrast = "null"
+    """The other condition: the null prompt, another row's prompt, or another row's source."""
     bounds: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=1, le=4)]] = (0.25, 2.0)
+    """Smallest and largest weight."""
 
 
 class Consensus(Part):
@@ -56,21 +63,27 @@ class Consensus(Part):
     """
 
     bound: float = Field(0.5, ge=0, le=0.5)
-    framings: int = Field(3, ge=2, le=7)  # wordings at most, the prompt itself among them
+    """Weights go up to 1 plus this."""
+    framings: int = Field(3, ge=2, le=7)
+    """Wordings of a prompt at most, the prompt itself among them."""
 
 
 class PrivilegedContext(Part):
     """What the teacher of generation rows sees and the student does not: at a critical step, and elsewhere."""
 
     step: Literal["guided", "caption", "none"] = "guided"
+    """At a critical step."""
     episode: Literal["guided", "caption", "none"] = "caption"
+    """Elsewhere."""
 
 
 class PrivilegedEditContext(Part):
     """What the teacher of editing rows sees and the student does not: at a critical step, and elsewhere."""
 
     step: Literal["source", "guided", "caption", "none"] = "source"
+    """At a critical step."""
     episode: Literal["guided", "caption", "none"] = "caption"
+    """Elsewhere."""
 
 
 class Skills(Part):
@@ -80,15 +93,24 @@ class Skills(Part):
     rule for the built-in scenes' templates), `source` the clean source of which the student sees a degraded copy.
     """
 
-    eta: float = Field(1.0, ge=0, le=1)  # share of the shift that is taken; 0: no privileged context
-    radius: float = Field(0.1, gt=0, le=1)  # trust region: largest shift, as a share of the answer's own norm
-    critical: float = Field(0.5, ge=0, le=1)  # share of rows queried at critical steps; the query law draws the others
-    top: float = Field(0.25, gt=0, le=1)  # share of the steps that count as critical
-    until: float = Field(1.0, gt=0, le=1)  # share of the rollout whose steps may be critical: it ends there
-    scale: float = Field(3.0, gt=1)  # of guided
+    eta: float = Field(1.0, ge=0, le=1)
+    """Share of the shift that is taken; 0: no privileged context."""
+    radius: float = Field(0.1, gt=0, le=1)
+    """Trust region: the largest shift, as a share of the answer's own norm."""
+    critical: float = Field(0.5, ge=0, le=1)
+    """Share of rows that are queried at critical steps; the query law draws the others."""
+    top: float = Field(0.25, gt=0, le=1)
+    """Share of the steps that count as critical."""
+    until: float = Field(1.0, gt=0, le=1)
+    """Share of the rollout whose steps may be critical; it ends there."""
+    scale: float = Field(3.0, gt=1)
+    """Scale of `guided`."""
     generation: PrivilegedContext = PrivilegedContext()
+    """What teachers of generation rows see besides."""
     editing: PrivilegedEditContext = PrivilegedEditContext()
+    """What teachers of editing rows see besides."""
     degrade: tuple[Degradation, ...] = Field(DEGRADATIONS, min_length=1)
+    """How the student's copy of a source is degraded; one is drawn a row."""
 
     def privileged(self, capability: str) -> PrivilegedContext | PrivilegedEditContext:
         """What the teachers of a capability see besides."""
@@ -98,10 +120,14 @@ class Skills(Part):
 class Gates(Part):
     """Which gates are on. With `group` > 1 that many rollouts of one sample are compared; 1: with running means."""
 
-    evidence: Evidence | None = None
-    consensus: Consensus | None = None
-    skills: Skills | None = None
+    evidence: Evidence | None = Field(None, examples=[True])
+    """Weigh rows and tokens by a second query under a contrast; `true`: with its defaults."""
+    consensus: Consensus | None = Field(None, examples=[True])
+    """Weigh rows by how much a teacher agrees with itself over paraphrases; `true`: with its defaults."""
+    skills: Skills | None = Field(None, examples=[{"eta": 0.5}])
+    """Query some rows where their rollout decides, with privileged context; `true`: with its defaults."""
     group: Rows = 1
+    """Rollouts of one sample that evidence compares; 1: with running means."""
 
     @model_validator(mode="before")
     @classmethod
@@ -141,16 +167,20 @@ class Gates(Part):
 class Contrast(Part):
     """A teacher's velocity as a target that goes past it: `v + weight (v - v_ref)`, `v_ref` a frozen reference's.
 
-    `reference` is the bare "base", another teacher's name, "others" (the mean of all other teachers), "null" (the null
-    prompt), "prompt" or "source" (the prompt or the source image of another row of the data). The target is moved at
-    noise levels within `sigma` only, by at most `bound` times the norm of `v`. `mask`: only where the two differ.
+    It is given by teacher or capability: `contrast: {generation: {reference: others}}`.
     """
 
     reference: str = "others"
+    """`base`, another teacher's name, `others` (their mean), `null` (the null prompt), `prompt` or `source` (those of
+    another row)."""
     weight: float = Field(1.0, ge=0, le=10)
+    """How far the target moves away from the reference; 0: not at all."""
     sigma: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
-    bound: PositiveFloat | None = None
+    """Noise levels at which it is moved, the lower first."""
+    bound: PositiveFloat | None = Field(None, examples=[1.0])
+    """Largest move, as a share of the norm of the teacher's velocity; null: none."""
     mask: bool = False
+    """Move it only where the two differ."""
 
     @model_validator(mode="after")
     def _check(self) -> Contrast:
@@ -172,17 +202,30 @@ class Monitor(Part):
     goes on without gates (plain), or ends there (stop).
     """
 
-    every: int | None = Field(None, ge=0)  # steps; None: MONITOR_EVERY where a gate is on, else never; 0: never
-    prompts: int = Field(64, ge=8, le=10**5)  # held out, over all teachers
-    seeds: int = Field(4, ge=2, le=1000)  # pictures of each prompt
-    judge: Annotated[str | None, BeforeValidator(_judge)] = None
+    every: int | None = Field(None, ge=0, examples=[100])
+    """Steps between checks; null: 100 where a gate is on, else never; 0: never."""
+    prompts: int = Field(64, ge=8, le=10**5)
+    """Held-out prompts, over all teachers."""
+    seeds: int = Field(4, ge=2, le=1000)
+    """Pictures of each prompt."""
+    judge: Annotated[str | None, BeforeValidator(_judge)] = Field(None, examples=["./clip-vit-large-patch14"])
+    """A similarity model of transformers (CLIP, SigLIP, DINO): a folder or owner/name; null: the exact scorer of
+    `scenes`, else a frozen model that does not teach the row."""
     mistakes: float = Field(0.25, ge=0, le=1)
+    """Alarm above this share of confident mistakes."""
     spearman: float = Field(0.0, ge=-1, le=1)
+    """Alarm where the rank correlation of confidence and score is below this."""
     checks: int = Field(3, ge=2)
+    """Alarm where a confidence rises and the score falls at so many checks in a row."""
     strength: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)
+    """Alarm outside these bounds of how far a wrong prompt moves the student, over how far it moves its teacher."""
     diversity: float = Field(0.7, ge=0)
+    """Alarm where pictures of one prompt differ by less than this share of what is usual."""
     effective: float = Field(0.5, ge=0, le=1)
+    """Alarm where the effective sample size of the row weights is below this share of the rows."""
     rollback: Literal["plain", "stop"] | None = None
+    """After an alarm restore the last good checkpoint and go on without gates (plain), or end there (stop); null: only
+    say it."""
 
     @model_validator(mode="after")
     def _check(self) -> Monitor:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny, ValidationError
+from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny, ValidationError, WithJsonSchema
 
 from danceopd.common.messages import did_you_mean, explain_validation_error
 from danceopd.recipe.parts import Part, Weight
@@ -23,6 +23,7 @@ class Reward(Part):
     """What every reward has: its weight in the sum of the rewards' standard scores."""
 
     weight: Weight = 1.0
+    """Weight in the sum of the rewards' standard scores."""
 
 
 class Likelihood(Reward):
@@ -32,8 +33,11 @@ class Likelihood(Reward):
     """
 
     levels: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field((0.85, 0.75, 0.65), min_length=1, max_length=64)
+    """Noise levels of the denoising loss."""
     draws: int = Field(2, ge=1, le=64)
-    teacher: str | None = None
+    """Noises at each level."""
+    teacher: str | None = Field(None, examples=["base"])
+    """Whose loss: `base` or a teacher's name; null: each row's routed teacher."""
 
 
 class Consensus(Reward):
@@ -47,12 +51,15 @@ class Preserve(Reward):
 class OwnReward(Reward):
     """A function of the user's, `function(groups, **options)`."""
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field({}, examples=[{"radius": 3}])
+    """Keyword arguments of the function."""
 
 
 KINDS: dict[str, type[Reward]] = {"likelihood": Likelihood, "consensus": Consensus, "preserve": Preserve}
 EDITING_ONLY = ("consensus", "preserve")
 """Rewards that say nothing of a picture without a source."""
+REWARDS = {"type": "object", "additionalProperties": {"anyOf": [{"type": "number"}, {"type": "object"}]}}
+"""Their JSON schema: a weight, or the reward's own keys."""
 _OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -84,15 +91,26 @@ class NFT(Part):
     """
 
     group: int = Field(6, ge=2, le=2**10)
-    rewards: Annotated[dict[str, SerializeAsAny[Reward]], BeforeValidator(_rewards)] = Field(
+    """Answers to each question, which are ranked against each other."""
+    rewards: Annotated[
+        dict[str, SerializeAsAny[Reward]], BeforeValidator(_rewards), WithJsonSchema(REWARDS)
+    ] = Field(
         {"likelihood": Likelihood()}, min_length=1
     )
+    """Rewards by name (`likelihood`, `consensus`, `preserve`, or a function of yours as `module:function`); a number is
+    a weight."""
     beta: float = Field(1.0, gt=0, le=10)
+    """How far the student moves from its average in the positive and the negative branch."""
     clip: float = Field(1.0, gt=0, le=10)
+    """Standard score at which a sample counts as wholly good or bad."""
     share: float = Field(1.0, gt=0, le=1)
+    """Share of this loss; the rest is that of objective danceopd."""
     anchor: float = Field(0.0, ge=0, le=1e3)
+    """Weight of the error to the routed teacher at the samples' states."""
     round: PositiveInt = 16
+    """Updates whose samples are drawn by one average of the student."""
     reuse: PositiveInt = 4
+    """Updates that learn from a sample."""
 
     @property
     def asks_teacher(self) -> bool:

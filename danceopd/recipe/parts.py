@@ -59,10 +59,21 @@ BlendMethod = Literal[
 """The names of `blend_methods.METHODS`, which a recipe may say before torch is there."""
 
 
+MICRO_BATCH = {"anyOf": [{"type": "integer", "minimum": 1, "maximum": 2**14}, {"const": "auto"}, {"type": "null"}]}
+"""Its JSON schema, which a plain validator does not say."""
+TWO_TEACHERS = [
+    {"name": "draws", "adapter": "./a.safetensors", "capability": "generation"},
+    {"name": "edits", "adapter": "./b.safetensors", "capability": "editing"},
+]
+"""The example of `teachers`."""
+
+
 class Part(BaseModel):
     """What all parts of a recipe share: frozen, no unknown keys, finite numbers, no YAML booleans."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -77,15 +88,16 @@ class Part(BaseModel):
 
 
 class Columns(Part):
-    """What a table calls its columns, where it uses none of the names that are known (docs/data.md).
+    """What a table calls its columns, where it uses none of the names that are known (docs/data.md)."""
 
-    `instruction` is the text of an edit, `prompt` that of a picture; of an edit without `instruction`, too.
-    """
-
-    source: ColumnName | None = None  # the picture that is edited
-    target: ColumnName | None = None  # the finished picture
-    instruction: ColumnName | None = None
-    prompt: ColumnName | None = None
+    source: ColumnName | None = Field(None, examples=["before_photo"])
+    """Column of the picture that is edited."""
+    target: ColumnName | None = Field(None, examples=["after_photo"])
+    """Column of the finished picture; only objectives that learn from finished pictures read it."""
+    instruction: ColumnName | None = Field(None, examples=["what_to_do"])
+    """Column of the text of an edit."""
+    prompt: ColumnName | None = Field(None, examples=["description"])
+    """Column of the text of a picture; of an edit without `instruction`, too."""
 
     @model_validator(mode="after")
     def _check(self) -> Columns:
@@ -97,107 +109,165 @@ class Columns(Part):
 
 
 class Teacher(Part):
-    """A frozen velocity field: "base", a LoRA, or a whole model trained from the base (a folder or a file).
+    """A frozen model whose velocity the student learns.
 
-    A whole model is kept as its rank-`rank` difference from the base when that loses at most `residual` of the
-    change (0: never, 1: always), else it is streamed. `guidance` is classifier-free guidance away from the prompt
-    `negative` (None: the family's own). `accept` silences a refusal: a LoRA of another base, a whole pipeline with
-    another scheduler or other components (its text encoder, its autoencoder).
+    A whole model is kept as its difference from the base, of rank `rank`, when that loses at most `residual` of the
+    change, else it is streamed from disk.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
-    adapter: Annotated[str, BeforeValidator(_adapter)] = "base"
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", examples=["portraits"])
+    """What logs, reports and other keys call this teacher: letters, digits, - and _."""
+    adapter: Annotated[str, BeforeValidator(_adapter)] = Field("base", examples=["./my-lora.safetensors"])
+    """A LoRA (a file or a folder), a whole model trained from the base, the name of a shipped teacher, or `base`: the
+    base itself."""
     capability: Literal["generation", "editing"]
-    weight: Weight = 1.0  # its share of the rows
-    scale: Strength = 1.0  # strength: of a LoRA, or of a whole model's difference from the base
+    """What it teaches: drawing from prompts, or editing a picture."""
+    weight: Weight = 1.0
+    """Its share of the rows, beside the weights of the others."""
+    scale: Strength = 1.0
+    """Strength of its LoRA, or of a whole model's difference from the base."""
     rank: Rank = 128
+    """Of a whole model: the rank that its difference from the base is stored with."""
     residual: float = Field(0.05, ge=0, le=1)
-    guidance: Annotated[float, Field(gt=0, le=1e4)] | None = None
-    negative: str | None = None
-    accept: tuple[Literal["base", "scheduler", "components"], ...] = ()
-    data: Annotated[str | None, BeforeValidator(_data)] = None  # its own data; None: its capability's
-    columns: Columns | None = None  # of its data; None: data.columns, or known names where it has data of its own
+    """Of a whole model: the share of its change that the low-rank form may lose; above it the model is streamed from
+    disk. 0: always streamed, 1: never."""
+    guidance: Annotated[float, Field(gt=0, le=1e4)] | None = Field(None, examples=[3.5])
+    """Scale of classifier-free guidance, which the student learns to do without; null: none."""
+    negative: str | None = Field(None, examples=["blurry, low quality"])
+    """Prompt that guidance leads away from; null: the family's own, most often the empty one."""
+    accept: tuple[Literal["base", "scheduler", "components"], ...] = Field((), examples=[["base"]])
+    """Refusals that you have looked into: a LoRA that was trained on another base, a whole pipeline with another
+    scheduler or other components."""
+    data: Annotated[str | None, BeforeValidator(_data)] = Field(None, examples=["posters.txt"])
+    """Data of its own, in any form that `data.generation` takes; null: that of its capability."""
+    columns: Columns | None = Field(None, examples=[{"prompt": "description"}])
+    """What the columns of its data are called; null: `data.columns`, or the known names where it has data of its own.
+    """
 
 
 class Student(Part):
-    """The adapter that learns. `init` is "base", "blend", a teacher's name, or an adapter's path."""
+    """The LoRA that learns."""
 
     rank: Rank = 64
+    """Rank of the LoRA that is learnt."""
     init: str = "blend"
-    init_weights: dict[str, Strength] = {}  # of "blend", by teacher; empty: 1/N each, or 1 where a method adds up
-    init_method: BlendMethod = "linear"  # of "blend"
+    """Where it starts: `base` (a LoRA of zeros), `blend` (the teachers' LoRAs merged in weight space), a teacher's
+    name, or a LoRA's path."""
+    init_weights: dict[str, Strength] = Field({}, examples=[{"draws": 0.7, "edits": 0.9}])
+    """Of `blend`: strength of each teacher by name; empty: 1/N each, or 1 where a method adds them up."""
+    init_method: BlendMethod = Field("linear", examples=["ties"])
+    """Of `blend`: how the LoRAs are merged, as in `danceopd blend --method`."""
 
 
 class Optimizer(Part):
+    """AdamW on the LoRA's weights, in fp32."""
+
     name: Literal["adamw"] = "adamw"
+    """AdamW is the only one."""
     lr: float = Field(2e-4, gt=0, le=10)
+    """Learning rate after the warm-up."""
     betas: tuple[Unit, Unit] = (0.9, 0.99)
+    """Decay of AdamW's two moments."""
     weight_decay: float = Field(0.0, ge=0, le=1e3)
+    """AdamW's weight decay of the LoRA."""
     warmup: int = Field(10, ge=0, le=10**7)
+    """Updates over which the learning rate rises to `lr`."""
     clip: PositiveFloat = 1.0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up, down to 0
+    """Largest norm of the gradient; a longer one is scaled down to it."""
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", examples=["cosine"])
+    """Course of the learning rate after the warm-up: as it is, or down to 0 in a line or a half cosine."""
 
 
 class Rollout(Part):
-    """How the student rolls out. `noise` above 0 is the `a` of Flow-GRPO's SDE; `guidance` is the student's own CFG."""
+    """How the student rolls out, to the state at which it is compared with its teacher."""
 
     steps: Steps = 16
+    """Denoising steps of a whole rollout. Use as many as you will generate with, or about 16; of a distilled base 4."""
     solver: Literal["euler", "ab2"] = "euler"
+    """How a step is taken: Euler as in the stock pipelines, or two-step Adams-Bashforth, which is nearer from 8 steps
+    on."""
     noise: float = Field(0.0, ge=0, le=1e3)
+    """Strength of the noise of a stochastic rollout, the `a` of Flow-GRPO (0.7 there); 0: none."""
     guidance: float = Field(1.0, gt=0, le=1e4)
-    # roll out on W + BA; False: through the LoRA layers, without a copy of the adapted weights
+    """Classifier-free guidance of the student's rollout; 1: none. It does not touch what is learnt."""
     merged: Literal["auto", True, False] = "auto"
-    cache_source: bool = False  # compute source keys and values once a rollout; flux2-klein-kv only
-    cuda_graphs: bool = False  # its forwards as CUDA graphs (docs/kernels.md)
+    """Roll out on W + BA, a second copy of the adapted weights; false: through the LoRA layers. `auto`: where the card
+    has room."""
+    cache_source: bool = False
+    """Compute the keys and values of a source picture once a rollout; flux2-klein-kv only."""
+    cuda_graphs: bool = False
+    """Run the rollout's forwards as CUDA graphs (docs/kernels.md)."""
 
 
 class Query(Part):
-    """At which noise level the teacher is queried. `beta` replaces the law's own Beta(a, b)."""
+    """At which noise level the teacher is queried."""
 
-    law: Literal["low-noise", "uniform", "mid", "high-noise", "paper"] = "paper"
-    beta: tuple[Weight, Weight] | None = None
-    count: Steps = 1  # states of one trajectory that are queried
-    jitter: bool = False  # query at the drawn level itself, not at the grid point above it
-    weight: Literal["even", "dt2"] = "even"  # dt2: by the squared length of the step that leaves the level
+    law: Literal["low-noise", "uniform", "mid", "high-noise", "paper"] = Field("paper", examples=["high-noise"])
+    """At which noise levels teachers are queried: `paper` is over the step's index, the others are over the noise level
+    (docs/method.md)."""
+    beta: tuple[Weight, Weight] | None = Field(None, examples=[[5, 2]])
+    """Parameters a and b of a Beta distribution in place of the law's own; null: the law's."""
+    count: Steps = 1
+    """States of one trajectory that are queried; a rollout costs as much as its deepest one."""
+    jitter: bool = False
+    """Query at the drawn level itself, not at the next step's above it."""
+    weight: Literal["even", "dt2"] = "even"
+    """Weight of a query: all alike, or by the squared length of the step that leaves its level."""
 
 
 class Routing(Part):
-    """One teacher a row, a step, or `groups` steps in turn. `weights` by name win over the teachers' own `weight`."""
+    """Which row is learnt from which teacher."""
 
     per: Literal["row", "step", "turn"] = "row"
-    groups: PositiveInt = 1  # steps of a turn
-    weights: dict[str, Weight] = {}
+    """Each row has its own teacher, all rows of a step have one, or the teachers take turns."""
+    groups: PositiveInt = 1
+    """Steps of a turn, with `per: turn`."""
+    weights: dict[str, Weight] = Field({}, examples=[{"draws": 1.0, "edits": 2.0}])
+    """Share of the rows by teacher's name; wins over the teachers' own `weight`."""
 
 
 class Guidance(Part):
-    """`unconditional`: share of rows without a prompt, as in CFG training; their teacher velocity is unguided."""
+    """Rows without a prompt, as in the training of classifier-free guidance."""
 
     unconditional: Unit = 0.0
+    """Share of rows that get the null prompt and learn the teacher's unguided velocity, so that the student can still
+    be guided."""
 
 
 class FlowOPD(Part):
-    """Of objective flowopd: rollouts of one sample that share a baseline, and how far the ratio may leave 1."""
+    """Of objective flowopd."""
 
     group: int = Field(8, ge=2, le=2**14)
+    """Rollouts of one sample that share a baseline."""
     clip: PositiveFloat = 1e-4
+    """How far the likelihood ratio may leave 1."""
 
 
 class OffPolicy(Part):
-    """Of objective offpolicy: clean pictures are the data's own targets, or drawn by the routed teacher."""
+    """Of objective offpolicy."""
 
     clean: Literal["targets", "teacher"] = "targets"
+    """The clean pictures: the data's finished ones, or what the routed teacher draws."""
 
 
 class Data(Part):
-    """Where prompts and edit pairs are: "scenes", a .txt, .csv, .jsonl or .parquet file, a folder,
-    "hub:owner/name"."""
+    """Where prompts and edit pairs are (docs/data.md)."""
 
-    generation: DataSource = "scenes"
-    editing: DataSource = "scenes"
-    columns: Columns = Columns()  # of both, where they are tables
-    rows: int = Field(1024, gt=0, le=10**5)  # drawn from "scenes", for each capability
+    generation: DataSource = Field("scenes", examples=["prompts.txt"])
+    """Prompts for teachers that draw: a .txt, .csv, .jsonl or .parquet file, a folder, `hub:owner/name`, or `scenes`,
+    which suits the shipped model only."""
+    editing: DataSource = Field("scenes", examples=["edits.jsonl"])
+    """Instructions and source pictures for teachers that edit, in the same forms (docs/data.md)."""
+    columns: Columns = Columns()
+    """What the columns of both tables are called, where they are not among the names that are known."""
+    rows: int = Field(1024, gt=0, le=10**5)
+    """Rows that are made of `scenes`, for each capability."""
 
 
 class Samples(Part):
-    every: int = Field(200, ge=0)  # 0: only at the first and the last step
+    """Grids of sample pictures, of the same prompts and noise every time."""
+
+    every: int = Field(200, ge=0)
+    """Steps between grids of sample pictures; 0: only at the first and the last step."""
     count: int = Field(6, gt=0, le=1024)
+    """Pictures in a grid."""

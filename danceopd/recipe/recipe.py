@@ -24,6 +24,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -35,6 +36,8 @@ from danceopd.recipe.aliases import modernise
 from danceopd.recipe.checks import CALL_MOST, check, check_call
 from danceopd.recipe.labelfree import Contrast, Gates, Monitor
 from danceopd.recipe.parts import (
+    MICRO_BATCH,
+    TWO_TEACHERS,
     Columns,
     Data,
     FlowOPD,
@@ -115,42 +118,85 @@ def _shipped_teachers() -> tuple[dict[str, str], ...]:
 class Recipe(Part):
     """Everything a merge needs. Without teachers it takes the shipped ones, on the shipped base."""
 
-    base: Annotated[str, BeforeValidator(_base)] = "base"
-    teachers: tuple[Teacher, ...] = Field(default_factory=_shipped_teachers, validate_default=True)
+    base: Annotated[str, BeforeValidator(_base)] = Field("base", examples=["black-forest-labs/FLUX.2-klein-base-4B"])
+    """The base model: a folder that `save_pretrained` wrote, owner/name on the hub, or `base`, the small one that is
+    shipped."""
+    teachers: tuple[Teacher, ...] = Field(
+        default_factory=_shipped_teachers, validate_default=True, examples=[TWO_TEACHERS]
+    )
+    """Two or more teachers. `generation: X` and `editing: Y` at the top level stand for two teachers with these
+    adapters."""
     output: Annotated[Path, BeforeValidator(_output)] = Path("student")
+    """Run folder; the student is in it."""
     steps: int = Field(2000, gt=0, le=10**7)
+    """Optimizer steps."""
     batch: Rows = 8
+    """Rows of an update."""
     seed: Seed = 0
+    """Same seed, same machine: the same bytes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the frozen models; the student and Adam are fp32
-    # rows of the batch at a time; None: all
-    micro_batch: Annotated[int | Literal["auto"] | None, PlainValidator(_micro_batch)] = "auto"
+    """Where it runs; `auto`: a GPU where there is one."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", examples=["bf16"])
+    """Of the frozen models; the student and AdamW are fp32. `auto`: bf16 where the card has it and the base is not
+    stored in fp32."""
+    micro_batch: Annotated[
+        int | Literal["auto"] | None, PlainValidator(_micro_batch), WithJsonSchema(MICRO_BATCH)
+    ] = Field("auto", examples=[2])
+    """Rows of the batch at a time; null: all. `auto`: as many as fit."""
     gradient_checkpointing: Literal["auto", True, False] = "auto"
-    compile: bool = False  # the transformer's repeated blocks, by torch.compile
-    kernels: Literal["auto", True, False] = "auto"  # fused around attention; auto: on a GPU, where a trial says so
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes, each has the whole base, or a share of it
+    """Compute activations again in the backward pass instead of keeping them. `auto`: where they do not fit."""
+    compile: bool = False
+    """Compile the transformer's repeated blocks with torch.compile."""
+    kernels: Literal["auto", True, False] = "auto"
+    """Fused kernels around attention. `auto`: on a GPU, where a trial finds them right and faster."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Of several processes: each has the whole base, or a share of it."""
     student: Student = Student()
+    """The LoRA that learns."""
     optimizer: Optimizer = Optimizer()
+    """AdamW."""
     ema: Unit = 0.99
+    """Decay of the average of the LoRA's weights, which is what is exported."""
     rollout: Rollout = Rollout()
+    """How the student rolls out."""
     query: Query = Query()
+    """Where the teachers are queried."""
     routing: Routing = Routing()
+    """Which row has which teacher."""
     objective: Literal["danceopd", "diffusionopd", "flowopd", "offpolicy", "supervised"] = "danceopd"
+    """What is learnt: `danceopd` is the method, the others are for comparison (docs/method.md)."""
     flowopd: FlowOPD = FlowOPD()
+    """Of objective flowopd."""
     offpolicy: OffPolicy = OffPolicy()
+    """Of objective offpolicy."""
     guidance: Guidance = Guidance()
+    """Rows without a prompt."""
     gates: Gates = Gates()
-    contrast: dict[str, Contrast] = {}  # by teacher or capability: targets past a teacher
+    """Weights of rows and tokens, off unless given (docs/labelfree.md)."""
+    contrast: dict[str, Contrast] = Field({}, examples=[{"generation": {"reference": "others"}}])
+    """Targets that go past a teacher, by the teacher's name or capability (docs/labelfree.md)."""
     data: Data = Data()
+    """Prompts and edit pairs."""
     samples: Samples = Samples()
+    """Grids of sample pictures during the run."""
     validation: Validation = Validation()
+    """Velocity error on held-out rows during the run."""
     monitor: Monitor = Monitor()
+    """Checks for confident mistakes during the run."""
     save_every: PositiveInt = 100
-    keep_last: PositiveInt = 2  # checkpoints
-    time_limit: PositiveFloat | None = None  # minutes
-    call: Annotated[dict[str, Any], AfterValidator(check_call)] = {}  # over the base's own: CALL_MOST
-    family: str | None = None  # a key of pipelines.FAMILIES; None: by the base's pipeline class
-    editing_base: Annotated[str | None, BeforeValidator(_editing_base)] = None  # has what the base lacks for editing
+    """Steps between checkpoints."""
+    keep_last: PositiveInt = 2
+    """Checkpoints that are kept."""
+    time_limit: PositiveFloat | None = Field(None, examples=[120])
+    """Minutes after which the run stops, with a student; null: none."""
+    call: Annotated[dict[str, Any], AfterValidator(check_call)] = Field({}, examples=[{"height": 1024, "width": 1024}])
+    """Settings of the pipeline's call that you will generate with, over the base's own."""
+    family: str | None = Field(None, examples=["flux1"])
+    """Pipeline family (docs/bring-your-own-model.md); null: by the base's pipeline class."""
+    editing_base: Annotated[str | None, BeforeValidator(_editing_base)] = Field(
+        None, examples=["Qwen/Qwen-Image-Edit"]
+    )
+    """A pipeline that has what the base lacks for editing, such as an image processor; null: none."""
 
     def __init__(self, /, _where: str = "the recipe", **fields: Any) -> None:
         try:

@@ -21,16 +21,19 @@ SHOWN_ROWS, DECIDING_ROWS = 16, 32
 class Validation(Part):
     """Measured at the start, every so many steps, and at the end.
 
-    With `patience` the run stops once so many checks in a row were no better than the best before them by a share
-    `min_delta` of it. `select` says which check's EMA is exported; None: the best with `patience`, else the last.
-    `rows` None: 32 where it decides something, else 16.
+    docs/method.md says what is measured.
     """
 
-    every: int = Field(200, ge=0)  # steps; 0: never
-    rows: Annotated[int, Field(gt=0, le=10**5)] | None = None  # held out, for each teacher
-    patience: PositiveInt | None = None  # checks; None: the run takes all its steps
+    every: int = Field(200, ge=0)
+    """Steps between checks; 0: never."""
+    rows: Annotated[int, Field(gt=0, le=10**5)] | None = Field(None, examples=[32])
+    """Held-out rows of each teacher; null: 32 where the error decides something, else 16."""
+    patience: PositiveInt | None = Field(None, examples=[5])
+    """Checks without a better one after which the run stops; null: it takes all its steps."""
     min_delta: Unit = 0.01
-    select: Literal["last", "best"] | None = None
+    """Share of the best error by which a check must be better to count."""
+    select: Literal["last", "best"] | None = Field(None, examples=["best"])
+    """Which check's weights are exported; null: the best with `patience`, else the last."""
 
     @property
     def exports_best(self) -> bool:
