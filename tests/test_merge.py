@@ -149,20 +149,30 @@ def test_blend_is_the_default_init(models, tmp_path):
         torch.testing.assert_close(got.delta(module), mean, atol=1e-5, rtol=0)
 
 
+TWO_STEPS = {
+    "steps": 2, "save_every": 1, "optimizer": {"lr": 1e-3, "warmup": 1}, "samples": {"every": 0, "count": 1},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fp32(models, tmp_path_factory):
+    """A run of two steps in fp32."""
+    merge(recipe(models, output := tmp_path_factory.mktemp("fp32") / "run", **TWO_STEPS), silent)
+    return output
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_a_half_precision_backbone_with_all_that_saves_memory(models, tmp_path, dtype):
+def test_a_half_precision_backbone_with_all_that_saves_memory(models, fp32, tmp_path, dtype):
     """The student stays fp32, and is proven through the stock pipeline in that dtype; it is near the fp32 one."""
-    fields = {"steps": 2, "save_every": 1, "optimizer": {"lr": 1e-3, "warmup": 1}, "samples": {"every": 0, "count": 1}}
-    merge(recipe(models, tmp_path / "fp32", **fields), silent)
     seen = []
     half = recipe(
-        models, tmp_path / dtype, dtype=dtype, gradient_checkpointing=True, micro_batch=1, keep_last=1, **fields
+        models, tmp_path / dtype, dtype=dtype, gradient_checkpointing=True, micro_batch=1, keep_last=1, **TWO_STEPS
     )
     merge(half, lambda metrics, steps: seen.append(metrics))
-    found, wanted = (read_adapter(tmp_path / name) for name in (dtype, "fp32"))
+    found, wanted = (read_adapter(folder) for folder in (tmp_path / dtype, fp32))
     assert all(t.dtype == torch.float32 for pair in found.tensors.values() for t in pair)
     assert not any(metrics.skipped for metrics in seen) and (dtype == "fp16") == (seen[0].loss_scale is not None)
-    lines = json_lines(tmp_path / "fp32" / "metrics.jsonl")[1:]
+    lines = json_lines(fp32 / "metrics.jsonl")[1:]
     rounding = {"bf16": 0.5, "fp16": 0.1}[dtype]  # the teachers are near the student, so bf16's own noise is seen
     assert [metrics.loss for metrics in seen] == pytest.approx([line["loss"] for line in lines], rel=rounding)
     assert [p.name for p in (tmp_path / dtype / "checkpoints").iterdir()] == ["step-000002"]
@@ -170,15 +180,15 @@ def test_a_half_precision_backbone_with_all_that_saves_memory(models, tmp_path, 
     assert near < 0.01 * sum(wanted.delta(m).square().sum() for m in wanted.tensors)
 
 
-def test_damaged_checkpoint_falls_back(models, tmp_path):
-    merge(recipe(models, tmp_path / "run", steps=4), silent)
+def test_damaged_checkpoint_falls_back(done, models, tmp_path):
+    shutil.copytree(done[0], tmp_path / "run")
     (tmp_path / "run" / "finished.json").unlink()
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
     (newest / "state.safetensors").write_bytes(b"cut")
     assert run(recipe(models, tmp_path / "run", steps=4)) == [3, 4]
 
 
-def test_continued_run_encodes_nothing_anew(models, tmp_path, monkeypatch):
+def test_continued_run_encodes_nothing_anew(done, models, tmp_path, monkeypatch):
     """What a run encoded is kept: continuing it never asks the text encoder or the VAE's encoder again."""
     run(recipe(models, tmp_path / "run"), kill=1)
 

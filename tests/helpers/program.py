@@ -8,6 +8,7 @@ each test session. What is tested about imports themselves, or about how the int
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import signal
@@ -114,6 +115,8 @@ def _ask(**request: Any) -> Any:
 def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     _import_everything()
+    gc.collect()
+    gc.freeze()  # a child that collects garbage would copy every page that it shares with this process
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:

@@ -44,6 +44,7 @@ def tiny_recipe(models: Path, output: Path, **fields: Any) -> Recipe:
         "student": {"rank": 8},
         "data": {"rows": 6},
         "samples": {"every": 0, "count": 1},
+        "validation": {"rows": 2},  # of 32 rows, it would take most of a run's time
         "save_every": 2,
         "rollout": {"steps": 3},
         "call": {"height": 64, "width": 64, "num_inference_steps": 3, "max_sequence_length": 24},
@@ -141,4 +142,5 @@ def family_recipe(tiny: Tiny, pipe: Any, folder: Path) -> Recipe:
         student={"rank": 8},
         rollout={"steps": 2},
         samples={"every": 0, "count": 1},
+        validation={"rows": 2},
     )

@@ -1,5 +1,8 @@
 """Training of the shipped model: the autoencoder's code, the batches, both trainings, and resuming."""
 
+import functools
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,8 @@ from danceopd.worlds.scenes.edits import TASKS, edits
 from danceopd.worlds.scenes.grammar import HELDOUT_OPERATIONS, has_heldout_binding
 from danceopd.worlds.scenes.prompts import TAGS, prompts
 from danceopd.worlds.scenes.render import render
+from danceopd.worlds.toy import autoencoder, decoder
+from danceopd.worlds.toy import codes as cell_table
 from danceopd.worlds.toy.autoencoder import fit_encoder, make_autoencoder
 from danceopd.worlds.toy.batches import Batches, Mix
 from danceopd.worlds.toy.codes import CellTable
@@ -18,6 +23,26 @@ from danceopd.worlds.toy.decoder import CellPictures, unpack
 from danceopd.worlds.toy.flow import LoraTransformer, Schedule, loss_of, velocity
 from danceopd.worlds.toy.small import CALL, make_pipeline, make_tokenizer, make_transformer, vocabulary
 from danceopd.worlds.toy.stages import teach
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cells_once():
+    """Every picture of all cells is drawn once, and encoded once by each encoder: that was most of this file's time."""
+    pictures, codes = functools.cache(autoencoder.all_cells), {}
+
+    def encoded(vae, images, encode=autoencoder.cell_codes):
+        weights = (*vae.encoder.state_dict().values(), images)
+        key = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in weights)).digest()
+        if key not in codes:
+            codes[key] = encode(vae, images)
+        return codes[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (autoencoder, cell_table, decoder):
+            patch.setattr(module, "all_cells", pictures)
+        for module in (autoencoder, cell_table):
+            patch.setattr(module, "cell_codes", encoded)
+        yield
 
 
 @pytest.fixture(scope="module")
