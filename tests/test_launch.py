@@ -6,8 +6,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,20 +31,15 @@ TWO = (
 """As docs/method.md has them."""
 
 
-def begin(command: str, folder: Path, **environment: object) -> subprocess.Popen[str]:
-    """A command of the documents, in `folder`, by this interpreter."""
-    words = shlex.split(command)
-    launcher = ["-m", "accelerate.commands.launch", *words[2:]] if words[0] == "accelerate" else ["-m", *words]
-    surroundings = {**os.environ, "COLUMNS": "200", "HF_HOME": str(folder / "hf")}
-    return subprocess.Popen(
-        [sys.executable, *launcher], cwd=folder, env=surroundings | {k: str(v) for k, v in environment.items()},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+def begin(command: str, folder: Path, **environment: object) -> program.Running:
+    """A command of the documents, in `folder`: the launcher itself, forked where torch is imported already."""
+    _, _, *words = shlex.split(command)
+    code = "from accelerate.commands import launch\nlaunch.main()"
+    return program.python(code, *words, cwd=folder, HF_HOME=folder / "hf", **environment)
 
 
-def ends(process: subprocess.Popen[str]) -> tuple[int, str]:
-    said = process.communicate(timeout=200)[0]
-    return process.returncode, said
+def ends(process: program.Running) -> tuple[int, str]:
+    return process.wait(), process.stdout + process.stderr
 
 
 def two_of(folders: Sequence[Path]) -> list[program.Running]:
@@ -118,11 +111,10 @@ def test_mpi_on_cpus(tmp_path: Path) -> None:
         "rank = torch.tensor(float(here.rank + 1))\nhere.all_reduce(rank)\n"
         "print(here.rank, here.world_size, rank.item())\n"
     )
-    (tmp_path / "sum.py").write_text(code)
     names, port, both = ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE"), program.free_port(), []
     for rank in (0, 1):
         mine = {f"OMPI_COMM_WORLD_{name}": 2 if "SIZE" in name else rank for name in names}
-        both.append(begin("sum", tmp_path, **mine, MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
+        both.append(program.python(code, cwd=tmp_path, **mine, MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
     for rank, process in enumerate(both):
         status, said = ends(process)
         assert status == 0 and said.splitlines()[-1] == f"{rank} 2 3.0", said

@@ -6,12 +6,11 @@ import csv
 import errno
 import logging
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import program
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -151,8 +150,8 @@ def test_processes_share_a_folder(tmp_path: Path) -> None:
         "for seed in range(mine, mine + 20):\n"
         "    with store.add() as add: add(cache_key(seed), {'x': torch.full((4,), float(seed))})\n"
     )
-    workers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(n)]) for n in (0, 10, 20)]
-    assert [worker.wait(60) for worker in workers] == [0, 0, 0]
+    workers = [program.python(code, tmp_path, n) for n in (0, 10, 20)]
+    assert [worker.wait(60) for worker in workers] == [0, 0, 0], [worker.stderr for worker in workers]
     store = Store(tmp_path)
     assert len(store) == 40 and not missing(store, map(cache_key, range(40)))
     assert all(store.row(cache_key(seed))["x"].tolist() == [seed] * 4 for seed in range(40))

@@ -1,8 +1,9 @@
 """The program as a real process that need not import torch anew: a server imports everything once and forks.
 
-`run` and `start` take what `python -m danceopd` takes. The child is a process of its own, with its own environment,
-folder, signals and exit status, and runs `danceopd.cli.main`; only its imports are those of the server, one for
-each test session. What is tested about imports themselves, or about how the interpreter starts, starts it afresh.
+`run` and `start` take what `python -m danceopd` takes, `python` what `python -c` takes. The child is a process of its
+own, with its own environment, folder, signals and exit status, and runs `danceopd.cli.main`; only its imports are those
+of the server, one for each test session. What is tested about imports themselves, or about how the interpreter starts,
+starts it afresh.
 """
 
 from __future__ import annotations
@@ -79,6 +80,11 @@ def run(
     process = start(*arguments, cwd=cwd, code=code, **environment)
     status = process.wait()
     return subprocess.CompletedProcess(list(map(str, arguments)), status, process.stdout, process.stderr)
+
+
+def python(code: str, *arguments: object, **how: Any) -> Running:
+    """Begin `python -c CODE ARGUMENTS`, for what is not about imports; `how` is for `start`."""
+    return start(*arguments, code=f"{code}\nexit()", **how)
 
 
 def environment_of(rank: int, world: int, port: int) -> dict[str, object]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import program
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -29,10 +27,9 @@ gpu.app()
 @pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks are not part of an installed package")
 def test_a_failing_line_does_not_stop_the_others(tmp_path):
     out = tmp_path / "table.md"
-    command = [sys.executable, "-c", CODE, "kernels", "--smoke", "-o", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "300"}, timeout=300)
+    done = program.python(CODE, "kernels", "--smoke", "-o", out, COLUMNS=300)
+    assert done.wait() == 1, done.stderr  # what fails in a smoke test is a fault
     lines = out.read_text(encoding="utf-8").splitlines()
-    assert done.returncode == 1, done.stderr  # what fails in a smoke test is a fault
     assert "- SD3.5-M 64 px, cuda: OutOfMemoryError: no memory" in lines
     assert "- klein-4B 64 px + source: OutOfMemoryError: no memory" in lines
     count = lambda *words: sum(all(word in line for word in words) for line in lines)  # noqa: E731

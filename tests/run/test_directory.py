@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import program
 import pytest
 import torch
 from PIL import Image
@@ -178,7 +179,7 @@ def test_a_killed_save_leaves_the_previous_checkpoint(recipe: Recipe) -> None:
         "folder.checkpoints.save(2, {'a': torch.zeros(3)}, {})\n"
     )
     Path("r.yaml").write_text(recipe.to_yaml())
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    assert program.python(code).wait() == 9
     assert any(name.startswith(".step-000002") for name in os.listdir("out/checkpoints"))
     with RunDirectory("out", recipe) as folder:
         step, tensors, *_ = folder.checkpoints.load()  # type: ignore[misc]
