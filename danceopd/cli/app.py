@@ -119,6 +119,44 @@ def plan(
 
 
 @app.command()
+def audit(
+    recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe; default: the shipped demo.")] = None,
+    questions: Annotated[int | None, typer.Option(help="Held-out questions of each teacher; default: 64.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Samples of each question; default: 8.")] = None,
+    draws: Annotated[
+        str | None, typer.Option(help="Who draws them: student (as it would start; the default) or teacher.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of a sample; default: the recipe's rollout.steps.")] = None,
+    levels: Annotated[str, typer.Option(help="Noise levels at which the likelihood is tried, with commas.")] = "",
+    judge: Annotated[str | None, typer.Option(help="Scores edits where no exact truth is known; as of bench.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Default: beside the run folder, as student-audit.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Default: the recipe's.")] = None,
+    device: Device = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Before training: say which signals rank the model's own samples, and which rank them no better than chance.
+
+    Example: danceopd audit recipe.yaml --questions 48 --draws teacher. Running the same command again continues.
+    """
+    from danceopd.recipe.recipe import Recipe
+
+    resolved = Recipe.load(recipe, seed=seed, device=device)
+    from danceopd.cli.audit import run, show
+
+    noise = [number(word, "--levels") for word in words(levels)]
+    facts = run(resolved, output, noise, judge, questions=questions, samples=samples, draws=draws, steps=steps)
+    if as_json:
+        import json
+
+        echo(json.dumps(facts, indent=1))
+    else:
+        show(facts)
+        echo(f"audit: {facts['folder']}")
+
+
+@app.command()
 def sample(
     student: Annotated[Path, typer.Argument(help="A student's folder, a LoRA, or a whole pipeline.")],
     prompt: Annotated[str, typer.Argument(help="What the image shows, or what to change in the source image.")],
