@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from danceopd.kernels import attention, using
+from danceopd.kernels import attention
 from danceopd.kernels.attention_backends import AttentionCall, CachedKV, candidates, unavailable
 from danceopd.kernels.masks import unpad
 
@@ -58,14 +58,13 @@ def _call(bench: Any, image: int, heads: int, dim: int, text: int, sources: int)
 def _row(bench: Any, call: AttentionCall, smoke: bool) -> list[str]:
     times: dict[str, float] = {}
     cells = []
-    with using("op") if smoke else using("cuda"):
-        for name in NAMES:
-            reason = "not for this form" if name not in candidates(call) else unavailable(name, call)
-            try:
-                if not reason:
-                    times[name] = bench.calls(lambda name=name: attention.ATTENTION_BACKENDS[name](call))
-            except Exception as error:  # libraries refuse a shape with errors of their own
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:60]
-            cells.append(reason.replace("|", "/") or f"{1e3 * times[name]:.3f}")
-        chosen = "sdpa" if smoke else attention.measure(call).backend
+    for name in NAMES:
+        reason = "not for this form" if name not in candidates(call) else unavailable(name, call)
+        try:
+            if not reason:
+                times[name] = bench.calls(lambda name=name: attention.ATTENTION_BACKENDS[name](call))
+        except Exception as error:  # libraries refuse a shape with errors of their own
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:60]
+        cells.append(reason.replace("|", "/") or f"{1e3 * times[name]:.3f}")
+    chosen = "sdpa" if smoke else attention.measure(call).backend
     return [*cells, chosen]

@@ -328,8 +328,8 @@ def check_is_lora(header: LoraHeader, dora: bool = False) -> None:
         marked = [key for key in keys if mark in key]
         if marked:
             raise UserError(
-                f"{file} is a {kind} adapter ({few([min(marked)])}), which is not read; merge it into its base with "
-                "the tool that trained it and `danceopd extract` the difference, which says what a rank loses"
+                f"{file} is an adapter of the kind {kind} ({few([min(marked)])}), which is not read; merge it into its "
+                "base with the tool that trained it and `danceopd extract` the difference, which says what a rank loses"
             )
     marked = [key for key in keys if (split_key(key) or ("", ""))[1] == "magnitude"]
     if marked and not dora:

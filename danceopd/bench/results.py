@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from danceopd.bench.suites.protocol import Suite
 
 FORMAT = "danceopd-bench/1"
+OLD_KEYS = {"watch": "monitor", "field_gap": "validation"}
+"""Keys of the scores of older benches, and what they are called now."""
 
 
 NO_JUDGE = "no judge was asked"
@@ -48,6 +50,7 @@ def load(folder: str | Path) -> tuple[dict, list[dict]]:
     folder, file = Path(folder), "scores.json"
     try:
         scores = json.loads((folder / file).read_text(encoding="utf-8"))
+        _rename(scores)
         check_scores(scores)
         if isinstance(scores.get("command"), str):
             scores["command"] = redacted(scores["command"])  # that of an older bench may have a key in it
@@ -66,6 +69,19 @@ def load(folder: str | Path) -> tuple[dict, list[dict]]:
             f"{folder} holds a damaged bench ({file}, {str(error)[:200]}); run `danceopd bench` again into another one."
         ) from None
     return scores, rows
+
+
+def _rename(scores: Any) -> None:
+    """Give the scores of an older bench the keys of today, in place."""
+    if not isinstance(scores, dict):
+        return
+    for old, new in OLD_KEYS.items():
+        if old in scores:
+            scores.setdefault(new, scores.pop(old))
+    found = scores.get("validation")
+    for check in found.get("checks") or () if isinstance(found, dict) else ():
+        if isinstance(check, dict) and "gap" in check:
+            check.setdefault("error", check.pop("gap"))
 
 
 def unscored(rows: Sequence[dict]) -> list[dict]:

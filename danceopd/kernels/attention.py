@@ -194,7 +194,7 @@ def cache_file() -> Path:
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     versions = f"{torch.__version__} {cudnn} {flash4_version()}"
     digest = hashlib.sha256(versions.encode()).hexdigest()[:12]
-    return cache_folder() / "kernels" / f"cores-{re.sub(r'[^a-z0-9]+', '-', device.lower())}-{digest}.json"
+    return cache_folder() / "kernels" / f"attention-{re.sub(r'[^a-z0-9]+', '-', device.lower())}-{digest}.json"
 
 
 def choices() -> dict[str, Choice]:

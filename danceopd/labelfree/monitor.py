@@ -32,6 +32,8 @@ from danceopd.run.checkpoints import Checkpoints
 from danceopd.run.directory import RunDirectory
 
 LINES, SUMMARY = "monitor.jsonl", "monitor.json"
+OLD_KEYS = {"beliefs": "confidences", "panels": "probes"}
+"""Keys of the lines of older runs, and what they are called now."""
 EFFECTIVE = "gate/ess"
 """The metric of an update that says how evenly its rows were weighted."""
 SHARES, ROLLED_BACK = "shares", "rolled back"
@@ -91,8 +93,8 @@ class Monitor:
         pairs = {name: {"mistakes": asdict(a), "spearman": asdict(b)} for name, (a, b) in confidences.items()}
         line = {
             "step": step,
-            "beliefs": pairs,
-            "panels": {probes.name: asdict(history[probes.name][-1]) for probes in self.probes},
+            "confidences": pairs,
+            "probes": {probes.name: asdict(history[probes.name][-1]) for probes in self.probes},
             "usual": {probes.name: probes.usual_spread for probes in self.probes},
             "effective": share,
             "alarms": self.alarms,
@@ -110,7 +112,7 @@ class Monitor:
 
     def sentences(self) -> list[str]:
         """What the model card says: who judged, how often, and every alarm."""
-        checks = [line for line in self._lines if "panels" in line]
+        checks = [line for line in self._lines if "probes" in line]
         sentences = [f"Monitored at {len(checks)} steps, judged by {self.judge}; no training used that judge."]
         for line in self._lines:
             if "rolled_back_to" in line:
@@ -122,10 +124,10 @@ class Monitor:
     def _figures(self, line: Mapping[str, Any]) -> dict[str, float | str]:
         """Flat names for metrics.jsonl and TensorBoard."""
         found: dict[str, float | str] = {"monitor/alarms": float(len(self.alarms))}
-        for name, figures in line["beliefs"].items():
+        for name, figures in line["confidences"].items():
             found[f"monitor/mistakes of {name}"] = figures["mistakes"]["value"]
             found[f"monitor/rank correlation of {name}"] = figures["spearman"]["value"]
-        for name, figures in line["panels"].items():
+        for name, figures in line["probes"].items():
             found |= {f"monitor/{what} {name}": figures[what] for what in ("score", "strength", "diversity")}
         if line["effective"] is not None:
             found["monitor/effective"] = line["effective"]
@@ -146,9 +148,9 @@ class Monitor:
 
     def summary(self) -> dict[str, Any]:
         """All checks, without the prompts' own scores."""
-        checks = [line for line in self._lines if "panels" in line]
+        checks = [line for line in self._lines if "probes" in line]
         short = [
-            {**line, "panels": {n: {k: v for k, v in p.items() if k != "scores"} for n, p in line["panels"].items()}}
+            {**line, "probes": {n: {k: v for k, v in p.items() if k != "scores"} for n, p in line["probes"].items()}}
             for line in checks
         ]
         return {
@@ -173,7 +175,7 @@ def read_lines(folder: Path, step: int, rolled_back: bool) -> list[dict[str, Any
     lines = list(_readable(path.read_text(encoding="utf-8", errors="replace").splitlines()))
     backs = [i for i, line in enumerate(lines) if "rolled_back_to" in line] if rolled_back else []
     kept = backs[-1] + 1 if backs else 0
-    found = lines[:kept] + [line for line in lines[kept:] if line["step"] <= step and "panels" in line]
+    found = lines[:kept] + [line for line in lines[kept:] if line["step"] <= step and "probes" in line]
     with disk_errors(path):
         write_atomic(path, "".join(json.dumps(json_safe(line)) + "\n" for line in found).encode())
     return found
@@ -189,7 +191,7 @@ def _history(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Check]]:
             kept.append(line)
     found: dict[str, list[Check]] = {}
     for line in kept:
-        for name, check in line["panels"].items():
+        for name, check in line["probes"].items():
             found.setdefault(name, []).append(Check(**check))
     return found
 
@@ -215,9 +217,11 @@ def _readable(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
     """Lines that are whole; a process may have been killed in the middle of the last."""
     for line in lines:
         try:
-            yield _numbers(json.loads(line))
+            found = _numbers(json.loads(line))
         except ValueError:
             continue
+        if isinstance(found, dict):
+            yield {OLD_KEYS.get(key, key): value for key, value in found.items()}
 
 
 def _numbers(value: Any) -> Any:

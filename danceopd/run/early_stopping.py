@@ -168,20 +168,20 @@ class EarlyStopping(Callback):
         for check, value, relative_errors in zip(self.checks, values, self.relative, strict=True):
             teachers = {
                 name: {
-                    "gap": relative_errors[name],
+                    "error": relative_errors[name],
                     "mean_square": mean_square,
                     "of_start": [a / b if b else None for a, b in zip(mean_square, start[name], strict=True)],
                 }
                 for name, mean_square in check["levels"].items()
             }
-            checks.append({"step": check["step"], "gap": value, "teachers": teachers, "seconds": check["seconds"]})
+            checks.append({"step": check["step"], "error": value, "teachers": teachers, "seconds": check["seconds"]})
         summary = {
             "unit": UNIT,
             "rows": {held.name: held.rows for held in error.held_out},
             "sigmas": {held.name: held.sigmas for held in error.held_out},
             "base": self.base,
             "checks": checks,
-            "best": None if best is None else {"step": self.checks[best]["step"], "gap": values[best]},
+            "best": None if best is None else {"step": self.checks[best]["step"], "error": values[best]},
             "exports": "best" if self.options.exports_best else "last",
         }
         write_json(folder / SUMMARY, summary)

@@ -245,7 +245,7 @@ def test_factors_are_exact():
         ({"lokr_w1": (4, 4), "lokr_w2": (4, 8)}, "another size"),
         ({"lokr_w1": (4, 4), "lokr_t2": (8, 8, 3, 3)}, "LoKr of convolutions"),
         ({"hada_w1_a": (32, 2), "hada_w1_b": (2, 32), "hada_w2_a": (31, 2), "hada_w2_b": (2, 32)}, "its halves map"),
-        ({"oft_blocks": (4, 8, 8)}, "is a OFT adapter"),
+        ({"oft_blocks": (4, 8, 8)}, "is an adapter of the kind OFT"),
         ({"lokr_w1": (4, 4), "lokr_w2": (8, 8), "lora_A.weight": (2, 32), "lora_B.weight": (32, 2)}, "two kinds"),
     ],
 )

@@ -64,20 +64,20 @@ def test_600_items_of_a_megapixel_stay_below_25_megabytes(tmp_path: Path) -> Non
     assert {max(t.width, t.height) for found in stand.made.values() for t in found} == {512, 256}
 
 
-def test_alarms_of_the_watch_stand_on_the_first_screen(folder: Path) -> None:
+def test_alarms_of_the_monitor_stand_on_the_first_screen(folder: Path) -> None:
     scores, rows = load(folder)
     assert 'id="monitor"' not in page(scores, rows, Thumbnails(folder), 0)
     alarms = [{"step": 30 * n, "sentence": f"editing: <b>alarm</b> {n}"} for n in range(1, 7)]
     watch = {"judge": "the exact scorer", "alarms": alarms, "rolled_back": [{"step": 180}], "checks": 9}
-    html = page({**scores, "watch": watch}, rows, Thumbnails(folder), 0)
+    html = page({**scores, "monitor": watch}, rows, Thumbnails(folder), 0)
     card = html[html.index('id="monitor"') : html.index("scored by the exact scorer")]
     assert "6<small> alarms, 9 checks" in card and "step 120: editing: &lt;b&gt;alarm&lt;/b&gt; 4" in card
     assert "step 150" not in card and "and 2 more" in card and "rolled back" in card
-    quiet = page({**scores, "watch": {**watch, "alarms": [], "rolled_back": []}}, rows, Thumbnails(folder), 0)
+    quiet = page({**scores, "monitor": {**watch, "alarms": [], "rolled_back": []}}, rows, Thumbnails(folder), 0)
     assert "no<small> alarms, 9 checks" in quiet
 
 
-def test_the_field_gap_of_the_run_stands_on_the_first_screen(folder: Path, tmp_path: Path) -> None:
+def test_the_validation_error_of_the_run_stands_on_the_first_screen(folder: Path, tmp_path: Path) -> None:
     scores, rows = load(folder)
     assert 'id="validation"' not in page(scores, rows, Thumbnails(folder), 0)
     gaps = ((0, 1.0, 0.8), (50, 0.4, 0.2), (100, None, 0.3))
@@ -86,7 +86,7 @@ def test_the_field_gap_of_the_run_stands_on_the_first_screen(folder: Path, tmp_p
     assert validation_error(tmp_path) is None  # the run goes on
     (tmp_path / "finished.json").write_text('{"step": 100, "exported": 50}')
     found = validation_error(tmp_path)
-    html = page({**scores, "field_gap": found}, rows, Thumbnails(folder), 0)
+    html = page({**scores, "validation": found}, rows, Thumbnails(folder), 0)
     card = html[html.index('id="validation"') : html.index("It looks at no image and is not a score")]
     assert "0.40<small> at step 50, 1.00 at step 0" in card
     assert "<b>0.20</b> draws <small>(0.80 at step 0)" in card
@@ -96,14 +96,28 @@ def test_the_field_gap_of_the_run_stands_on_the_first_screen(folder: Path, tmp_p
     assert validation_error(None) is None and validation_error(tmp_path / "none") is None
 
 
+def test_the_scores_of_an_older_bench_are_read(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, old := tmp_path / "old")
+    scores = json.loads((old / "scores.json").read_text())
+    check = {"step": 0, "gap": 1.0, "teachers": {"draws": 1.0}}
+    monitor = {"judge": "j", "alarms": [], "rolled_back": [], "checks": 1}
+    for key in ("monitor", "validation"):
+        scores.pop(key, None)
+    scores |= {"watch": monitor, "field_gap": {"checks": [check], "exported": 0}}
+    (old / "scores.json").write_text(json.dumps(scores))
+    found, _ = load(old)
+    assert found["monitor"] == monitor and not {"watch", "field_gap"} & found.keys()
+    assert found["validation"]["checks"] == [{"step": 0, "error": 1.0, "teachers": {"draws": 1.0}}]
+
+
 def test_a_runs_files_are_read_by_their_current_names_first(tmp_path: Path) -> None:
     """What is not finite is written by name, and is a missing value here."""
-    checks = [{"step": n, "gap": gap, "teachers": {"draws": {"gap": gap}}} for n, gap in ((0, 1.0), (9, "nan"))]
+    checks = [{"step": n, "error": gap, "teachers": {"draws": {"error": gap}}} for n, gap in ((0, 1.0), (9, "nan"))]
     (tmp_path / "finished.json").write_text('{"step": 9}')
     (tmp_path / "gap.json").write_text(json.dumps({"checks": checks[1:], "rows": {"draws": 1}}))
     (tmp_path / "validation.json").write_text(json.dumps({"checks": checks, "rows": {"draws": 1}}))
     found = validation_error(tmp_path)
-    assert [check["gap"] for check in found["checks"]] == [1.0, None]
+    assert [check["error"] for check in found["checks"]] == [1.0, None]
     assert found["checks"][1]["teachers"] == {"draws": None}
     monitor = {"judge": "j", "alarms": [], "rolled_back": [], "checks": [{}]}
     (tmp_path / "watch.json").write_text(json.dumps(monitor))

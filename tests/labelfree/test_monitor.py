@@ -238,7 +238,7 @@ def training(mistaken, live, patch=None):
         if step % 20 == 0:
             monitor.check(step, field)
             alarmed |= {step: monitor.alarms} if monitor.alarms else {}
-    return [line["panels"]["flow"] for line in monitor._lines], alarmed
+    return [line["probes"]["flow"] for line in monitor._lines], alarmed
 
 
 def test_confidences_are_taken_at_the_middle_of_the_rollout():
@@ -338,10 +338,10 @@ def test_a_monitored_run_is_the_run(plain, monitored):
 def test_what_it_saw_is_written_everywhere(monitored):
     checks = lines_of(monitored)
     assert [line["step"] for line in checks] == [0, 2, 4]
-    assert set(checks[0]["panels"]) == {"generation", "editing"} and set(checks[0]["beliefs"]) == {AGREEMENT}
+    assert set(checks[0]["probes"]) == {"generation", "editing"} and set(checks[0]["confidences"]) == {AGREEMENT}
     whole = json.loads((monitored / "monitor.json").read_text())
     assert whole["prompts"] == {"generation": 4, "editing": 4} and "exact scorer" in whole["judge"]
-    assert len(whole["checks"]) == 3 and "scores" not in whole["checks"][0]["panels"]["editing"]
+    assert len(whole["checks"]) == 3 and "scores" not in whole["checks"][0]["probes"]["editing"]
     logged = {line["step"]: line for line in lines_of(monitored, "metrics.jsonl")}
     assert {step for step, line in logged.items() if "monitor/alarms" in line} == {0, 2, 4}
     assert "loss" in logged[2] and "monitor/score editing" in logged[2]

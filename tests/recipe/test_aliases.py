@@ -12,6 +12,7 @@ import yaml
 from tiny_merge import WEIGHTS, json_lines, run, tiny_recipe
 
 from danceopd.errors import UserError
+from danceopd.labelfree.monitor import OLD_KEYS
 from danceopd.recipe.aliases import REMOVED, RENAMED, modernise
 from danceopd.recipe.recipe import Recipe, _warn
 from danceopd.run.directory import OLD_NAMES, RunDirectory
@@ -162,6 +163,12 @@ def make_old(folder: Path) -> None:
     for old, new in OLD_NAMES.items():
         (folder / old).unlink(missing_ok=True)
         (folder / new).rename(folder / old)
+    for name, keys in (("gap.json", {"gap": "error"}), ("watch.json", OLD_KEYS), ("watch.jsonl", OLD_KEYS)):
+        text = (folder / name).read_text()
+        for old, new in keys.items():
+            assert f'"{new}":' in text
+            text = text.replace(f'"{new}":', f'"{old}":')
+        (folder / name).write_text(text)
 
 
 def test_an_old_run_is_continued_to_the_same_student(models: Path, tmp_path: Path, caplog) -> None:
@@ -177,8 +184,9 @@ def test_an_old_run_is_continued_to_the_same_student(models: Path, tmp_path: Pat
     found = json.loads((old / "validation.json").read_text())
     assert [check["step"] for check in found["checks"]] == [0, 2, 4]
     for check, same in zip(found["checks"], before["checks"]):
-        assert {**check, "seconds": 0} == {**same, "seconds": 0}
-    assert [line["step"] for line in json_lines(old / "monitor.jsonl")] == [0, 2, 4]
+        assert check["error"] == same["gap"] and check["teachers"].keys() == same["teachers"].keys()
+    for line, same in zip(json_lines(old / "monitor.jsonl"), json_lines(whole / "monitor.jsonl"), strict=True):
+        assert {**line, "seconds": 0} == {**same, "seconds": 0}
     assert not [name for name in ("watch.json", "watch.jsonl", "gap.png") if (old / name).exists()]
     renamed = [record.message for record in caplog.records if "is now called" in record.message]
     assert len(renamed) == len(RENAMED)  # though the folder's recipe is read more than once

@@ -208,13 +208,13 @@ def test_what_was_measured_is_written_everywhere(models, measured):
     assert [check["step"] for check in found["checks"]] == [0, 3, 6]
     assert found["rows"] == {"generation": 2, "editing": 2}
     start = found["checks"][0]["teachers"]
-    assert start["editing"]["gap"] < 1e-6 < start["generation"]["gap"]  # it starts as that teacher
-    assert found["checks"][2]["teachers"]["generation"]["gap"] < start["generation"]["gap"]
-    assert start["generation"]["gap"] <= 1 and min(found["base"]["editing"]) > 1e-4
-    assert found["checks"][0]["gap"] == pytest.approx((start["editing"]["gap"] + start["generation"]["gap"]) / 2)
+    assert start["editing"]["error"] < 1e-6 < start["generation"]["error"]  # it starts as that teacher
+    assert found["checks"][2]["teachers"]["generation"]["error"] < start["generation"]["error"]
+    assert start["generation"]["error"] <= 1 and min(found["base"]["editing"]) > 1e-4
+    assert found["checks"][0]["error"] == pytest.approx((start["editing"]["error"] + start["generation"]["error"]) / 2)
     lines = [json.loads(line) for line in (measured / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "validation" in line] == [0, 3, 6]
-    assert lines[3]["validation"] == found["checks"][1]["gap"] and lines[0]["validation"] == found["checks"][0]["gap"]
+    assert [lines[step]["validation"] for step in (0, 3)] == [check["error"] for check in found["checks"][:2]]
     assert "validation/editing" in lines[0] and "loss" not in lines[0]
     levels = [name for name in lines[6] if name.startswith("validation/editing sigma ")]
     assert 1 <= len(levels) <= 4 and 0 < float(levels[0].split()[-1]) <= 1 and "validation/generation" in lines[6]
@@ -280,7 +280,7 @@ def test_it_stops_when_the_error_no_longer_falls_and_exports_the_best(models, tm
     assert json.loads((tmp_path / "run" / "finished.json").read_text())["exported"] == 3
     assert run(models, tmp_path / "run", validation=STOPPING) == []  # it is finished
     assert run(models, tmp_path / "run", validation={**STOPPING, "patience": 3}) == [5, 6]  # more patience goes on
-    assert validation_of(tmp_path / "run")["best"] == {"step": 5, "gap": pytest.approx(0.2)}
+    assert validation_of(tmp_path / "run")["best"] == {"step": 5, "error": pytest.approx(0.2)}
 
 
 def test_a_killed_run_still_knows_its_best(models, tmp_path, planted):
@@ -330,7 +330,7 @@ def test_two_processes_measure_what_one_does(models, tmp_path, parallel):
     ours, theirs = validation_of(tmp_path / "one"), validation_of(tmp_path / "two")
     assert [c["step"] for c in theirs["checks"]] == [0, 2]
     for a, b in zip(ours["checks"], theirs["checks"], strict=True):
-        assert b["gap"] == pytest.approx(a["gap"], rel=1e-3)
+        assert b["error"] == pytest.approx(a["error"], rel=1e-3)
 
 
 @pytest.mark.parametrize(

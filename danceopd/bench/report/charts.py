@@ -174,7 +174,7 @@ def validation_curve(found: Mapping[str, Any] | None) -> dict | None:
         return None
     checks = found["checks"]
     chosen = next(check for check in checks if check["step"] == found["exported"])
-    placed = [(check["step"], math.log10(check["gap"])) for check in checks if check["gap"]]
+    placed = [(check["step"], math.log10(check["error"])) for check in checks if check["error"]]
     steps, heights = [step for step, _ in placed], [height for _, height in placed]
 
     def at(step: int, height: float) -> tuple[float, float]:
@@ -183,5 +183,5 @@ def validation_curve(found: Mapping[str, Any] | None) -> dict | None:
         return round(3 + 94 * across, 1), round(27 - 24 * up, 1)
 
     line = [at(*place) for place in placed] if len(placed) > 1 else []
-    ring = at(chosen["step"], math.log10(chosen["gap"])) if line and chosen["gap"] else None
+    ring = at(chosen["step"], math.log10(chosen["error"])) if line and chosen["error"] else None
     return {"first": checks[0], "chosen": chosen, "checks": len(checks), "line": line, "ring": ring}

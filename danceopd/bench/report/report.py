@@ -28,8 +28,9 @@ BUDGET = 16_000_000
 FAILURES = 500
 """Failures that are listed in the page."""
 OPTIONAL = (
-    *("judge", "judging", "subsets", "metrics", "pictures", "ceiling", "probes", "blend_grid", "base", "seed", "call"),
-    *("limit", "categories", "machine", "seconds", "versions", "command", "watch", "field_gap", "recipe", "comparison"),
+    *("judge", "judging", "subsets", "metrics", "pictures", "ceiling", "probes", "blend_grid", "base", "seed"),
+    *("call", "limit", "categories", "machine", "seconds", "versions", "command", "monitor", "validation", "recipe"),
+    "comparison",
 )
 """Keys of `scores.json` that older benches or other programs may have left out."""
 
@@ -106,7 +107,7 @@ def page(scores: dict, rows: Sequence[dict], thumbnails: Thumbnails, budget: int
         "lines": {key: facts.score_table(*view) for key, view in views.items()},
         "unscored": {key: facts.unscored(*view) for key, view in views.items()},
         "matrix": charts.matrix(scores),
-        "validation": charts.validation_curve(scores["field_gap"]),
+        "validation": charts.validation_curve(scores["validation"]),
         "subsets": facts.subsets(scores),
         "separate": facts.separate(scores),
         "metrics": facts.metrics(scores),

@@ -187,7 +187,7 @@ class _Monitor(_Part):
 
 class _Check(_Part):
     step: int
-    gap: float | None
+    error: float | None
     teachers: dict[str, float | None]
 
 
@@ -211,8 +211,8 @@ class _Scores(_Part):
     metrics: dict[str, dict[str, dict[str, _Figure]]] | None = None
     pictures: dict[str, _Images | None] | None = None
     ceiling: _Ceilings | None = None
-    watch: _Monitor | None = None
-    field_gap: _Validation | None = None
+    monitor: _Monitor | None = None
+    validation: _Validation | None = None
     probes: dict[str, _Probe] | None = None
     blend_grid: list[_Blend] | None = None
     unscored: list[_Reason] | None = None

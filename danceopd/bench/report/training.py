@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -47,17 +48,17 @@ def monitor_summary(student: str | Path | None) -> dict[str, Any] | None:
 def validation_error(student: str | Path | None) -> dict[str, Any] | None:
     """The run's velocity error against its teachers on held-out prompts: every check, and the exported step.
 
-    {checks: [{step, gap, teachers: name -> gap}], exported, rows}; a `gap` is 0 for the teachers' own velocity, and
-    None where it could not be measured. None as a whole until the run has finished, or if the exported step was not
-    checked.
+    {checks: [{step, error, teachers: name -> error}], exported, rows}; an `error` is 0 for the teachers' own velocity,
+    and None where it could not be measured. None as a whole until the run has finished, or if the exported step was
+    not checked.
     """
     with suppress(*FAULTS):
         found, finished = _read(student, "validation.json", "gap.json"), _read(student, "finished.json")
         checks = [
             {
                 "step": check["step"],
-                "gap": _number(check["gap"]),
-                "teachers": {name: _number(teacher["gap"]) for name, teacher in check["teachers"].items()},
+                "error": _error(check),
+                "teachers": {name: _error(teacher) for name, teacher in check["teachers"].items()},
             }
             for check in found["checks"]
         ]
@@ -65,6 +66,11 @@ def validation_error(student: str | Path | None) -> dict[str, Any] | None:
         if any(check["step"] == exported for check in checks):
             return {"checks": checks, "exported": exported, "rows": found["rows"]}
     return None
+
+
+def _error(check: Mapping[str, Any]) -> float | None:
+    """The validation error of a check; older runs call it a gap."""
+    return _number(check["error"] if "error" in check else check["gap"])
 
 
 def _read(student: str | Path | None, *names: str) -> Any:
