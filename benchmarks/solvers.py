@@ -67,7 +67,7 @@ def main(
     texts = [p.prompt for p in prompts("val", count)]
 
     def latents(steps: int, solver: str) -> Tensor:
-        call = {"height": 64, "width": 64, "steps": steps, "max_sequence_length": 32}
+        call = {"height": 64, "width": 64, "num_inference_steps": steps, "max_sequence_length": 32}
         pipeline = GenerationPipeline(pipe, family, call)
         condition, noise, sigmas = pipeline.conditions(texts), pipeline.noise(list(range(count))), pipeline.sigmas()
         if solver == "dpm":

@@ -64,12 +64,12 @@ class Setup:
 
     def __init__(self, pipe: Any, call: dict[str, Any], edits: bool) -> None:
         self.family, self.pipe = family_of(pipe), pipe
-        self.draw = GenerationPipeline(pipe, self.family, {**call, "steps": STEPS})
+        self.draw = GenerationPipeline(pipe, self.family, {**call, "num_inference_steps": STEPS})
         self.sigmas = self.draw.sigmas()
         self.conditions = {"generation": self.draw.conditions(WORDS)}
         self.encode = {"generation": lambda row: self.draw.conditions([WORDS[row]])}
         if edits:
-            edit = EditingPipeline(pipe, self.family, {**call, "steps": STEPS})
+            edit = EditingPipeline(pipe, self.family, {**call, "num_inference_steps": STEPS})
             pairs = list(edits_from("scenes", ROWS, 0))
             self.conditions["editing"] = edit.conditions([w for w, _ in pairs], [image for _, image in pairs])
             self.encode["editing"] = lambda row: edit.conditions([pairs[row][0]], [pairs[row][1]])
@@ -150,7 +150,8 @@ def occupy(teachers: int, released: bool) -> None:
     transformer, pipe = large(), tiny_klein()
     family = family_of(pipe)
     own = sum(p.nbytes for p in transformer.parameters()) / 2**20
-    draw = GenerationPipeline(pipe, family, {"height": 64, "width": 64, "steps": 4, "max_sequence_length": 24})
+    call = {"height": 64, "width": 64, "num_inference_steps": 4, "max_sequence_length": 24}
+    draw = GenerationPipeline(pipe, family, call)
     condition = draw.conditions(WORDS[:1])
     states = condition.kwargs["encoder_hidden_states"]
     condition.kwargs["encoder_hidden_states"] = states.repeat(1, 1, 6)[..., :256]

@@ -7,6 +7,7 @@ text encoder, and conditions can be cached, so the text encoders may be released
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,20 +57,24 @@ def euler(
 class GenerationPipeline:
     """A stock text-to-image pipeline taken apart: conditions of prompts, schedule, noise, denoising, decoding.
 
-    `call` holds `height` and `width` in pixels, `steps` (denoising steps), and any other argument of the
-    stock call that is the same for every picture, such as `max_sequence_length`. `chunk` is how many prompts
-    the text encoder reads at once.
+    `call` holds `height` and `width` in pixels, `num_inference_steps`, and any other argument of the stock call that
+    is the same for every picture, such as `max_sequence_length`. `chunk` is how many prompts the text encoder reads at
+    once.
     """
 
     def __init__(self, pipe: Any, family: Family, call: dict[str, Any], chunk: int = 64) -> None:
         call = dict(call)
-        for key in ("height", "width", "steps"):
+        if "steps" in call:
+            said = "steps in a pipeline's call is now called num_inference_steps; the old name works for one version"
+            warnings.warn(said, DeprecationWarning, stacklevel=2)
+            call.setdefault("num_inference_steps", call.pop("steps"))
+        for key in ("height", "width", "num_inference_steps"):
             if not isinstance(call.get(key), int) or call[key] < 1:
                 raise UserError(f"{key} is {call.get(key)!r} in the pipeline's call; give a whole number, 1 or more")
         self.pipe, self.family, self.chunk = pipe, family, chunk
         self.generation_pipe = pipe  # noise and schedule are recorded from it
         self.height, self.width = call["height"], call["width"]
-        self.call = {"num_inference_steps": call.pop("steps"), **call}
+        self.call = call
         self._sigmas: Tensor | None = None
 
     @torch.no_grad()

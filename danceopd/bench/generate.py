@@ -200,7 +200,7 @@ class ImageGenerator:
         """The encoded items of a capability: each process encodes its share, in whole chunks, then reads all."""
         items = self.items[capability]
         data = (_ItemEdits if capability == "editing" else _ItemPrompts)(items)
-        steps, count = self.call["steps"], self.processes.world_size
+        steps, count = self.call["num_inference_steps"], self.processes.world_size
         if count > 1:
             groups = _grouped(len(items), data.shape)
             chunks = [chunk for rows in groups for chunk in _chunks(rows, encoder.pipelines[capability].chunk)]
@@ -253,7 +253,8 @@ class ImageGenerator:
                     self.progress(done, total, f"generating with {model.label}, {batch.capability}")
                     null, encoded = nulls.get((model.name, batch.capability)), conditions[batch.capability]
                     guided = field if null is None else GuidedField(field, null, model.guidance or 1.0)
-                    pipeline = encoder.sized(batch.capability, encoded.size(batch.rows[0]), self.call["steps"])
+                    size, steps = encoded.size(batch.rows[0]), self.call["num_inference_steps"]
+                    pipeline = encoder.sized(batch.capability, size, steps)
                     items = [self.items[batch.capability][n] for n in batch.rows]
                     condition = encoded.rows(list(batch.rows)).to(host.device)
                     x = pipeline.noise([seed_of(self.seed, item) for item in items]).to(host.device)

@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from danceopd.bench.metrics.masks import read_mask
+from danceopd.bench.report.schema import rename_steps
 from danceopd.bench.suites.protocol import Item, Suite
 from danceopd.bench.suites.records import any_case
 from danceopd.common.files import disk_errors, partial_path, write_atomic
@@ -46,6 +47,7 @@ def check_identity(folder: Path, mine: dict[str, Any]) -> None:
     try:
         known = json.loads(mark.read_text(encoding="utf-8"))
         before, now = dict(known.pop("models")), dict(mine["models"])
+        rename_steps(known)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
         raise UserError(
             f"output folder {folder} holds a bench whose {MARK} is damaged; choose another --output, or delete that "

@@ -23,7 +23,7 @@ from danceopd.bench import statistics
 from danceopd.bench.interference import interference
 from danceopd.bench.metrics.metrics import metric_means
 from danceopd.bench.report.facts import ALL_RIGHT
-from danceopd.bench.report.schema import check_row, check_scores
+from danceopd.bench.report.schema import check_row, check_scores, rename_steps
 from danceopd.bench.report.verdict import MARGIN, verdict
 from danceopd.bench.suites.protocol import JudgedSuite
 from danceopd.common.system import command_line, redacted
@@ -78,6 +78,7 @@ def _rename(scores: Any) -> None:
     for old, new in OLD_KEYS.items():
         if old in scores:
             scores.setdefault(new, scores.pop(old))
+    rename_steps(scores)
     found = scores.get("validation")
     for check in found.get("checks") or () if isinstance(found, dict) else ():
         if isinstance(check, dict) and "gap" in check:

@@ -362,8 +362,10 @@ def _hash_of(*facts: str | ImageSource | None) -> str:
     for fact in facts:
         if isinstance(fact, Path):
             content = fact.read_bytes()
+        elif isinstance(fact, Image.Image):
+            content = fact.tobytes()
         else:
-            content = fact.tobytes() if isinstance(fact, Image.Image) else str(fact).encode()
+            content = fact if isinstance(fact, bytes) else str(fact).encode()
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
 

@@ -87,12 +87,11 @@ class Encoder:
         """The pipeline of a capability for another picture size, or another number of steps."""
         pipeline = self.pipelines[capability]
         call = {**pipeline.call, "height": size[0], "width": size[1]}
-        call["steps"] = steps or call["num_inference_steps"]
-        del call["num_inference_steps"]
-        if (capability, size, call["steps"]) not in self._sized:
-            made = type(pipeline)(pipeline.pipe, self.family, call, pipeline.chunk)
-            self._sized[capability, size, call["steps"]] = made
-        return self._sized[capability, size, call["steps"]]
+        call["num_inference_steps"] = steps or call["num_inference_steps"]
+        key = capability, size, call["num_inference_steps"]
+        if key not in self._sized:
+            self._sized[key] = type(pipeline)(pipeline.pipe, self.family, call, pipeline.chunk)
+        return self._sized[key]
 
     def encode(
         self, capability: str, data: Prompts, rows: Iterable[int], steps: int, targets: bool = False

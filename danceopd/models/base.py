@@ -222,7 +222,7 @@ def call_defaults(base: str | Path) -> dict[str, Any]:
 
 
 def pipeline_call(base: Path, over: Mapping[str, float], family: Family | None = None) -> dict[str, Any]:
-    """Height, width, steps and settings for `GenerationPipeline` and `EditingPipeline`.
+    """Height, width, num_inference_steps and settings for `GenerationPipeline` and `EditingPipeline`.
 
     The stock pipeline's defaults, overridden by the base's `danceopd.json`, overridden by the recipe's `call` (`over`).
     UserError for a setting of the recipe that `family` (None: the base's) does not take.
@@ -232,6 +232,4 @@ def pipeline_call(base: Path, over: Mapping[str, float], family: Family | None =
     odd = next((key for key in over if key not in known), None)
     if odd is not None:
         raise UserError(f"call.{odd} means nothing to {family.name}; leave it out of the recipe")
-    call = family.stock_call() | {key: value for key, value in call_defaults(base).items() if key in known} | dict(over)
-    call["steps"] = call.pop("num_inference_steps")
-    return call
+    return family.stock_call() | {key: value for key, value in call_defaults(base).items() if key in known} | dict(over)

@@ -124,7 +124,7 @@ def check_prompts_of(
     named = tokenizers(pipeline_index(folder))
     if not named or any(pipe.components.get(name) is None for name in named):
         return [f"{folder} has no tokenizer, so the length of prompts is not checked, and a merge would not load it"]
-    settings = {key: value for key, value in call.items() if key != "steps"}
+    settings = {key: value for key, value in call.items() if key != "num_inference_steps"}
     for teacher in recipe.teachers:
         mine = datasets[teacher.name]
         prompts = {mine.data.prompt(row): mine.data.where(row) for row in reversed(mine.rows)}  # each once
@@ -138,7 +138,7 @@ def check_target_shapes(
     recipe: Recipe, datasets: Mapping[str, TeacherData], family: Family, pipe: Any, call: Mapping[str, Any]
 ) -> None:
     """UserError for a target picture that would be squeezed into the size that is drawn."""
-    settings = {key: value for key, value in call.items() if key != "steps"}
+    settings = {key: value for key, value in call.items() if key != "num_inference_steps"}
     for teacher in recipe.teachers:
         data = datasets[teacher.name].data
         for row in datasets[teacher.name].rows:

@@ -83,7 +83,7 @@ class Outline:
     def sigmas(self, size: Size, steps: int) -> Tensor:
         """The noise schedule (N+1,) of rollouts at a picture size."""
         if (size, steps) not in self._schedules:
-            call = {**self.call, "height": size[0], "width": size[1], "steps": steps}
+            call = {**self.call, "height": size[0], "width": size[1], "num_inference_steps": steps}
             self._schedules[size, steps] = GenerationPipeline(self.pipe, self.family, call).sigmas()
         return self._schedules[size, steps]
 
@@ -218,7 +218,7 @@ def _pictures(
 ) -> list[Picture]:  # fmt: skip
     """Picture sizes by capability, the commonest first."""
     found: dict[str, Counter[Size]] = {}
-    settings = {key: value for key, value in call.items() if key != "steps"}
+    settings = {key: value for key, value in call.items() if key != "num_inference_steps"}
     for teacher in recipe.teachers:
         sizes = found.setdefault(teacher.capability, Counter())
         mine = datasets[teacher.name]

@@ -72,7 +72,7 @@ def test_scores_name_what_was_scored(models: Path, result) -> None:
     assert [m["role"] for m in scores["models"]] == ["base", "teacher", "teacher", "blend", "student"]
     digest = hashlib.sha256((models / "student" / WEIGHTS).read_bytes()).hexdigest()
     assert scores["models"][-1]["sha256"] == digest
-    assert scores["call"] == {"height": 64, "width": 64, "steps": 3, "max_sequence_length": 48}
+    assert scores["call"] == {"height": 64, "width": 64, "num_inference_steps": 3, "max_sequence_length": 48}
     assert {k: scores["suite"][k] for k in ("name", "version", "protocol")} == {
         "name": "dots",
         "version": "1",

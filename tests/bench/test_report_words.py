@@ -103,9 +103,11 @@ def test_the_scores_of_an_older_bench_are_read(folder: Path, tmp_path: Path) -> 
     monitor = {"judge": "j", "alarms": [], "rolled_back": [], "checks": 1}
     for key in ("monitor", "validation"):
         scores.pop(key, None)
+    scores["call"] = {"height": 64, "steps": 4}
     scores |= {"watch": monitor, "field_gap": {"checks": [check], "exported": 0}}
     (old / "scores.json").write_text(json.dumps(scores))
     found, _ = load(old)
+    assert found["call"] == {"height": 64, "num_inference_steps": 4}
     assert found["monitor"] == monitor and not {"watch", "field_gap"} & found.keys()
     assert found["validation"]["checks"] == [{"step": 0, "error": 1.0, "teachers": {"draws": 1.0}}]
 

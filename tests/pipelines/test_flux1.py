@@ -157,7 +157,7 @@ def test_bad_families_and_settings(pipe, tmp_path):
     klein = tiny_klein(tmp_path)
     with pytest.raises(UserError, match="call.guidance_scale means nothing to flux2-klein"):
         pipeline_call(tmp_path, {"guidance_scale": 3.0})
-    assert pipeline_call(tmp_path, {})["steps"] == 50
+    assert pipeline_call(tmp_path, {})["num_inference_steps"] == 50
     with pytest.raises(UserError, match="is a Flux2KleinPipeline; give flux1 the folder of a FluxKontextPipeline"):
         editing_pipe(pipe, tmp_path)
     assert editing_pipe(klein) is klein

@@ -246,6 +246,13 @@ class _Row(_Part):
     parts: dict[str, Any] | None = None
 
 
+def rename_steps(bench: dict[str, Any]) -> None:
+    """Give the `call` of an older bench the name num_inference_steps, in place."""
+    call = bench.get("call")
+    if isinstance(call, dict) and "steps" in call:
+        call.setdefault("num_inference_steps", call.pop("steps"))
+
+
 def check_scores(scores: Any) -> None:
     """ValueError, in one short sentence, where the contents of `scores.json` are not those of a bench."""
     _check(_Scores, scores)
