@@ -104,6 +104,7 @@ def files(here: Path) -> dict:
         "device": "cpu",
         "batch": 4,
         "samples": {"every": 0, "count": 1},
+        "validation": {"rows": 2},
         "rollout": {"steps": 4},
     }
 

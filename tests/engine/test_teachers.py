@@ -207,6 +207,7 @@ def run(models, output, editing, **fields):
         "student": {"rank": 4},
         "data": {"rows": 4},
         "samples": {"every": 0, "count": 1},
+        "validation": {"rows": 2},
         "save_every": 2,
         "call": RUN_CALL,
     }
