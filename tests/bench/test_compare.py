@@ -264,7 +264,7 @@ def test_two_benches_are_compared_item_by_item(two, tmp_path: Path, capsys: pyte
     assert (draws["difference"]["wins"], draws["difference"]["losses"]) == (1, 1)
     assert draws["a"]["overall"]["mean"] == draws["b"]["overall"]["mean"] == 0.75
     assert found["capabilities"]["editing"]["metrics"]["sharpness"]["mean"] == 0
-    assert found["notes"] == ["call steps: 4 and 8"] and found["warnings"] == []
+    assert found["notes"] == ["call num_inference_steps: 4 and 8"] and found["warnings"] == []
     assert found["items"][0]["difference"] == -1.0 and len(found["items"]) == 10
     kept = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert kept == json.loads(json.dumps(found, allow_nan=False))
@@ -272,7 +272,7 @@ def test_two_benches_are_compared_item_by_item(two, tmp_path: Path, capsys: pyte
     assert "| all | 6 | 7.17 | 6.33 | +0.83 |" in text and text == markdown(found)
     show(found)
     printed = capsys.readouterr().out
-    assert "3/1/2" in printed and "call steps: 4 and 8" in printed and "\x1b" not in printed
+    assert "3/1/2" in printed and "call num_inference_steps: 4 and 8" in printed and "\x1b" not in printed
     assert run(*two, tmp_path / "out")["items"] == found["items"]  # again, into the same folder
     base = run(two[0], two[0], tmp_path / "base", ["student", "base"])
     assert base["capabilities"]["editing"]["difference"]["wins"] == 6

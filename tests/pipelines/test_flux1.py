@@ -122,8 +122,9 @@ def test_a_base_may_be_saved_as_its_editing_pipeline(pipe, tmp_path):
     tiny_kontext(pipe).save_pretrained(tmp_path)
     base = DiffusionPipeline.from_pretrained(tmp_path)
     assert family_of(tmp_path) is family_of(base) is FLUX1
-    call = pipeline_call(tmp_path, {("num_inference_steps" if key == "steps" else key): CALL[key] for key in CALL})
-    assert call == {**CALL, "guidance_scale": 3.5}
+    given = {("num_inference_steps" if key == "steps" else key): CALL[key] for key in CALL}
+    call = pipeline_call(tmp_path, given)
+    assert call == {**given, "guidance_scale": 3.5}
     made = open_pipelines(base, FLUX1, call, ["editing", "generation", "editing"])
     assert [type(d.pipe).__name__ for d in made.values()] == ["FluxKontextPipeline", "FluxPipeline"]
     theirs = open_pipelines(pipe, FLUX1, call, ["generation"])["generation"].conditions(["a ring"])

@@ -221,7 +221,7 @@ def test_what_was_measured_is_written_everywhere(models, measured):
     assert all(line["adapter_norm"] > 0 and line["samples/s"] > 0 and line["peak_memory"] > 1e7 for line in lines[1:])
     events = EventAccumulator(str(measured / "logs")).Reload()
     assert [e.step for e in events.Scalars("validation")] == [0, 3, 6] and events.Scalars("samples/s")
-    assert f"Validation error {found['checks'][2]['gap']:.3g} after step 6 (" in (measured / "README.md").read_text()
+    assert f"Validation error {found['checks'][2]['error']:.3g} after step 6 (" in (measured / "README.md").read_text()
     assert Image.open(measured / "validation.png").width > 400
 
 
