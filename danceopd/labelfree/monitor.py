@@ -217,7 +217,7 @@ def _readable(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
     """Lines that are whole; a process may have been killed in the middle of the last."""
     for line in lines:
         try:
-            found = _numbers(json.loads(line))
+            found: Any = _numbers(json.loads(line))
         except ValueError:
             continue
         if isinstance(found, dict):
