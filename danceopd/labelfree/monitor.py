@@ -217,11 +217,11 @@ def _readable(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
     """Lines that are whole; a process may have been killed in the middle of the last."""
     for line in lines:
         try:
-            found: Any = _numbers(json.loads(line))
+            found = _numbers(json.loads(line))
         except ValueError:
             continue
         if isinstance(found, dict):
-            yield {OLD_KEYS.get(key, key): value for key, value in found.items()}
+            yield {OLD_KEYS.get(str(key), str(key)): value for key, value in found.items()}
 
 
 def _numbers(value: Any) -> Any:
