@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from danceopd.adapters.header import inspect_adapter
 from danceopd.adapters.load import load_student
 from danceopd.adapters.read import read_adapter
 from danceopd.common.console import progress_bar
@@ -26,11 +27,12 @@ from danceopd.common.distributed import Processes
 from danceopd.common.shipped import SHIPPED
 from danceopd.common.signals import Interrupts
 from danceopd.common.system import out_of_memory
-from danceopd.data.dataset import TeacherData
+from danceopd.data.dataset import TeacherData, open_datasets
 from danceopd.data.encode import Encoder, free_encoders, open_pipelines, park_components
 from danceopd.data.null_prompt import contrast_null, null_condition
 from danceopd.engine.callbacks import Callback
 from danceopd.engine.metrics import StepMetrics
+from danceopd.engine.optimizer import Diverged
 from danceopd.engine.teachers import RoutedTeacher, TeacherWeights, check_teachers, load_teacher
 from danceopd.engine.trainer import STUDENT, Trainer
 from danceopd.engine.warm_start import StudentInit, student_init
@@ -48,6 +50,7 @@ from danceopd.models.compile import compile_blocks
 from danceopd.models.cuda_graphs import with_cuda_graphs
 from danceopd.models.fields import AdapterField, BaseField, MergedField
 from danceopd.models.fsdp import ShardedForwards, shard
+from danceopd.models.lora import Adapter
 from danceopd.pipelines.record import empty_module
 from danceopd.pipelines.registry import family_of
 from danceopd.planning.cards import card_here
@@ -57,7 +60,7 @@ from danceopd.recipe.recipe import AUTO, Recipe
 from danceopd.run.checkpoints import Checkpoints
 from danceopd.run.directory import RunDirectory
 from danceopd.run.early_stopping import EarlyStopping
-from danceopd.run.export import Origin, stock_dtype, write_student
+from danceopd.run.export import NotFinite, Origin, stock_dtype, write_student
 from danceopd.run.limits import Limits, memory_error
 from danceopd.run.logger import MetricsLog, Throughput
 from danceopd.run.provenance import check_data, check_weights, refuse_unequal, shared_facts
@@ -135,6 +138,10 @@ def _merge(recipe: Recipe, report: Report | None, processes: Processes, began: f
             init = None if whole else _init(recipe, teachers, base)
             if processes.is_main:
                 run = RunDirectory(recipe.output, recipe)
+            if run is not None and run.moved and prepared.run is None:  # ended; what it is asked for may be another
+                check_data(run.path, recipe, open_datasets(recipe), record=False)
+                check_weights(run.path, recipe, base, teachers, record=False)
+                run.settle()
             if prepared.run is not None:
                 datasets = prepared.run.datasets
                 if run is not None:
@@ -179,8 +186,10 @@ def _train(opened: _Opened, report: Report) -> Student:
     hashes = {one.teacher.name: one.sha256 for one in opened.teachers}
     refuse_unequal(processes, {"base": fingerprint, "teachers": hashes}, "sha256")
     with processes.main_first():
-        weights = check_weights(run.path, fingerprint, opened.teachers) if run is not None else {}
-        if processes.is_main:
+        weights = {}
+        if run is not None:
+            weights = check_weights(run.path, recipe, opened.base, opened.teachers)
+            run.settle()
             _warn_of_scenes(recipe)
 
     # the base, with its encoders; the transformer stays on the CPU until they have left
@@ -243,7 +252,7 @@ def _train(opened: _Opened, report: Report) -> Student:
         )
     validation = EarlyStopping(recipe.validation, processes, error, run)
     monitor = MonitorCallback(recipe.monitor, recipe.monitor.interval(recipe.gates.on), probes, run, processes, sharded)
-    facts = {"recipe": opened.recipe.identity(), "weights": weights}
+    facts = {"recipe": opened.recipe.identity(), "weights": weights, "modules": backbone.modules(STUDENT)}
     checkpoints = Checkpoints(run, processes, recipe.save_every, [validation, monitor], facts)
     rollback = Rollback(monitor, checkpoints)
     checkpoints.parts.append(rollback)
@@ -264,6 +273,8 @@ def _train(opened: _Opened, report: Report) -> Student:
         except Exception as error:
             if out_of_memory(error):
                 checkpoints.rescue(trainer)
+            if isinstance(error, Diverged):
+                raise checkpoints.back_off(error, recipe.optimizer.lr) from None
             raise
     came = limits.signal or (interrupts.caught if processes.world_size == 1 else 0)  # during the last update, too
     if came:
@@ -277,8 +288,11 @@ def _train(opened: _Opened, report: Report) -> Student:
         samples.draw(trainer, step, trainer.ema_field(student))
     known = {name: sha256 for name, sha256 in hashes.items() if sha256 is not None}
     origin = Origin(opened.base, fingerprint, call, known, opened.init.sentence)
-    sentences = [*filter(None, [validation.sentence()]), *monitor.sentences()]
-    write_student(trainer, recipe, student, step, origin, run, processes, None if sharded else pipe, sentences)
+    sentences = [*filter(None, [validation.sentence()]), *monitor.sentences(), *(run.sentences() if run else [])]
+    try:
+        write_student(trainer, recipe, student, step, origin, run, processes, None if sharded else pipe, sentences)
+    except NotFinite as error:
+        raise checkpoints.back_off(Diverged(str(error), step), recipe.optimizer.lr) from None
     seconds = time.monotonic() - opened.began
     if run is not None:
         patience = recipe.validation.patience if validation.exhausted else None
@@ -311,7 +325,11 @@ def _init(recipe: Recipe, teachers: list[TeacherWeights], base: Path) -> Student
     student = recipe.student
     if student.init == "blend" and all(one.adapter is None for one in teachers):
         student = student.model_copy(update={"init": "base"})
-    init = student_init(student, adapters, lambda path: read_adapter(path, empty_transformer(base)), seed=recipe.seed)
+
+    def read(path: str) -> tuple[Adapter, str]:
+        return read_adapter(path, empty_transformer(base)), inspect_adapter(path).record.get("started", "a LoRA")
+
+    init = student_init(student, adapters, read, seed=recipe.seed)
     _log.info(init.sentence)
     return init
 

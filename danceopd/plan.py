@@ -18,7 +18,7 @@ from danceopd.common.system import gigabytes, resolve_device
 from danceopd.common.tensors import DTYPES
 from danceopd.engine.teachers import TeacherWeights, check_teachers
 from danceopd.errors import UserError
-from danceopd.models.base import base_fingerprint, base_folder
+from danceopd.models.base import base_folder
 from danceopd.planning.cards import Card, card_here, card_named
 from danceopd.planning.checks import check_output
 from danceopd.planning.memory import PHASES, memory, peak, student_numbers
@@ -26,8 +26,8 @@ from danceopd.planning.outline import Outline
 from danceopd.planning.settings import prepare, unfit
 from danceopd.planning.times import measure, queries, update
 from danceopd.recipe.recipe import AUTO, Recipe
-from danceopd.run.directory import check_directory
-from danceopd.run.provenance import TEACHERS, check_data, check_weights
+from danceopd.run.directory import TEACHERS, check_directory
+from danceopd.run.provenance import check_data, check_weights
 
 ASSUMED = 100.0
 """TFLOP/s of a card of which only the memory is known."""
@@ -53,7 +53,7 @@ def plan(recipe: Recipe, tflops: float | None = None, gpu: str | None = None) ->
     assert run is not None
     check_directory(recipe.output, recipe)
     if begun:
-        check_weights(recipe.output, base_fingerprint(folder), teachers, record=False)
+        check_weights(recipe.output, recipe, folder, teachers, record=False)
         check_data(recipe.output, recipe, run.datasets, record=False)
     found = queries(recipe, run)
     passes, flops = update(recipe, run, found)

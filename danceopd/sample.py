@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from danceopd.common.files import disk_errors
-from danceopd.common.messages import read_yaml
 from danceopd.data.images import open_image
 from danceopd.errors import UserError
 from danceopd.models.base import call_defaults
+from danceopd.recipe.recorded import recorded_recipe
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -83,8 +83,8 @@ def sample(
 ) -> list[Path]:
     """Write `count` PNGs into `output` and return their paths; image i has the seed `seed + i`.
 
-    `student` and `base` as for `load_student`; `device` None or "auto" takes a GPU where there is one. Each picture is
-    written, and `report(path)` called, before the next is generated. `size` is (height, width) in pixels; None: the
+    `student` and `base` as for `load_student`; `device` None or "auto" takes a GPU where there is one. Each image is
+    saved, and `report(path)` called, before the next is generated. `size` is (height, width) in pixels; None: the
     settings' own, and of an edit the source's shape. UserError for an empty prompt, a bad count, seed or size, and an
     image that cannot be read.
     """
@@ -125,7 +125,7 @@ def _recipe_settings(student: Path) -> dict[str, Any]:
     """`call` of the student's recipe, and its `editing_base`; empty without a recipe."""
     if not (student / "recipe.yaml").is_file():
         return {}
-    recipe = read_yaml(student / "recipe.yaml", "recipe")
+    recipe = recorded_recipe(student)
     call = {"editing_base": recipe.get("editing_base"), **(recipe.get("call") or {})}
     if "steps" in call:
         call["num_inference_steps"] = call.pop("steps")

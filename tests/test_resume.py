@@ -11,15 +11,20 @@ from pathlib import Path
 
 import program
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny import random_adapter, random_image, tiny_klein
 from tiny_merge import WEIGHTS, Killed, tiny_recipe
 
+from danceopd.adapters.load import load_student
 from danceopd.adapters.write import write_adapter
 from danceopd.data.dataset import open_datasets
+from danceopd.engine.metrics import StepMetrics
+from danceopd.engine.optimizer import StudentOptimizer
 from danceopd.errors import UserError
 from danceopd.merge import merge
 from danceopd.recipe.recipe import Recipe
-from danceopd.run.provenance import check_data
+from danceopd.run.provenance import check_data, start_from
 
 STEPS = 24
 
@@ -177,3 +182,145 @@ def test_what_of_the_data_may_change(sources: tuple[Recipe, Path], tmp_path: Pat
     (run / "data.json").write_text("{")
     with pytest.raises(UserError, match="data.json is damaged"):
         check(20)
+
+
+# -- moved, started anew, diverged ------------------------------------------------------------------------
+
+
+def silent(metrics: object, steps: int) -> None:
+    pass
+
+
+QUICK = {"validation": {"every": 0}, "save_every": 1, "optimizer": {"warmup": 1}}
+
+
+@pytest.fixture(scope="module")
+def project(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, two teachers, prompts, pairs and a run of two steps: it is copied, not changed."""
+    folder = shutil.copytree(models, tmp_path_factory.mktemp("project") / "project")
+    (folder / "p.txt").write_text("a red circle\na blue square\na ring")
+    (folder / "pairs").mkdir()
+    for i in range(2):
+        random_image(i).save(folder / "pairs" / f"{i}.png")
+        (folder / "pairs" / f"{i}.txt").write_text(f"make it blue {i}")
+    merge(of_project(folder, steps=2), silent)
+    return folder
+
+
+def of_project(folder: Path, **fields: object) -> Recipe:
+    data = {"generation": str(folder / "p.txt"), "editing": str(folder / "pairs")}
+    return recipe(folder, **{"output": folder / "run", **QUICK, "data": data, **fields})  # type: ignore[arg-type]
+
+
+def test_a_project_that_moved_goes_on_and_samples(project: Path, tmp_path: Path) -> None:
+    """What base, teachers and data are counts, not where they were."""
+    moved = Path(shutil.copytree(project, tmp_path / "moved"))
+    hidden = project.rename(project.with_name("gone"))
+    try:
+        assert load_student(moved / "run") is not None  # the base is found beside the run, as it was
+        steps = []
+        merge(of_project(moved, steps=3), lambda metrics, total: steps.append(metrics.step))
+        assert steps == [3] and f"base: {moved}/base" in (moved / "run" / "recipe.yaml").read_text()
+        shutil.move(moved / "base", tmp_path / "elsewhere")
+        with pytest.raises(UserError, match=r"base of .* is no longer at .*; give its folder with --base"):
+            load_student(moved / "run")
+        assert load_student(moved / "run", base=tmp_path / "elsewhere") is not None
+    finally:
+        hidden.rename(project)
+
+
+@pytest.mark.parametrize("steps", [2, 3])  # the run has ended, or goes on
+def test_what_lies_elsewhere_and_is_another_thing_is_refused(project: Path, tmp_path: Path, steps: int) -> None:
+    mine = Path(shutil.copytree(project, tmp_path / "mine"))
+    shutil.copytree(mine / "edits", mine / "copy")
+    other = write_adapter(random_adapter(tiny_klein().transformer, seed=9, size=0.1), mine / "other").parent
+    prompts = mine / "q.txt"
+    prompts.write_text("a red circle\na blue square\na star")
+    kept = (mine / "run" / "recipe.yaml").read_text()
+    with pytest.raises(UserError, match="teacher 'editing' is no longer what the run in"):
+        merge(of_project(mine, steps=steps, editing=str(other)), silent)
+    data = {"generation": str(prompts), "editing": str(mine / "pairs")}
+    with pytest.raises(UserError, match="q.txt, line 3 is no longer what the run"):
+        merge(of_project(mine, steps=steps, data=data), silent)
+    with pytest.raises(UserError, match="holds another run .data.generation is"):
+        merge(of_project(mine, steps=steps, data={**data, "generation": "scenes"}), silent)
+    shutil.copytree(mine / "base", mine / "base2")
+    (mine / "base2" / "scheduler" / "scheduler_config.json").write_text(
+        (mine / "base" / "scheduler" / "scheduler_config.json").read_text() + " "
+    )
+    with pytest.raises(UserError, match="what encodes prompts and images in the base is no longer what"):
+        merge(of_project(mine, steps=steps, base=str(mine / "base2")), silent)
+    assert (mine / "run" / "recipe.yaml").read_text() == kept
+    merge(of_project(mine, steps=steps, editing=str(mine / "copy")), silent)
+    assert f"adapter: {mine}/copy" in (mine / "run" / "recipe.yaml").read_text()
+
+
+def test_a_new_run_starts_at_an_old_student(project: Path, tmp_path: Path, caplog) -> None:
+    """At its EMA, exactly, from the student or a checkpoint; with another rate, which the old folder refuses."""
+    old = Path(shutil.copytree(project / "run", tmp_path / "old"))
+    with pytest.raises(UserError, match=r"optimizer.lr is .* with --from .*old to start at what that run learnt"):
+        merge(of_project(project, output=old, optimizer={"lr": 0.5}), silent)
+    wanted = of_project(project, output=tmp_path / "new", optimizer={"lr": 1e-9, "warmup": 1}, steps=1)
+    started = start_from(wanted, old)
+    student = load_file(old / WEIGHTS)
+    shutil.rmtree(old)
+    merge(started, silent)
+    again = load_file(tmp_path / "new" / WEIGHTS)
+    assert all(torch.allclose(again[name], tensor, atol=1e-7) for name, tensor in student.items())
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "The student started as the EMA of the run 'old' after step 2, of rank 8, exactly." in card
+    more = wanted.model_copy(update={"steps": 2})
+    shutil.copytree(project / "run", old)
+    (old / WEIGHTS).unlink()
+    from_checkpoint = start_from(of_project(project, output=tmp_path / "third"), old)
+    assert all(
+        torch.equal(load_file(tmp_path / "third" / "start" / WEIGHTS)[name], tensor) for name, tensor in student.items()
+    )
+    assert from_checkpoint.student.init == str(tmp_path / "third" / "start")
+    steps = []
+    merge(start_from(more, old), lambda metrics, total: steps.append(metrics.step))
+    assert steps == [2] and not caplog.records  # it goes on
+    for broken, words in (
+        (more.replaced({"student.rank": 4}), "has rank 8 and student.rank is 4; set student.rank 8"),
+        (more.replaced({"output": old}), "is the output folder itself"),
+        (more.replaced({"output": project / "run"}), "holds a run that began without --from"),
+    ):
+        with pytest.raises(UserError, match=words):
+            start_from(broken, old)
+    with pytest.raises(UserError, match="no run with a student or a checkpoint"):
+        start_from(more, project / "base")
+    other = tiny_klein(tmp_path / "base2", seed=1)
+    assert other is not None
+    with pytest.raises(UserError, match="was trained on another base than"):
+        start_from(more.replaced({"base": str(tmp_path / "base2")}), old)
+
+
+def test_advice_after_nan_can_be_followed_in_the_same_folder(project: Path, tmp_path: Path, monkeypatch) -> None:
+    """The run goes on from the last checkpoint whose state gave no NaN, with another rate and nothing else."""
+    measured = StudentOptimizer.step
+    broken = {4, 5, 6, 7, 8}  # what update 3 made gives NaN
+
+    def step(self: StudentOptimizer, step: int, metrics: StepMetrics) -> None:
+        if step + 1 in broken and self.options.lr > 1e-4:
+            metrics.loss = float("nan")
+        measured(self, step, metrics)
+
+    monkeypatch.setattr(StudentOptimizer, "step", step)
+    wanted = of_project(project, output=tmp_path / "run", steps=9, keep_last=2)
+    with pytest.raises(UserError, match="5 updates in a row at step 8; lower optimizer.lr .*goes on after step 2"):
+        merge(wanted, silent)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+    with pytest.raises(UserError, match="holds another run .seed is 0 there"):
+        merge(wanted.model_copy(update={"seed": 1}), silent)
+    lower, steps = wanted.replaced({"optimizer.lr": 1e-5}), []
+    merge(lower, lambda metrics, total: steps.append(metrics.step))
+    assert steps == [3, 4, 5, 6, 7, 8, 9]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "After step 3 the loss was not finite with optimizer.lr 0.0002; the run went on from step 2" in card
+    with pytest.raises(UserError, match="holds another run .optimizer.lr is 1e-05 there"):  # no longer
+        merge(wanted, silent)
+    early = of_project(project, output=tmp_path / "early", steps=9, keep_last=1)
+    broken.update({2, 3})
+    with pytest.raises(UserError, match="at step 6; .*starts anew"):
+        merge(early, silent)
+    assert not list((tmp_path / "early" / "checkpoints").iterdir())

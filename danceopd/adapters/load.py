@@ -15,11 +15,12 @@ from torch import nn
 
 from danceopd.adapters.header import LoraHeader, inspect_adapter
 from danceopd.adapters.read import read_adapter
-from danceopd.common.messages import few, read_yaml
+from danceopd.common.messages import few
 from danceopd.common.shipped import resolve
 from danceopd.errors import UserError
 from danceopd.models.base import base_fingerprint, base_folder, empty_transformer, load_base
 from danceopd.models.lora import Adapter
+from danceopd.recipe.recorded import recorded_recipe
 
 ADAPTER_NAME = "student"
 """The adapter's name in the loaded pipeline."""
@@ -72,9 +73,9 @@ def check_base(folder: Path, base: str | os.PathLike | None) -> tuple[LoraHeader
 
 
 def _base_of(folder: Path, header: LoraHeader) -> str:
-    recipe = (folder if folder.is_dir() else folder.parent) / "recipe.yaml"
-    if recipe.is_file():
-        base = read_yaml(recipe, "recipe").get("base", "base")
+    run = folder if folder.is_dir() else folder.parent
+    if (run / "recipe.yaml").is_file():
+        base = recorded_recipe(run).get("base", "base")
     else:
         base = header.record.get("base")
     if not isinstance(base, str) or not base:
@@ -82,6 +83,8 @@ def _base_of(folder: Path, header: LoraHeader) -> str:
             f"{header.file} does not say which base model it belongs to (no recipe.yaml beside it, nothing in its "
             "metadata); give the base"
         )
+    if os.path.isabs(base) and not os.path.exists(base):
+        raise UserError(f"the base of {header.file} is no longer at {base}; give its folder with --base")
     return base
 
 

@@ -26,6 +26,7 @@ from danceopd.errors import UserError
 from danceopd.models.base import base_fingerprint, base_folder, empty_transformer
 from danceopd.models.lora import Adapter
 from danceopd.recipe.recipe import Recipe
+from danceopd.recipe.recorded import recorded_recipe
 
 RESERVED = ("source", "target", "mask")
 """Folders below images/ that belong to no model."""
@@ -118,7 +119,7 @@ def _recipe_of(path: Path) -> Recipe:
     """The recipe in a student's folder; else the default one, with the base that its file names."""
     folder = path if path.is_dir() else path.parent
     if (folder / "recipe.yaml").is_file():
-        return Recipe.from_yaml(folder / "recipe.yaml")
+        return Recipe(f"{folder / 'recipe.yaml'}", **recorded_recipe(folder))
     base = None if _is_pipeline(path) else inspect_adapter(path).record.get("base")
     return Recipe(base=base) if base else Recipe()
 

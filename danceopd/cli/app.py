@@ -57,6 +57,9 @@ def merge(
     device: Device = None,
     time_limit: Annotated[float | None, typer.Option(help="Minutes after which to stop, with a student.")] = None,
     fuse: Annotated[bool, typer.Option("--fuse", help="Also make OUTPUT a whole pipeline.")] = False,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="Start at what another run has learnt, such as with another rate.")
+    ] = None,
 ) -> None:
     """Distil the teachers into one student LoRA. With nothing given: the shipped small model.
 
@@ -71,6 +74,10 @@ def merge(
     from danceopd.merge import merge as run
 
     traceback_in(resolved.output)
+    if start is not None:
+        from danceopd.run.provenance import start_from
+
+        resolved = start_from(resolved, start)
     student = run(resolved)
     if not student.first:  # another process of the same run says it
         return

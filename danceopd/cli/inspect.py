@@ -20,10 +20,11 @@ from danceopd.adapters.original_names import ARCHITECTURES, ArchitectureNames
 from danceopd.adapters.read import check_layers
 from danceopd.cli.boundary import echo
 from danceopd.common.files import numbered_folders, sha256
-from danceopd.common.messages import did_you_mean, read_yaml
+from danceopd.common.messages import did_you_mean
 from danceopd.common.shipped import SHIPPED, resolve
 from danceopd.errors import UserError
 from danceopd.models.base import quantised
+from danceopd.recipe.recorded import recorded_recipe
 
 LONG = ("names", "parts", "weights", "targets")
 """Facts that `show` prints below the others, a line for each item."""
@@ -271,7 +272,7 @@ def _pipeline(path: Path) -> dict[str, Any]:
 
 def _run(path: Path) -> dict[str, Any]:
     """Facts of a run's output folder: its base, teachers and progress, and the LoRA it has exported."""
-    recipe = read_yaml(path / "recipe.yaml", "recipe")
+    recipe = recorded_recipe(path)
     teachers = recipe.get("teachers") if isinstance(recipe.get("teachers"), list) else []
     described = [f"{t.get('name')} ({t.get('adapter')})" for t in teachers or () if isinstance(t, dict)]
     facts: dict[str, Any] = {"kind": "run", "folder": str(path), "base": recipe.get("base"), "teachers": described}

@@ -3,8 +3,8 @@
 In a folder, `name.png` is the source image of the instruction in `name.txt`. Where there is a folder `control` (or
 `source`, `input`, …), as trainers lay out edits, `control/name.png` is the source, and `name.png` beside the text, or
 in a folder `target` (`edited`, …), is the target image, which only objectives that train on images need. Folders may
-lie within folders. Only the listing is kept; texts are read when a row is. A folder with a `metadata.jsonl` or
-`metadata.csv` is that table.
+lie within folders. Only the listing is kept; texts are read when a row is. A folder with a `metadata.csv`,
+`metadata.jsonl` or `metadata.parquet` is that table.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 A source is "scenes" (synthetic scenes; "scenes:local", "scenes:counting,position" for some of its tasks), a .txt (a
 prompt a line), a .csv, .jsonl or .parquet with named columns (`columns.py` says which is what), a folder of images with
-same-named .txt files or a `metadata.jsonl`, or "hub:owner/name[:config][:split]". Rows are lazy: a million of them open
-at once, and each is parsed when it is read. `check` runs before a model is loaded: it tests every row's text, every
-path (by listing folders, not one file at a time), and the image headers of the rows that the run will use. Errors name
-the file and the line.
+same-named .txt files or a `metadata.csv`, `.jsonl` or `.parquet`, or "hub:owner/name[:config][:split]". Rows are lazy:
+a million of them open at once, and each is parsed when it is read. `check` runs before a model is loaded: it tests
+every row's text, every path (by listing folders, not one file at a time), and the image headers of the rows that the
+run will use. Errors name the file and the line.
 """
 
 from __future__ import annotations

@@ -22,6 +22,15 @@ MIN_LOSS_SCALE = 1.0
 """The loss scale of an fp16 backbone below which an infinite gradient is no longer the scale's fault."""
 
 
+class Diverged(UserError):
+    """The loss was not finite for `MAX_SKIPPED` updates in a row, or the student's velocity is not; `last` is the
+    update that made it so."""
+
+    def __init__(self, sentence: str, last: int) -> None:
+        super().__init__(sentence)
+        self.last = last
+
+
 class StudentOptimizer:
     """Updates `parameters` (A, B of each module) for `steps` updates; `ema` are their averages, in the same order."""
 
@@ -37,6 +46,7 @@ class StudentOptimizer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.scaler.scale(torch.ones((), device=device))  # makes its state now: there may be no row to scale
         self.skipped, self.updating = 0, False
+        self.idle = 0  # updates in a row, up to now, that changed no weight
 
     def lr(self, step: int) -> float:
         """The learning rate of an update: warm-up, then constant, or linear or cosine decay to zero."""
@@ -66,7 +76,7 @@ class StudentOptimizer:
                 f"the student's gradient is exactly zero at step {step + 1}: teacher and student are the same "
                 "model; give teachers that differ from the student's init"
             )
-        self.skipped = 0
+        self.skipped = self.idle = 0
         for group in self.adamw.param_groups:
             group["lr"] = metrics.lr
         self.updating = True  # until the end of it the weights are of no step
@@ -79,12 +89,13 @@ class StudentOptimizer:
     def _skip(self, step: int, metrics: StepMetrics) -> None:
         """Forget this update; where the fp16 loss scale was too large it is less now, and nothing is amiss."""
         overflow = metrics.loss == metrics.loss and (metrics.loss_scale or 0.0) > MIN_LOSS_SCALE
-        self.skipped, metrics.skipped = self.skipped + (not overflow), True
+        self.skipped, self.idle, metrics.skipped = self.skipped + (not overflow), self.idle + 1, True
         self.adamw.zero_grad(set_to_none=True)
         if self.skipped >= MAX_SKIPPED:
-            raise UserError(
+            raise Diverged(
                 f"the loss was NaN or infinite {MAX_SKIPPED} updates in a row at step {step + 1}; "
-                f"lower optimizer.lr (now {self.options.lr:g}) or check the teachers"
+                f"lower optimizer.lr (now {self.options.lr:g}) or check the teachers",
+                step + 1 - self.idle,
             )
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -36,10 +36,11 @@ def blend_weights(student: Student, names: Iterable[str], teachers: int) -> list
 def student_init(
     student: Student,
     teachers: Mapping[str, tuple[Adapter | None, float]],
-    read: Callable[[str], Adapter],
+    read: Callable[[str], tuple[Adapter, str]],
     seed: int = 0,
 ) -> StudentInit:
-    """What `student.init` names. `teachers`: name -> (adapter, strength), None for the bare base; `read` reads a LoRA.
+    """What `student.init` names. `teachers`: name -> (adapter, strength), None for the bare base; `read` reads a LoRA,
+    and says what it is.
 
     In a blend a teacher that is the bare base takes its share of the weights and adds nothing. Raises UserError
     as `blend_with_residual` does.
@@ -52,11 +53,14 @@ def student_init(
         shares = " and ".join(f"{weight:.3g} x {name}" for name, weight in zip(held, weights))
         what = f"the {student.init_method} blend of {shares}"
     else:
-        adapter, scale = teachers[init] if init in teachers else (None if init == "base" else read(init), 1.0)
+        if init in teachers:
+            (adapter, scale), what = teachers[init], init
+        else:
+            (adapter, what), scale = (None, "") if init == "base" else read(init), 1.0
         if adapter is None:
             return StudentInit(None, 0.0, "The student started as the bare base.")
         found = blend_with_residual([scaled(adapter, scale)], [1.0], student.rank)
-        what = f"{init}, of rank {adapter.rank}" if init in teachers else f"a LoRA of rank {adapter.rank}"
+        what = f"{what}, of rank {adapter.rank}"
     if not found.residual:
         return StudentInit(found.adapter, 0.0, f"The student started as {what}, exactly.")
     lost = f"which lost {found.residual:.1%} of it"

@@ -112,6 +112,24 @@ def check_start(recipe: Recipe, adapters: Mapping[str, Adapter | None]) -> None:
         check_blend(list(held.values()), weights, recipe.student.rank, recipe.student.init_method)
 
 
+def check_contrast(recipe: Recipe, datasets: Mapping[str, TeacherData]) -> None:
+    """UserError for a contrast with another row's prompt, or source image, where all rows have the same one."""
+    for teacher in recipe.teachers:
+        contrast, mine = recipe.contrast_of(teacher), datasets[teacher.name]
+        if contrast is None or contrast.reference not in ("prompt", "source"):
+            continue
+        found = set()
+        for row in mine.rows:
+            found.add(mine.data.prompt(row) if contrast.reference == "prompt" else str(mine.data[row][1]))
+            if len(found) > 1:
+                break
+        else:
+            raise UserError(
+                f"contrast of teacher {teacher.name!r} has reference {contrast.reference}, and all rows of "
+                f"{recipe.data_source(teacher)} share one, so it would move nothing; add rows, or choose base or null"
+            )
+
+
 def check_prompts_of(
     recipe: Recipe, folder: Path, family: Family, pipe: Any, call: Mapping[str, Any],
     datasets: Mapping[str, TeacherData],

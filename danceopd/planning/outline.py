@@ -140,6 +140,7 @@ def outline(recipe: Recipe, folder: Path, teachers: Sequence[TeacherWeights]) ->
     datasets = with_variants(
         recipe.gates, recipe.sampling, recipe.rollout.steps, recipe.teachers, open_datasets(recipe)
     )
+    checks.check_contrast(recipe, datasets)
     pipe = _pipeline(folder, family, transformer)
     notes = checks.check_prompts_of(recipe, folder, family, pipe, call, datasets)
     refused = None

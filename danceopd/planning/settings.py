@@ -60,8 +60,15 @@ def prepare(
     `folder` is the base's, `teachers` as `check_teachers` returns them, `world` processes share the run. Without
     `ended` a run that has ended is outlined, too; without `room` one that can be outlined and does not fit passes.
     """
-    begun = begun_recipe(recipe.output)
+    begun = begun_recipe(recipe.output, recipe)
     recipe, said = for_distilled(recipe, folder, begun)
+    schedule = recipe.optimizer.schedule
+    if begun is not None and begun.steps != recipe.steps and schedule != "constant":
+        moves = "rises" if recipe.steps > begun.steps else "falls"
+        said.append(
+            f"optimizer.schedule {schedule} ends at step {recipe.steps} now, not at {begun.steps}: the learning rate "
+            f"{moves} where the run goes on"
+        )
     kept = {} if begun is None else {key: begun.value(key) for key in AUTO}
     if ended and is_finished(recipe.output, recipe):
         return Prepared(recipe.replaced({key: value for key, value in kept.items() if _is_auto(recipe, key)}), None, [])

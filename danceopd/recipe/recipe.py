@@ -98,7 +98,7 @@ def _output(value: Any) -> Any:
 def _micro_batch(value: Any) -> Any:
     if value in (None, "auto") or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 2**14):
         return value
-    raise ValueError(f"{value!r} is neither auto nor a whole number from 1 to 16384")
+    raise ValueError(f"{value!r} is neither auto nor a whole number from 1 to 16384; give one of them")
 
 
 def _base(value: Any) -> Any:

@@ -26,6 +26,7 @@ from danceopd.common.parse import parse_json
 from danceopd.common.rng import RandomState
 from danceopd.engine.callbacks import Callback
 from danceopd.engine.metrics import StepMetrics
+from danceopd.engine.optimizer import Diverged
 from danceopd.engine.trainer import Trainer
 from danceopd.errors import UserError
 
@@ -145,7 +146,8 @@ class Checkpoints(Callback):
         self.run, self.processes, self.every, self.parts, self.facts = run, processes, every, list(parts), dict(facts)
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        if trainer.should_stop or trainer.step == trainer.steps or trainer.step % self.every == 0:
+        due = trainer.step % self.every == 0 and not trainer.optimizer.skipped  # while the loss is NaN, none is lost
+        if trainer.should_stop or trainer.step == trainer.steps or due:
             self.save(trainer)
 
     def save(self, trainer: Trainer, good: bool = False) -> None:
@@ -168,6 +170,15 @@ class Checkpoints(Callback):
         whole = trainer.ended == trainer.step and not trainer.optimizer.updating
         if self.processes.world_size == 1 and trainer.step and whole:
             self.save(trainer)
+
+    def back_off(self, error: Diverged, lr: float) -> UserError:
+        """After a loss that stayed NaN with a learning rate: drop the checkpoints whose state gave it, and note the
+        rate in the run folder, where it may now be another one; the error with where the run goes on."""
+        if self.run is None:
+            return error
+        saved = self.run.diverged(error.last, lr)
+        goes_on = f"goes on after step {saved}" if saved else "starts anew"
+        return UserError(f"{error}; the same command with that mended in the recipe {goes_on}")
 
     def restore(self, trainer: Trainer, good: bool = False) -> dict[str, Any] | None:
         """Bring back the newest whole one, or the last good one; its facts, if it is there.

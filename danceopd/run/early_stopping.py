@@ -32,6 +32,8 @@ KEY, BEST = "gap", "best."
 """In a checkpoint: the key of the checks, and what the names of the best EMA's tensors begin with. Older runs have
 them."""
 SUMMARY, PICTURE = "validation.json", "validation.png"
+EXPLODED = 2.0
+"""A validation error, in units of the start or the bare base, from which the student runs away from its teachers."""
 UNIT = "0: the teachers; 1: the start or the bare base, whichever is further; in equal parts of the query law"
 _log = logging.getLogger("danceopd")
 
@@ -144,6 +146,13 @@ class EarlyStopping(Callback):
             self._best = [tensor.detach().cpu().clone() for tensor in trainer.optimizer.ema]
         if self.error is None or self.run is None:
             return {}
+        was, now = self.values[-2:] if len(self.checks) > 1 else (math.nan, math.nan)
+        if was < EXPLODED and not now < EXPLODED:  # NaN counts, once it was measured
+            _log.warning(
+                "the validation error is %.3g after step %d and was %.3g after step %d: the student moves away from "
+                "its teachers; start anew in another --output with optimizer.lr below %g",
+                now, trainer.step, self.values[0], self.checks[0]["step"], trainer.optimizer.options.lr,
+            )  # fmt: skip
         if self.exhausted:
             ends = "the validation error is no better after %d checks: the run ends at step %d and exports step %d"
             _log.warning(ends, self.options.patience, trainer.step, self.exported(trainer)[0])

@@ -43,6 +43,10 @@ from danceopd.run.card import load_snippet, write_card
 from danceopd.run.directory import RunDirectory
 
 
+class NotFinite(ExportError):
+    """The student's velocities are NaN or infinite."""
+
+
 @dataclass(frozen=True)
 class Origin:
     """What a student was made from: the base's folder and fingerprint, its call, the teachers' hashes, and a sentence
@@ -186,7 +190,7 @@ def _compare(
         for velocities in ([probe.velocity for probe in probes], bare, loaded)
     )
     if not student.isfinite().all():
-        raise ExportError("the student predicts NaN or infinity; its training diverged, lower the learning rate")
+        raise NotFinite("the student predicts NaN or infinity; its training diverged, lower optimizer.lr")
     if torch.equal(student, base):
         raise ExportError("the student equals its base, so there is nothing to export; train it for longer")
     if torch.equal(file, base):

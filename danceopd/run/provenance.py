@@ -4,13 +4,15 @@ Of the data: the number of rows, and of each row that an update samples its prom
 source picture, and of its target and paraphrases where the recipe reads them; no time of a file, so a copy is the same.
 Not covered are rows that no update samples, a picture replaced by another of the same name and size, and the pictures
 inside a hub dataset. The built-in scenes are made from the recipe and need no record. Of the weights: the hashes of
-the base and of every teacher. Several processes must have been given the same of all this.
+the base, of its encoders, of every teacher and of the LoRA that the student started as. With the same of all this a run
+goes on wherever it lies. Several processes must have been given the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,19 +20,28 @@ from typing import Any
 
 import numpy as np
 
+from danceopd.adapters.header import WEIGHTS, inspect_adapter
+from danceopd.adapters.read import read_adapter
+from danceopd.adapters.write import write_adapter
+from danceopd.common.cache import cache_key
 from danceopd.common.distributed import Processes
 from danceopd.common.files import write_json
+from danceopd.common.shipped import portable
 from danceopd.data.dataset import TeacherData, sampled_rows
+from danceopd.data.encode import encoders_fingerprint
 from danceopd.data.folders import HubTable
 from danceopd.data.images import ImageSource
 from danceopd.data.sources import Edits, Prompts
 from danceopd.engine.teachers import TeacherWeights
 from danceopd.errors import UserError
+from danceopd.models.base import base_fingerprint, base_folder, empty_transformer
+from danceopd.models.lora import Adapter
 from danceopd.recipe.recipe import Recipe
-from danceopd.run.directory import differences
+from danceopd.run.checkpoints import CheckpointStore
+from danceopd.run.directory import DATA, START, TEACHERS, begun_recipe, check_directory, differences, init_sha256
 from danceopd.worlds.scenes.rows import is_scenes
 
-RECORD = "data.json"  # in the run folder
+_log = logging.getLogger("danceopd")
 PIECES = 1024
 """Fingerprints kept for a teacher, at most: of so many runs of drawn rows, in order."""
 
@@ -40,7 +51,7 @@ def check_data(run: Path, recipe: Recipe, datasets: Mapping[str, TeacherData], r
 
     A run that is given more steps is recorded with them; one that is given fewer keeps its record.
     """
-    path = run / RECORD
+    path = run / DATA
     old = _read(path)
     names = [teacher.name for teacher in recipe.teachers if not is_scenes(recipe.data_source(teacher))]
     before = int(old.get("steps", 0))
@@ -138,37 +149,40 @@ def _picture(source: ImageSource) -> list[Any]:
     return [source.mode, *source.size]
 
 
-TEACHERS = "teachers.json"  # in the run folder: whose weights this run learns from
-
-
 def check_weights(
-    run: Path, base_sha256: str, known: Iterable[TeacherWeights], record: bool = True
+    run: Path, recipe: Recipe, base: Path, known: Iterable[TeacherWeights], record: bool = True
 ) -> dict[str, Any]:
-    """Whose weights a run learns from; `record`: write it into its folder, once.
+    """Whose weights a run learns from (`base` is the base's folder); `record`: write it into the run's folder, once.
 
     UserError when the folder already names others: a run is continued with the weights it began with.
     """
+    base_sha256, extra = base_fingerprint(base), recipe.editing_base
+    bases = [base, *([Path(extra)] if extra and Path(extra).is_dir() else [])]
+    encoders, init = cache_key(*map(encoders_fingerprint, bases)), init_sha256(recipe.student.init)
     teachers = {
         k.teacher.name: {"kind": k.kind, "sha256": k.sha256}
         | ({} if k.residual is None else {"residual": round(k.residual, 6), "rank": k.teacher.rank})
         for k in known
     }
-    facts = {"base": base_sha256, "teachers": teachers}
+    facts = {"base": base_sha256, "encoders": encoders, "teachers": teachers} | ({"init": init} if init else {})
     path = run / TEACHERS
     old = {}
     if path.exists():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
-            old = {"base": before["base"], **{name: t["sha256"] for name, t in before["teachers"].items()}}
+            old = {name: before[name] for name in ("base", "encoders") if name in before}
+            old |= {f"teacher {name!r}": t["sha256"] for name, t in before["teachers"].items()}
+            facts |= {"init": before["init"]} if "init" in before else {}
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
             raise UserError(
                 f"{path} is damaged, so nobody knows whose weights this run learns from; choose another --output, or "
                 "delete the file if base and teachers are still the same"
             ) from None
-    now = {"base": base_sha256, **{name: t["sha256"] for name, t in teachers.items()}}
+    now: dict[str, Any] = {"base": base_sha256, "encoders": encoders}
+    now |= {f"teacher {name!r}": t["sha256"] for name, t in teachers.items()}
     changed = next((name for name in now if name in old and old[name] != now[name]), None)
     if changed is not None:
-        who = "the base" if changed == "base" else f"teacher {changed!r}"
+        who = {"base": "the base", "encoders": "what encodes prompts and images in the base"}.get(changed, changed)
         raise UserError(
             f"{who} is no longer what the run in {run} began with (sha256 {str(old[changed])[:12]} then, "
             f"{str(now[changed])[:12]} now); put the old weights back, or choose another --output"
@@ -176,6 +190,59 @@ def check_weights(
     if record:
         write_json(path, facts)
     return facts
+
+
+def start_from(recipe: Recipe, run: Path) -> Recipe:
+    """A recipe whose student starts at what the run in folder `run` has learnt: its student, else the EMA of its newest
+    checkpoint. That LoRA is copied into the output folder, so the run need not stay where it is.
+
+    UserError where there is neither, where the base is another or the rank larger, and for the output folder itself.
+    """
+    if run.resolve() == recipe.output.resolve():
+        raise UserError(f"--from {run} is the output folder itself, which goes on without it; name another --output")
+    base = base_folder(recipe.base)
+    adapter, step, trained_on = _learnt(run, base)
+    if trained_on != base_fingerprint(base):
+        raise UserError(f"--from {run} was trained on another base than {base}; give its base, or another run")
+    if adapter.rank > recipe.student.rank:
+        raise UserError(
+            f"--from {run} has rank {adapter.rank} and student.rank is {recipe.student.rank}; set student.rank "
+            f"{adapter.rank}, or leave --from out and write student.init: {run} to start at what rank "
+            f"{recipe.student.rank} keeps of it"
+        )
+    folder = recipe.output.absolute() / START
+    started = recipe.replaced({"student.init": str(folder)})
+    if begun_recipe(recipe.output, started) is None:
+        check_directory(recipe.output, started)
+        words = f"the EMA of the run {run.resolve().name!r} after step {step}"
+        facts = {"base": portable(str(base)), "base_sha256": trained_on, "steps": str(step), "started": words}
+        write_adapter(adapter, folder, metadata=facts)
+    elif not (folder / WEIGHTS).is_file():
+        raise UserError(f"output folder {recipe.output} holds a run that began without --from; choose another --output")
+    elif inspect_adapter(folder).record.get("sha256") != adapter.sha256:
+        _log.warning("the run in %s began at another student than %s has now, and goes on from where it is",
+                     recipe.output, run)  # fmt: skip
+    return started
+
+
+def _learnt(run: Path, base: Path) -> tuple[Adapter, int, str]:
+    """What a run has learnt, after how many steps, and the fingerprint of its base."""
+    if (run / WEIGHTS).is_file():
+        record = inspect_adapter(run / WEIGHTS).record
+        if "steps" in record and "base_sha256" in record:
+            return read_adapter(run / WEIGHTS, empty_transformer(base)), int(record["steps"]), record["base_sha256"]
+    saved = CheckpointStore(run / "checkpoints", 1).load() if (run / "checkpoints").is_dir() else None
+    if saved is None:
+        raise UserError(f"--from {run} is no run with a student or a checkpoint; give a run's folder (for a LoRA, "
+                        "student.init: FILE in the recipe)")  # fmt: skip
+    if "modules" not in saved.meta:
+        raise UserError(f"the checkpoint in {run} is of an earlier version and does not name its layers; let that run "
+                        "end, such as with fewer steps, and start from its student")  # fmt: skip
+    halves = [saved.tensors[f"average.{i}"] for i in range(2 * len(saved.meta["modules"]))]
+    if not all(half.isfinite().all() for half in halves):
+        raise UserError(f"the newest checkpoint in {run} holds NaN or infinite numbers; take another run")
+    pairs = zip(halves[::2], halves[1::2], strict=True)
+    return Adapter(dict(zip(saved.meta["modules"], pairs, strict=True))), saved.step, saved.meta["weights"]["base"]
 
 
 def shared_facts(recipe: Recipe) -> dict[str, Any]:

@@ -366,12 +366,13 @@ def test_a_recipe_names_the_methods():
 def test_a_start_that_fits_is_exact_and_a_larger_one_says_what_it_lost():
     one, two = adapter(1, 4), adapter(2, 3)
     teachers = {"draws": (one, 1.0), "edits": (two, 0.5), "plain": (None, 1.0)}
-    read = {"elsewhere": two}.__getitem__
+    read = {"elsewhere": (two, "a LoRA")}.__getitem__
 
     start = student_init(Student(rank=4, init="draws"), teachers, read)
     assert start.adapter.sha256 == one.sha256 and start.sentence == "The student started as draws, of rank 4, exactly."
     close(student_init(Student(rank=3, init="edits"), teachers, read).adapter.delta("x"), 0.5 * two.delta("x"))
-    assert student_init(Student(rank=3, init="elsewhere"), teachers, read).adapter.sha256 == two.sha256
+    there = student_init(Student(rank=3, init="elsewhere"), teachers, read)
+    assert there.adapter.sha256 == two.sha256 and "started as a LoRA, of rank 3, exactly" in there.sentence
     small = student_init(Student(rank=2, init="draws"), teachers, read)
     assert small.adapter.rank == 2 and small.residual == pytest.approx(residual(one, small.adapter), rel=1e-4)
     assert f"at rank 2, which lost {small.residual:.1%} of it" in small.sentence

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import program
 import pytest
 import torch
 from conftest import Program
@@ -136,17 +137,11 @@ def test_inspect_a_pipeline(danceopd: Program, tmp_path: Path) -> None:
     refused(danceopd("inspect", "."), "vae/model.safetensors is damaged")
 
 
-def _with_merge(body: str) -> str:
-    """The program with its merge replaced: what the command line does around it is what is tested."""
-    return (
-        "import sys, types\nfake = types.ModuleType('danceopd.merge')\n"
-        f"def merge(recipe):\n    {body}\nfake.merge = merge\nsys.modules['danceopd.merge'] = fake\n"
-        "from danceopd.cli.app import main\nmain()\n"
-    )
+MAIN = "from danceopd.cli.app import main\nmain()\n"
 
 
 def test_ctrl_c_says_how_to_continue(files: dict) -> None:
-    code = _with_merge("import time; print('running', flush=True); time.sleep(30)")
+    code = program.with_merge("import time; print('running', flush=True); time.sleep(30)") + MAIN
     command = [sys.executable, "-c", code, "merge", *flags(files)]
     process = subprocess.Popen(
         command,
@@ -165,7 +160,8 @@ def test_ctrl_c_says_how_to_continue(files: dict) -> None:
 
 
 def test_flags_reach_the_recipe(files: dict) -> None:
-    code = _with_merge("print(recipe.steps, recipe.seed, recipe.output, recipe.time_limit, recipe.device)")
+    body = "print(recipe.steps, recipe.seed, recipe.output, recipe.time_limit, recipe.device)"
+    code = program.with_merge(body) + MAIN
     extra = ["--steps", "7", "--seed", "3", "-o", "there", "--time-limit", "2", "--device", "cpu"]
     command = [sys.executable, "-c", code, "merge", *flags(files), *extra]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))

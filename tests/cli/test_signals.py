@@ -14,6 +14,7 @@ from typing import Any
 
 import program
 import pytest
+import report_folders
 
 from danceopd.common.shipped import shipped
 
@@ -23,12 +24,18 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "plan": (["plan", "r.yaml"], ""),
     "sample": (["sample", "generation", "a red circle", "-n", "10000", "-o", "out"], "out/*.png"),
     "bench": (["bench", "generation", "--against", "none", "-o", "out"], "out/images"),
+    "compare": (["compare", "a", "b", "-o", "out", "--judge", f"cmd:{sys.executable} judge.py"], "out/judge.jsonl"),
     "teach": (["teach", "editing", "--steps", "100000", "-o", "out"], "out/.training"),
     "extract": (["extract", "base", "./other", "-o", "out"], ""),
     "blend": (["blend", "generation", "editing", "-r", "8", "-o", "out"], ""),
     "export": (["export", "generation", "--format", "kohya", "-o", "out"], ""),
 }
 """Each long command, and what is there once it does its work; empty: it is stopped while it opens its files."""
+JUDGE = """import json, sys, time
+for line in sys.stdin:
+    time.sleep(1)
+    print(json.dumps({"key": json.loads(line)["key"], "text": "A"}), flush=True)
+"""
 
 
 def start(arguments: Sequence[str], folder: Path) -> subprocess.Popen[str]:
@@ -85,9 +92,13 @@ def test_while_it_is_imported(tmp_path: Path, number: int) -> None:
 def test_while_it_works(tmp_path: Path, name: str, number: int) -> None:
     (tmp_path / "r.yaml").write_text(SHORT)
     arguments, there = COMMANDS[name]
-    again = name in ("merge", "bench", "teach")
+    again = name in ("merge", "bench", "compare", "teach")
     if name == "extract":
         shutil.copytree(shipped("base"), tmp_path / "other")
+    if name == "compare":
+        (tmp_path / "judge.py").write_text(JUDGE)
+        for seed, folder in enumerate("ab"):
+            report_folders.scenes(tmp_path / folder, each=1, seed=seed)
     for times in range(2 if again else 1):  # the second time it is still being imported
         process = program.start(*arguments, cwd=tmp_path)
         wait(process, lambda process=process: hears(process))  # type: ignore[misc]
@@ -102,7 +113,8 @@ def test_nohup_is_heard(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
     )
-    time.sleep(1)
+    wait(process, lambda: hears(process))  # it has decided which signals end it, and has its work before it
     process.send_signal(signal.SIGHUP)
+    assert process.poll() is None
     process.communicate(timeout=60)
     assert process.returncode == 0

@@ -87,6 +87,14 @@ def python(code: str, *arguments: object, **how: Any) -> Running:
     return start(*arguments, code=f"{code}\nexit()", **how)
 
 
+def with_merge(body: str) -> str:
+    """`code` that replaces the program's merge: what the command line does around it is what is tested."""
+    return (
+        "import sys, types\nfrom danceopd.errors import UserError\nfake = types.ModuleType('danceopd.merge')\n"
+        f"def merge(recipe):\n    {body}\nfake.merge = merge\nsys.modules['danceopd.merge'] = fake\n"
+    )
+
+
 def environment_of(rank: int, world: int, port: int) -> dict[str, object]:
     """What torchrun tells a process."""
     return {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

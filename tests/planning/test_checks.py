@@ -91,6 +91,13 @@ def three_in_a_slerp(place: Path) -> dict[str, Any]:
     return {**drawing(place, "draws", "edits", "edits"), "student": {"rank": 8, "init_method": "slerp"}}
 
 
+def contrast_of_one_prompt(place: Path) -> dict[str, Any]:
+    (place / "prompts.txt").write_text("a red circle\na red circle\n")
+    moved = {"t0": {"weight": 0.5, "reference": "prompt"}}
+    return drawing(place, "draws", "edits", data=str(place / "prompts.txt")) | {"contrast": moved}
+
+
+
 CASES: dict[Change, str] = {
     quantised_config: r"stored quantised \(bitsandbytes\)",
     quantised_numbers: r"holds quantised weights \(F8_E4M3\)",
@@ -102,6 +109,7 @@ CASES: dict[Change, str] = {
     long_negative: r"the negative prompt of 't0' has \d+ tokens",
     other_base: "was trained on another base",
     three_in_a_slerp: "slerp blends 2 adapters and here are 3",
+    contrast_of_one_prompt: "has reference prompt, and all rows of .* share one, so it would move nothing",
 }
 
 

@@ -133,12 +133,15 @@ def test_a_run_keeps_its_settings_and_says_them_once(
     merge(made)
     said = capsys.readouterr().err
     assert said.count("settings: dtype fp32, micro_batch all, gradient_checkpointing false, rollout.merged true") == 1
+    assert "learning rate" not in said
     text = (tmp_path / "run" / "recipe.yaml").read_text()
     assert "micro_batch: null" in text and "auto" not in text.replace("kernels: auto", "").replace("device: auto", "")
     other = tmp_path / "other"
-    less = {"validation": {"every": 0}, "monitor": {"every": 0}, "save_every": 1}
+    less = {"validation": {"every": 0}, "monitor": {"every": 0}, "optimizer": {"schedule": "cosine"}, "save_every": 1}
     merge(tiny_recipe(models, other, steps=1, rollout={"steps": 2, "merged": False}, micro_batch=1, **less))
     merge(tiny_recipe(models, other, steps=2, rollout={"steps": 2}, **less))
+    longer = "optimizer.schedule cosine ends at step 2 now, not at 1: the learning rate rises where the run goes on"
+    assert longer in capsys.readouterr().err
     kept = Recipe.from_yaml(other / "recipe.yaml")
     assert kept.rollout.merged is False and kept.micro_batch == 1 and kept.steps == 2
 

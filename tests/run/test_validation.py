@@ -283,6 +283,18 @@ def test_it_stops_when_the_error_no_longer_falls_and_exports_the_best(models, tm
     assert validation_of(tmp_path / "run")["best"] == {"step": 5, "error": pytest.approx(0.2)}
 
 
+def test_an_error_that_explodes_is_said_once(models, tmp_path, planted, caplog):
+    """Once it is twice what the start or the bare base has, or NaN; again where it had fallen between."""
+    planted({0: 1.0, 1: 0.5, 2: 3.0, 3: 1904.0, 4: 0.9, 5: math.nan, 6: math.inf})
+    run(models, tmp_path / "run", validation={"every": 1, "rows": 2})
+    said = [record.message for record in caplog.records if "moves away from its teachers" in record.message]
+    assert [line.split(":")[0] for line in said] == [
+        "the validation error is 3 after step 2 and was 1 after step 0",
+        "the validation error is nan after step 5 and was 1 after step 0",
+    ]
+    assert "in another --output with optimizer.lr below 0.0002" in said[0]
+
+
 def test_a_killed_run_still_knows_its_best(models, tmp_path, planted):
     """Stopped after 3, of which 2 is saved: it goes on from there, and its best is that of before."""
     values = {**VALUES, 2: 0.1}
