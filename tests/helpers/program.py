@@ -173,6 +173,7 @@ def _become(
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # an import may have looked at the server's TMPDIR
     os.chdir(cwd)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding=environment.get("PYTHONIOENCODING", "utf-8"))  # type: ignore[union-attr]

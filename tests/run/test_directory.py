@@ -49,7 +49,8 @@ def restore(folder: RunDirectory) -> dict | None:
 
 def test_a_new_folder_holds_the_resolved_recipe(recipe: Recipe) -> None:
     with RunDirectory("out", recipe) as folder:
-        assert Recipe.from_yaml("out/recipe.yaml").resolved() == recipe.resolved()
+        there = Recipe.from_yaml("out/recipe.yaml").resolved()
+        assert there == {**recipe.resolved(), "output": str(Path("out").absolute())}  # from which a move is told
         assert folder.checkpoints.load() is None and folder.checkpoints.latest() is None and not folder.finished
 
 
