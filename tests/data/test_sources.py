@@ -323,7 +323,7 @@ def test_parquet_rows_across_groups(here: Path) -> None:
         prompts[1000]
 
 
-@pytest.mark.parametrize("cell", ["struct", "bytes", "list", "path"])
+@pytest.mark.parametrize("cell", ["struct", "bytes", "list", "path", "no bytes"])
 def test_pictures_inside_a_parquet_file(here: Path, cell: str) -> None:
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -332,6 +332,7 @@ def test_pictures_inside_a_parquet_file(here: Path, cell: str) -> None:
         Image.new("RGB", (64 + i, 64), (i, 0, 0)).save(f"{i}.png")
         held = Path(f"{i}.png").read_bytes()
         kinds = {"struct": {"bytes": held, "path": "x"}, "bytes": held, "list": [held], "path": {"path": f"{i}.png"}}
+        kinds["no bytes"] = {"bytes": None, "path": f"{i}.png"}  # as Hugging Face's datasets write a path
         rows.append({"image": b"finished", "input_image": kinds[cell], "instruction": f"row {i}", "noise": [0.5]})
     parquet.write_table(arrow.Table.from_pylist(rows), "d.parquet", row_group_size=2)
     found = edits_from("d.parquet")
