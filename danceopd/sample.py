@@ -90,8 +90,8 @@ def sample(
     """
     if not prompt.strip():
         raise UserError("the prompt is empty; write what the image should show")
-    if count < 1:
-        raise UserError(f"{count} images were asked for; ask for at least one with -n")
+    if not 1 <= count <= 10**6:
+        raise UserError(f"{count} images were asked for; ask for one to a million with -n")
     if not 0 <= seed <= 2**63 - count:
         raise UserError(f"the seed is {seed}; give a whole number from 0, below 2**63")
     if size is not None and min(size) < 16:

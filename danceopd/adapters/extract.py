@@ -133,7 +133,7 @@ def difference(
         if report is not None:
             report(done, total, "weights")
     if not whole:
-        raise UserError(f"{tuned.path} equals {base.path} in every number; give the model that was trained from it")
+        raise UserError(f"{tuned.path} equals {base.path} in every number: nothing to extract; give a trained model")
     return Extraction(Adapter(factors), tuple(adapted), tuple(not_adapted), sqrt(lost / whole))
 
 

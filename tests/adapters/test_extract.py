@@ -204,7 +204,7 @@ def test_what_does_not_belong_together_is_refused(models, tmp_path):
             extract(base, finetuned, tmp_path / "out", device="cpu", **how)
         assert not (tmp_path / "out").exists()
 
-    refused(base, "equals .* in every number; give the model that was trained from it")
+    refused(base, "equals .* in every number: nothing to extract; give a trained model")
     refused(rewritten(base, tmp_path / "less", lambda s: s.pop(NORM)), rf"1 missing \({NORM}\)")
     refused(rewritten(base, tmp_path / "more", lambda s: s.update(odd=torch.ones(1))), r"1 extra \(odd\)")
 

@@ -436,6 +436,7 @@ def test_one_file_is_for_one_process(tmp_path: Path) -> None:
         ("openai:m@http://h/v1", {"codec": "webp"}, "jpeg:QUALITY"),
         ("openai:m@http://h/v1", {"concurrency": 0}, "above zero"),
         ("cmd:no-such-program-here", {}, "program no-such-program-here is not found"),
+        ("cmd:API_KEY=mine python j.py", {}, r"program API_KEY=\*\*\* is not found"),
         ("replay:nowhere.jsonl", {}, "does not exist"),
     ],
 )

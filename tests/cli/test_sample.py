@@ -133,3 +133,9 @@ def test_a_prompt_that_the_pipeline_cuts(made: Path, tmp_path: Path, caplog: pyt
     sample(made / "student", words, count=2, base=made / "base", device="cpu", output=tmp_path)
     said = [record.getMessage() for record in caplog.records if "the pipeline cuts it at 24" in record.getMessage()]
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("count", [0, 10**20])
+def test_a_number_of_images_that_nobody_wants_is_refused_by_its_flag(count: int) -> None:
+    with pytest.raises(UserError, match=f"{count} images were asked for; ask for one to a million with -n"):
+        sample("generation", "a red circle", count=count)

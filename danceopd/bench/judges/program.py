@@ -85,7 +85,8 @@ class ProgramJudge:
     def check(self) -> None:
         """UserError where the program does not exist."""
         if shutil.which(self.command[0]) is None:
-            raise UserError(f"the judge's program {self.command[0]} is not found; give its path or install it")
+            name = redacted(self.command[0])
+            raise UserError(f"the judge's program {name} is not found; give its path or install it")
 
     def quote(self, question: Question) -> Quote:
         return Quote()
