@@ -1,19 +1,24 @@
-"""How much faster the fused kernels are on a GPU: one command, under eight minutes, one table.
+"""What a GPU shows of danceopd: three commands, each under nine minutes, in the order of what they tell.
 
-    python benchmarks/gpu.py kernels
+    python benchmarks/gpu.py real_merge -o merge.md     whole merges at true size: time, memory against the plan, export
+    python benchmarks/gpu.py rightness -o right.md      the GPU tests, and compute-sanitizer over the kernels' tests
+    python benchmarks/gpu.py kernels -o kernels.md      whole forwards, rollout steps, attention, the kernels alone
 
 Random data. Inputs and outputs rotate, so that together they exceed the L2 cache four times. Kernel times are medians
 of CUDA graph replays, without launch gaps; whole forwards are medians of calls, launch gaps included, because that is
 what a user waits for. Each part has its share of the time and leaves the rest to the next; a line that fails is listed
-below the tables and does not stop the others. Writes `benchmarks/results/gpu-<device>.md` after every line. `--smoke`
-runs everything tiny on a CPU.
+below the tables and does not stop the others. Files are written after every line, without `-o` to
+`benchmarks/results/`. `--smoke` runs everything tiny on a CPU.
 """
 
 from __future__ import annotations
 
 import gc
 import platform
+import shutil
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,12 +29,14 @@ from typing import Annotated, Any
 
 import gpu_attention
 import gpu_forwards
+import gpu_merge
 import gpu_segments
 import torch
 import typer
 from rich.console import Console
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 Run = Callable[[int], Any]  # one call on the i-th set of buffers
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 
@@ -48,6 +55,7 @@ class Bench:
     rows: list[list[str]] = field(default_factory=list)
     rollout_steps: list[str] = field(default_factory=list)
     attention: list[str] = field(default_factory=list)
+    merges: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     share: float = 1.0
@@ -139,13 +147,13 @@ def copy_speed(bench: Bench) -> float:
     return 2 * size / bench.calls(lambda: b.copy_(a)) / 1e12
 
 
-# What runs, and the share of the time at which it begins nothing new; the cheap first: compilers eat what they get.
+# What runs, and the share of the time at which it begins nothing new: what a user waits for first.
 PARTS: tuple[tuple[Callable[..., None], float], ...] = (
-    (gpu_attention.measure, 0.12),
-    (gpu_segments.norms, 0.2),
-    (gpu_segments.segments, 0.6),
-    (gpu_forwards.forwards, 0.9),
-    (gpu_forwards.rollout_steps, 1.0),
+    (gpu_forwards.forwards, 0.4),
+    (gpu_forwards.rollout_steps, 0.55),
+    (gpu_attention.measure, 0.62),
+    (gpu_segments.norms, 0.7),
+    (gpu_segments.segments, 1.0),
 )
 HEAD = "what | pass | eager | compiled | CUDA (forwards: fused) | Triton (forwards: fused, graph)"
 HEAD += " | against eager | against compiled | TB/s"
@@ -170,28 +178,92 @@ def write(bench: Bench, output: Path, device: str, ceiling: float) -> None:
         *_table(gpu_forwards.HEAD, bench.rollout_steps),
         "",
         *_table(gpu_attention.HEAD, bench.attention),
-        *(["", "Not measured:", "", *(f"- {line}" for line in bench.failures)] if bench.failures else []),
+        *_failed(bench),
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-@app.command()
-def kernels(
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: results/gpu-<device>.md.")] = None,
-    minutes: Annotated[float, typer.Option(help="Start nothing new after so long.")] = 7.0,
-    smoke: Annotated[bool, typer.Option("--smoke", help="Tiny, on a CPU: checks this program.")] = False,
-) -> None:
-    """q, k, v before attention, adaptive norms, SwiGLU, no-gradient forwards, rollout steps, attention backends."""
+def _bench(minutes: float, smoke: bool, output: Path | None, name: str) -> tuple[Bench, str, Path]:
+    """The bench, the device in words, and where to write; ends with 2 without a GPU."""
     if not smoke and not torch.cuda.is_available():
         typer.echo("error: there is no CUDA device here; --smoke checks the benchmark itself", err=True)
         raise typer.Exit(2)
     device = "a CPU, tiny sizes: no figure here means anything" if smoke else torch.cuda.get_device_name()
-    bench = Bench("cpu" if smoke else "cuda", minutes)
     torch.manual_seed(0)
+    place = output or RESULTS / f"{name}-{device.lower().replace(' ', '-')}.md"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return Bench("cpu" if smoke else "cuda", minutes), device, place
+
+
+def _failed(bench: Bench) -> list[str]:
+    return ["", "Not measured:", "", *(f"- {line}" for line in bench.failures)] if bench.failures else []
+
+
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write the table.")]
+Minutes = Annotated[float, typer.Option(help="Start nothing new after so long.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="Tiny, on a CPU: checks this program.")]
+
+
+@app.command("real_merge")
+def real_merge(
+    output: Output = None, minutes: Minutes = 6.5, smoke: Smoke = False,
+    folder: Annotated[Path | None, typer.Option(help="A folder on a local disk with 20 GB.")] = None,
+) -> None:  # fmt: skip
+    """Merges of klein-4B at its true size with random weights: time, peak memory against the plan, the export."""
+    bench, device, place = _bench(minutes, smoke, output, "merge")
+    about = f"torch {torch.__version__}, batch {gpu_merge.BATCH}, {gpu_merge.UPDATES} updates, random weights."
+
+    def save() -> None:
+        table = _table(gpu_merge.HEAD, bench.merges)
+        place.write_text("\n".join([f"# Merges on {device}", "", about, "", *table, *_failed(bench), ""]))
+
+    bench.save = save
+    gpu_merge.real_merge(bench, smoke, folder)
+    save()
+    typer.echo(place)
+    if smoke and bench.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def rightness(output: Output = None, minutes: Minutes = 8.0, smoke: Smoke = False) -> None:
+    """The tests in tests/gpu, and compute-sanitizer's memcheck and racecheck over those of the kernels."""
+    bench, device, place = _bench(minutes, smoke, output, "rightness")
+    tests = [sys.executable, "-m", "pytest", "-q", str(ROOT / "tests" / "gpu")]
+    runs = {"tests/gpu": tests}
+    if (sanitizer := shutil.which("compute-sanitizer")) is not None:
+        few = [*tests[:-1], str(ROOT / "tests" / "gpu" / "test_kernels_gpu.py"), "-k", "cuda and bf16"]
+        for tool in ("memcheck", "racecheck"):
+            runs[tool] = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *few]
+    else:
+        bench.failures.append("compute-sanitizer is not installed here")
+    lines = [f"# Rightness on {device}", "", f"torch {torch.__version__}", ""]
+    for name, command in runs.items():
+        left = 60 * minutes - (time.monotonic() - bench.started)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=max(left, 1), cwd=ROOT)
+            said, status = (done.stdout + done.stderr).strip().splitlines()[-12:], done.returncode
+        except subprocess.TimeoutExpired:
+            said, status = ["the time was over"], 1
+        if status:
+            bench.failures.append(f"{name} ended with status {status}")
+        lines += [f"## {name}: status {status}", "", *(f"    {line}" for line in said), ""]
+        place.write_text("\n".join([*lines, *_failed(bench), ""]))
+    typer.echo(place)
+    raise typer.Exit(int(any("status" in line for line in bench.failures)))
+
+
+@app.command()
+def kernels(
+    output: Output = None,
+    minutes: Minutes = 7.0,
+    smoke: Smoke = False,
+) -> None:
+    """q, k, v before attention, adaptive norms, SwiGLU, no-gradient forwards, rollout steps, attention backends."""
+    bench, device, place = _bench(minutes, smoke, output, "gpu")
     ceiling = copy_speed(bench)
     sizes = (64,) if smoke else (512, 1024)
-    place = output or RESULTS / f"gpu-{device.lower().replace(' ', '-')}.md"
     bench.save = lambda: write(bench, place, device, ceiling)  # what is measured stays, whatever happens later
     for part, bench.share in PARTS:
         bench.attempt(part.__name__, partial(part, bench, sizes, smoke))

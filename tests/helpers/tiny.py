@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,27 +31,27 @@ TEMPLATE = (
 )
 
 
-def tiny_klein(folder: str | Path | None = None, seed: int = 0) -> Flux2KleinPipeline:
-    """The pipeline, in eval mode, fp32 on the CPU; also saved to `folder` when one is given."""
+TRANSFORMER = {
+    "in_channels": 32, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+    "timestep_guidance_channels": 32, "mlp_ratio": 2.0, "axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": False,
+}  # fmt: skip
+
+
+def tiny_klein(
+    folder: str | Path | None = None, seed: int = 0, width: int = 16, vae: Any = None, **config: Any
+) -> Flux2KleinPipeline:
+    """The pipeline, in eval mode, fp32 on the CPU; also saved to `folder` when one is given.
+
+    `config` is the transformer's where it differs, `width` the text encoder's.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipe = Flux2KleinPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, num_train_timesteps=1000),
-            vae=_vae(),
-            text_encoder=_text_encoder(),
+            vae=vae or _vae(),
+            text_encoder=_text_encoder(width),
             tokenizer=_tokenizer(),
-            transformer=Flux2Transformer2DModel(
-                in_channels=32,
-                num_layers=2,
-                num_single_layers=2,
-                attention_head_dim=16,
-                num_attention_heads=2,
-                joint_attention_dim=48,
-                timestep_guidance_channels=32,
-                mlp_ratio=2.0,
-                axes_dims_rope=(4, 4, 4, 4),
-                guidance_embeds=False,
-            ).eval(),
+            transformer=Flux2Transformer2DModel(**{**TRANSFORMER, "joint_attention_dim": 3 * width, **config}).eval(),
         )
     with torch.no_grad():  # with default initialisations some inputs hardly change the output
         pipe.vae.encoder.conv_out.weight.mul_(10)
@@ -77,10 +78,10 @@ def _vae() -> AutoencoderKLFlux2:
     return vae
 
 
-def _text_encoder() -> Qwen3ForCausalLM:
+def _text_encoder(width: int) -> Qwen3ForCausalLM:
     config = Qwen3Config(
         vocab_size=len(WORDS) + 6,
-        hidden_size=16,
+        hidden_size=width,
         intermediate_size=32,
         num_hidden_layers=27,
         num_attention_heads=2,
