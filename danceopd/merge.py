@@ -27,6 +27,7 @@ from danceopd.common.distributed import Processes
 from danceopd.common.shipped import SHIPPED
 from danceopd.common.signals import Interrupts
 from danceopd.common.system import out_of_memory
+from danceopd.common.tensors import DTYPES
 from danceopd.data.dataset import TeacherData, open_datasets
 from danceopd.data.encode import Encoder, free_encoders, open_pipelines, park_components
 from danceopd.data.null_prompt import contrast_null, null_condition
@@ -36,7 +37,6 @@ from danceopd.engine.optimizer import Diverged
 from danceopd.engine.teachers import RoutedTeacher, TeacherWeights, check_teachers, load_teacher
 from danceopd.engine.trainer import STUDENT, Trainer
 from danceopd.engine.warm_start import StudentInit, student_init
-from danceopd.errors import UserError
 from danceopd.kernels import install
 from danceopd.kernels.autotune import install_if_faster
 from danceopd.labelfree.contrast import contrasted
@@ -51,9 +51,11 @@ from danceopd.models.cuda_graphs import with_cuda_graphs
 from danceopd.models.fields import AdapterField, BaseField, MergedField
 from danceopd.models.fsdp import ShardedForwards, shard
 from danceopd.models.lora import Adapter
+from danceopd.models.storage import computes_in, load_gguf, offload, quantise
 from danceopd.pipelines.record import empty_module
 from danceopd.pipelines.registry import family_of
 from danceopd.planning.cards import card_here
+from danceopd.planning.checks import check_streamed
 from danceopd.planning.settings import prepare
 from danceopd.recipe.parts import Columns
 from danceopd.recipe.recipe import AUTO, Recipe
@@ -104,6 +106,7 @@ class _Opened:
     run: RunDirectory | None
     processes: Processes
     sharded: bool
+    saved: str | None  # in which kind the base was saved quantised
     began: float
 
 
@@ -147,15 +150,15 @@ def _merge(recipe: Recipe, report: Report | None, processes: Processes, began: f
                 if run is not None:
                     check_data(run.path, recipe, datasets)
                 teachers = [_load(recipe, one, base, processes.device) for one in teachers]
-                if sharded:
-                    _refuse_streamed(teachers)
+                check_streamed(recipe, teachers, sharded)
+                saved = prepared.run.saved
                 init = init or _init(recipe, teachers, base)
         if processes.broadcast(prepared.run is None):
             return Student(recipe.output, recipe.steps, 0.0, processes.is_main)
         assert init is not None
         settled = (*AUTO, "rollout.steps", "call")  # the first process read them from the run folder
         recipe = recipe.replaced(processes.broadcast({key: recipe.value(key) for key in settled}))
-        opened = _Opened(recipe, base, teachers, init, datasets, run, processes, sharded, began)
+        opened = _Opened(recipe, base, teachers, init, datasets, run, processes, sharded, saved, began)
         if report is not None or not processes.is_main:
             return _train(opened, report or (lambda metrics, steps: None))
         print(*prepared.said, init.sentence, sep="\n", file=sys.stderr, flush=True)
@@ -182,7 +185,7 @@ def _merge(recipe: Recipe, report: Report | None, processes: Processes, began: f
 def _train(opened: _Opened, report: Report) -> Student:
     recipe, processes, run = opened.recipe, opened.processes, opened.run
     device, sharded = processes.device, opened.sharded
-    fingerprint = base_fingerprint(opened.base)
+    fingerprint = base_fingerprint(opened.base, recipe.gguf)
     hashes = {one.teacher.name: one.sha256 for one in opened.teachers}
     refuse_unequal(processes, {"base": fingerprint, "teachers": hashes}, "sha256")
     with processes.main_first():
@@ -193,9 +196,14 @@ def _train(opened: _Opened, report: Report) -> Student:
             _warn_of_scenes(recipe)
 
     # the base, with its encoders; the transformer stays on the CPU until they have left
-    pipe = load_base(opened.base, stock_dtype(recipe.dtype))
+    dtype, parts = DTYPES[recipe.dtype], {}
+    if recipe.gguf is not None:
+        parts["transformer"] = load_gguf(recipe.gguf, opened.base, dtype)
+    pipe = load_base(opened.base, dtype if opened.saved else stock_dtype(recipe.dtype), **parts)
     transformer = pipe.transformer
-    pipe.transformer = empty_module(transformer, next(transformer.parameters()))  # pipelines only record calls
+    if opened.saved:
+        computes_in(transformer, dtype)
+    pipe.transformer = empty_module(transformer, torch.empty(0, dtype=dtype))  # pipelines only record calls
     pipe.to(device)
     family = family_of(pipe, recipe.family)
     call = pipeline_call(opened.base, recipe.call, family)
@@ -229,7 +237,11 @@ def _train(opened: _Opened, report: Report) -> Student:
             probes = probe_sets(recipe, encoder, opened.datasets, FrozenFields(fields, bare), device)
     free_encoders(encoder, pipe)
     park_components(encoder)
-    if not sharded:
+    if recipe.base_dtype not in (None, "gguf"):
+        _say(quantise(transformer, recipe.base_dtype, dtype, device), processes)
+    if recipe.offload == "blocks":
+        _say(offload(backbone, device), processes)
+    elif not sharded:
         transformer.to(device)
     if recipe.kernels == "auto" and not (sharded or recipe.compile):
         with processes.main_first():
@@ -287,7 +299,7 @@ def _train(opened: _Opened, report: Report) -> Student:
     if validation.chosen is not None and processes.broadcast(run is not None and not run.logger.picture(step).exists()):
         samples.draw(trainer, step, trainer.ema_field(student))
     known = {name: sha256 for name, sha256 in hashes.items() if sha256 is not None}
-    origin = Origin(opened.base, fingerprint, call, known, opened.init.sentence)
+    origin = Origin(opened.base, fingerprint, call, known, opened.init.sentence, opened.saved)
     sentences = [*filter(None, [validation.sentence()]), *monitor.sentences(), *(run.sentences() if run else [])]
     try:
         write_student(trainer, recipe, student, step, origin, run, processes, None if sharded else pipe, sentences)
@@ -355,15 +367,6 @@ def _routed(
             null = null.to(device)
     encoded = {name: encoder.encode(teacher.capability, *variant, steps) for name, variant in variants.items()}
     return RoutedTeacher(teacher.name, field, dataset, null, encoded)
-
-
-def _refuse_streamed(teachers: list[TeacherWeights]) -> None:
-    name = next((one.teacher.name for one in teachers if one.streamed), None)
-    if name is not None:
-        raise UserError(
-            f"teacher {name!r} is a whole model that is streamed through the base, which parallel: fsdp has in shares; "
-            "raise the teacher's rank or residual so that it is kept as a difference, or use parallel: ddp"
-        )
 
 
 def _warn_of_scenes(recipe: Recipe) -> None:

@@ -24,7 +24,7 @@ from danceopd.planning.checks import check_output
 from danceopd.planning.memory import PHASES, memory, peak, student_numbers
 from danceopd.planning.outline import Outline
 from danceopd.planning.settings import prepare, unfit
-from danceopd.planning.times import measure, queries, update
+from danceopd.planning.times import copies, measure, queries, update
 from danceopd.recipe.recipe import AUTO, Recipe
 from danceopd.run.directory import TEACHERS, check_directory
 from danceopd.run.provenance import check_data, check_weights
@@ -66,11 +66,15 @@ def plan(recipe: Recipe, tflops: float | None = None, gpu: str | None = None) ->
     elif speed is None:
         speed = ASSUMED
         notes.append(f"the speed of {card.name} is not known and taken as {ASSUMED:g} TFLOP/s; --tflops gives another")
+    seconds = {part: flop / speed / 1e12 for part, flop in flops.items()}
+    if copying := copies(recipe, run, passes):
+        seconds["copies of the base"], passes["copies of the base"], flops["copies of the base"] = copying, 0.0, 0.0
     shares = recipe.shares()
     disk = _disk(recipe, run)
     return {
         "base": str(recipe.base), "family": run.family.name, "transformer": type(run.transformer).__name__,
         "parameters": sum(p.numel() for p in run.transformer.parameters()), "dtype": _torch_name(recipe.dtype),
+        "base_dtype": run.kept(recipe), "offload": recipe.offload,
         "device": card.name, "objective": recipe.objective, "steps": recipe.steps, "batch": recipe.batch,
         "settings": {key: recipe.value(key) for key in AUTO},
         "teachers": [
@@ -86,8 +90,7 @@ def plan(recipe: Recipe, tflops: float | None = None, gpu: str | None = None) ->
         "pictures": [picture.facts() for picture in run.pictures], "queries": found,
         "memory": [part.facts() for part in parts], "peak": {phase: peak(parts, phase) for phase in PHASES},
         "machine_memory": card.memory, "passes": passes, "flops": flops, "tflops": speed,
-        "seconds": {part: flop / speed / 1e12 for part, flop in flops.items()},
-        "total_seconds": recipe.steps * sum(flops.values()) / speed / 1e12,
+        "seconds": seconds, "total_seconds": recipe.steps * sum(seconds.values()),
         "disk": disk, "warnings": _warnings(recipe, run, card, disk, here=gpu is None), "notes": notes,
         "refused": run.refused or (None if recipe.parallel == "fsdp" else unfit(recipe, run, card)),
     }  # fmt: skip
@@ -138,7 +141,9 @@ def _free(path: Path) -> int:
 
 def _warnings(recipe: Recipe, run: Outline, card: Card, disk: Mapping[str, int], here: bool) -> list[str]:
     warnings = []
-    loaded = DTYPES[recipe.dtype].itemsize * sum(run.components.values())
+    loaded = DTYPES[recipe.dtype].itemsize * sum(
+        numbers for part, numbers in run.components.items() if part != "transformer" or run.stored_bytes is None
+    ) + (run.stored_bytes or 0)
     memory_here = psutil.virtual_memory().total
     if card.cuda and here and loaded > memory_here:
         warnings.append(

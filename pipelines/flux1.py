@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from danceopd.common.tensors import compute_dtype
+
 from .condition import Condition
 from .family import Family, grid_from_ids
 
@@ -79,7 +81,7 @@ def _split(call: dict[str, Any]) -> tuple[Tensor, Condition]:
 def _velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
     tokens = x if condition.context is None else torch.cat([x, condition.context.to(x.dtype)], dim=1)
     time = (sigma * 1000).to(condition.kwargs["encoder_hidden_states"].dtype) / 1000  # type: ignore[union-attr]
-    inputs = {"hidden_states": tokens.to(transformer.x_embedder.weight.dtype), "timestep": time}
+    inputs = {"hidden_states": tokens.to(compute_dtype(transformer.x_embedder)), "timestep": time}
     out = transformer(**inputs, **condition.kwargs, **condition.shared, return_dict=False)[0]
     return out[:, : x.shape[1]].float()
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from danceopd.common.tensors import compute_dtype
 from danceopd.errors import UserError
 
 from .condition import Condition
@@ -62,7 +63,7 @@ def _split(family: str, call: dict[str, Any]) -> tuple[Tensor, Condition]:
 
 
 def _velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-    dtype = transformer.x_embedder.weight.dtype
+    dtype = compute_dtype(transformer.x_embedder)
     tokens = x if condition.context is None else torch.cat([x, condition.context.to(x.dtype)], dim=1)
     time = (sigma * 1000).to(condition.kwargs["encoder_hidden_states"].dtype) / 1000  # type: ignore[union-attr]
     out = transformer(hidden_states=tokens.to(dtype), timestep=time, return_dict=False, **condition.kwargs)[0]
@@ -141,7 +142,7 @@ def _kv_velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Conditio
     _causal(transformer)
     call: dict[str, Any] = {key: value for key, value in condition.kwargs.items() if key not in kept}
     time = (sigma * 1000).to(call["encoder_hidden_states"].dtype) / 1000
-    dtype = transformer.x_embedder.weight.dtype
+    dtype = compute_dtype(transformer.x_embedder)
     if condition.context is None:
         cache = _cache(transformer, kept)
         call |= {"hidden_states": x.to(dtype), "kv_cache": cache, "kv_cache_mode": "cached"}
@@ -182,7 +183,7 @@ def _kv_keep(transformer: Any, condition: Condition) -> Condition:
         return condition
     _causal(transformer)
     source, call = condition.context, condition.kwargs
-    m, dtype = source.shape[1], transformer.x_embedder.weight.dtype
+    m, dtype = source.shape[1], compute_dtype(transformer.x_embedder)
     text, ids, text_ids = (call[key] for key in ("encoder_hidden_states", "img_ids", "txt_ids"))
     assert text is not None and ids is not None and text_ids is not None
     cache = transformer(

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from danceopd.common.tensors import compute_dtype
+
 from .condition import Condition
 from .family import Family, classifier_free
 
@@ -86,7 +88,7 @@ def _velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) 
     text, mask = (condition.kwargs[key] for key in TEXT)
     tokens = x if condition.context is None else torch.cat([x, condition.context.to(x.dtype)], dim=1)
     out = transformer(
-        hidden_states=tokens.to(transformer.img_in.weight.dtype),
+        hidden_states=tokens.to(compute_dtype(transformer.img_in)),
         timestep=(sigma * 1000).to(text.dtype) / 1000,  # type: ignore[union-attr]
         guidance=condition.kwargs["guidance"],
         encoder_hidden_states=text,

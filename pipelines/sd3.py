@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from danceopd.common.tensors import compute_dtype
+
 from .condition import Condition
 from .family import Family, stock_limit
 
@@ -44,7 +46,7 @@ def _split(call: dict[str, Any]) -> tuple[Tensor, Condition]:
 
 
 def _velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-    x = x.to(transformer.proj_out.weight.dtype)
+    x = x.to(compute_dtype(transformer.proj_out))
     return transformer(x, timestep=sigma * 1000, return_dict=False, **condition.kwargs)[0].float()
 
 

@@ -27,7 +27,7 @@ def show(facts: dict[str, Any]) -> None:
     student = facts["student"]
     console.print(
         f"{facts['transformer']} ({facts['family']}), {facts['parameters'] / 1e6:,.1f}M parameters in "
-        f"{facts['dtype']}; student of rank {student['rank']} on {student['modules']} layers, "
+        f"{facts['dtype']}{_kept(facts)}; student of rank {student['rank']} on {student['modules']} layers, "
         f"{student['parameters'] / 1e6:,.2f}M",
         highlight=False,
     )
@@ -94,6 +94,12 @@ def show(facts: dict[str, Any]) -> None:
         console.print(f"note: {note}", highlight=False)
     for warning in facts["warnings"]:
         console.print(f"warning: {warning}", style="yellow", highlight=False)
+
+
+def _kept(facts: dict[str, Any]) -> str:
+    """How the frozen base is kept, where that is not whole and on the card."""
+    kept = f", Linear layers in {facts['base_dtype']}" if facts["base_dtype"] else ""
+    return kept + (", its blocks in the computer's memory" if facts["offload"] == "blocks" else "")
 
 
 def _data(teacher: dict[str, Any]) -> str:

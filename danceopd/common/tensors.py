@@ -1,6 +1,8 @@
-"""Two tensor helpers that every room may use: dtype names, and broadcasting a value per row over a batch."""
+"""Tensor helpers that every room may use: dtype names, a layer's dtype, and a value per row over a batch."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,3 +17,8 @@ def append_dims(value: Tensor, x: Tensor) -> Tensor:
     Any leading dimensions work: `value` (N, B) goes with `x` (N, B, …). As `append_dims` in k-diffusion.
     """
     return value.reshape(*value.shape, *[1] * (x.ndim - value.ndim))
+
+
+def compute_dtype(linear: Any) -> torch.dtype:
+    """The dtype in which a Linear takes its inputs: its weight's, or, where that is packed, the one that it names."""
+    return getattr(linear, "compute_dtype", None) or linear.weight.dtype

@@ -39,6 +39,7 @@ from torch.utils.checkpoint import checkpoint
 
 from danceopd.common.cache import cache_folder
 from danceopd.common.files import write_json
+from danceopd.common.tensors import compute_dtype
 from danceopd.errors import UserError
 from danceopd.kernels import backend, install, installed
 from danceopd.pipelines.condition import Condition
@@ -144,15 +145,17 @@ def _environment() -> dict[str, str]:
 def model_spec(transformer: nn.Module) -> dict[str, Any]:
     """What another process needs to build the model, as JSON: classes, configuration, device, dtype."""
     weight = next(transformer.parameters())
+    dtype = next((compute_dtype(m) for m in transformer.modules() if isinstance(m, nn.Linear)), weight.dtype)
     return {
         "class": _class_name(transformer), "config": _config(transformer), "processors": _processors(transformer),
-        "device": str(weight.device), "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": str(weight.device), "dtype": str(dtype).removeprefix("torch."),
     }  # fmt: skip
 
 
 def _config(transformer: nn.Module) -> dict[str, Any]:
     """The model's configuration with at most two blocks of a kind."""
-    config = {k: v for k, v in dict(transformer.config).items() if not k.startswith("_")}  # type: ignore[arg-type]
+    given: Any = transformer.config
+    config = {k: v for k, v in dict(given).items() if not k.startswith("_") and k != "quantization_config"}
     return config | {key: min(2, config[key]) for key in BLOCK_COUNTS if config.get(key)}
 
 

@@ -71,6 +71,7 @@ class Backbone:
         self._adapted: dict[str, list[str]] = {}  # adapter -> module paths
         self._parameters: dict[str, list[Parameter]] = {}  # adapter -> A, B of each module
         self._active = ActiveAdapter()
+        self.device: torch.device | None = None  # of adapters; None: where the layer is that they adapt
         if getattr(transformer, "is_gradient_checkpointing", False):
             self.checkpoint_gradients()
 
@@ -95,7 +96,7 @@ class Backbone:
             )
         wrong = []
         for path, (a, b) in adapter.tensors.items():
-            out_features, in_features = linears[path].weight.shape
+            out_features, in_features = linears[path].out_features, linears[path].in_features
             if a.shape[1] != in_features or b.shape[0] != out_features or a.shape[0] != b.shape[1]:
                 wrong.append(f"{path}: A {tuple(a.shape)} B {tuple(b.shape)} on {out_features}x{in_features}")
         if wrong:
@@ -125,7 +126,7 @@ class Backbone:
         for path, layer in self._linears().items():
             if not re.fullmatch(self.family.lora_targets, path) and path not in start:
                 continue
-            out_features, in_features = layer.weight.shape
+            out_features, in_features = layer.out_features, layer.in_features
             a = (2 * torch.rand(rank, in_features, generator=generator) - 1) * in_features**-0.5
             b = torch.zeros(out_features, rank)
             if path in start:
@@ -228,6 +229,8 @@ class Backbone:
         """Recompute the merged weights of `name`, in place, from the base weights (so rounding does not add up)."""
         if self._active.merged not in (None, name):
             raise RuntimeError(f"{name!r} would be merged into the weights that {self._active.merged!r} runs on")
+        if any(self._layers[path].quantised for path in self._paths(name)):
+            raise RuntimeError(f"{name!r} cannot be merged into quantised weights")
         self._merged_from = None
         for path in self._paths(name):
             layer, lora = self._layers[path], self._layers[path].loras[name]
@@ -290,7 +293,7 @@ class Backbone:
         """Bring the LoRA layers' copies in the base's dtype up to date with an adapter's fp32 weights."""
         if adapter and self._cast_from.get(adapter) != (versions := self._versions(adapter)):
             for layer in map(self._layers.__getitem__, self._paths(adapter)):
-                layer.loras[adapter].cast(layer.weight.dtype)
+                layer.loras[adapter].cast(layer.compute_dtype)
             self._cast_from[adapter] = versions
 
     def _merge_with_grad(self, old: str | None, new: str | None) -> None:
@@ -310,7 +313,7 @@ class Backbone:
                 parent, _, child = path.rpartition(".")
                 self._layers[path] = LoraLinear(linears[path]).eval()
                 setattr(self.transformer.get_submodule(parent), child, self._layers[path])
-            self._layers[path].add(name, *pair, float(scale), trainable)
+            self._layers[path].add(name, *pair, float(scale), trainable, self.device)
         order = (path for path, _ in self.transformer.named_modules() if path in self._layers)
         self._layers = {path: self._layers[path] for path in order}
         self._adapted[name] = [path for path in self._layers if path in adapter.tensors]

@@ -125,6 +125,7 @@ def empty_model(config: Mapping[str, Any], where: str | Path) -> nn.Module:
             f"{where} has a transformer of class {shown(config.get('_class_name'))}, which is no model that this "
             "diffusers knows; install a newer diffusers, or fetch the model again"
         )
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
     for key, value in config.items():
         if any(not 0 <= number <= (1000 if _COUNT.search(key) else _LARGEST) for number in _whole(value)):
             raise UserError(
@@ -133,7 +134,7 @@ def empty_model(config: Mapping[str, Any], where: str | Path) -> nn.Module:
             )
     try:
         with torch.device("meta"):
-            return model.from_config(dict(config))
+            return model.from_config(config)
     except Exception as error:  # each class fails in its own way on a value that it does not expect
         raise UserError(
             f"the transformer's configuration in {where} makes no {model.__name__} ({type(error).__name__}: "
@@ -148,8 +149,13 @@ def _whole(value: Any) -> list[int]:
     return [value] if isinstance(value, int) else []
 
 
-def base_fingerprint(base: str | Path) -> str:
-    """`transformer_fingerprint` of a base model's transformer; UserError without weights in safetensors."""
+def base_fingerprint(base: str | Path, gguf: str | None = None) -> str:
+    """`transformer_fingerprint` of a base model's transformer, or the sha256 of the `gguf` that stands in for it.
+
+    UserError without weights in safetensors.
+    """
+    if gguf is not None:
+        return file_sha256(Path(gguf))
     return transformer_fingerprint(base_folder(base) / "transformer")
 
 
@@ -172,6 +178,8 @@ def transformer_fingerprint(folder: Path) -> str:
 def stored_dtype(folder: str | Path) -> torch.dtype:
     """The dtype in which most of the transformer's parameters are stored (from the safetensors headers)."""
     names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    if quantised(transformer_config(Path(folder) / "transformer")):
+        return torch.bfloat16  # what it was rounded from is not kept, and nothing is gained by more
     counts: dict[str, int] = {}
     for shard in sorted((Path(folder) / "transformer").glob("*.safetensors")):
         header = read_header(shard)
@@ -180,16 +188,20 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
     return names.get(max(counts, key=lambda name: counts[name], default="F32"), torch.float32)
 
 
-def transformer_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a transformer folder; UserError when it cannot be read, or says quantised weights."""
+def transformer_config(folder: Path, whole: bool = False) -> dict[str, Any]:
+    """The config.json of a transformer folder; UserError when it cannot be read.
+
+    `whole`: also for weights that are stored quantised, which nothing can be computed from but a forward.
+    """
     config = read_json(folder / "config.json", "the transformer's configuration", mend="fetch the model again")
-    if quantised(config):
+    if whole and quantised(config):
         raise UserError(f"{folder}: {quantised(config)}")
     return config
 
 
 def quantised(config: Mapping[str, Any]) -> str | None:
-    """Why a transformer with this configuration is refused, when its weights are stored quantised; else None."""
+    """Why weights of a transformer with this configuration cannot be read, when they are stored quantised; else None.
+    """
     how = config.get("quantization_config")
     if not how:
         return None

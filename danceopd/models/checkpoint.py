@@ -100,6 +100,7 @@ def open_checkpoint(path: str | Path, like: Checkpoint | None = None) -> Checkpo
             raise UserError(f"{place} is a pipeline without a transformer; danceopd works on transformers")
     pipeline = place if (place / "model_index.json").is_file() else place.parent
     folder = place if (place / "config.json").is_file() else place / "transformer"
+    config = transformer_config(folder, whole=True)
     found: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     files = _weights(folder)
@@ -109,7 +110,7 @@ def open_checkpoint(path: str | Path, like: Checkpoint | None = None) -> Checkpo
                 raise UserError(f"{folder} holds {name} twice, in {found[name].name} and {file.name}; keep one copy")
             found[name], shapes[name] = file, shape
     scheduler = _scheduler(pipeline) if (pipeline / "model_index.json").is_file() else None
-    opened = Checkpoint(place, files, transformer_config(folder), scheduler, shapes, found)
+    opened = Checkpoint(place, files, config, scheduler, shapes, found)
     if like is not None:
         check_same(like, opened)
     return opened

@@ -89,7 +89,7 @@ def activation_bytes(transformer: nn.Module, tokens: TokenCounts, size: int, che
     `checkpointed`: with gradient checkpointing, the input of each block, and one block whole, in its backward. Weights,
     their gradients and adapters are not counted.
     """
-    blocks = {block: 0 for block in _blocks(transformer)}
+    blocks = {block: 0 for block in block_paths(transformer)}
     rest = 0
     widths = [(path, 2 * tokens.through(path) * m.out_features) for path, m in _linears(transformer)]
     widths += [(path, tokens.attending(path) * width) for path, width in _attentions(transformer)]
@@ -137,7 +137,7 @@ def _attentions(transformer: nn.Module) -> Iterable[tuple[str, int]]:
     return found
 
 
-def _blocks(transformer: nn.Module) -> Iterable[str]:
+def block_paths(transformer: nn.Module) -> Iterable[str]:
     """Paths of the blocks that gradient checkpointing recomputes: members of the transformer's module lists."""
     for name, child in transformer.named_children():
         if isinstance(child, nn.ModuleList):

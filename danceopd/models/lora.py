@@ -11,6 +11,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from danceopd.common.tensors import compute_dtype
+from danceopd.models.storage import dequantised, kept_as
+
 
 @dataclass
 class Adapter:
@@ -105,7 +108,7 @@ class LoraLinear(nn.Module):
         self.base_layer = base_layer
         self.loras: dict[str, LayerLora] = {}
         self.active: LayerLora | None = None
-        self.plain = True
+        self.plain, self.packed = True, False
 
     # what models ask of a Linear
 
@@ -118,6 +121,14 @@ class LoraLinear(nn.Module):
         return self.base_layer.bias
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        return compute_dtype(self.base_layer)
+
+    @property
+    def quantised(self) -> bool:
+        return kept_as(self.base_layer) is not None
+
+    @property
     def in_features(self) -> int:
         return self.base_layer.in_features
 
@@ -125,9 +136,11 @@ class LoraLinear(nn.Module):
     def out_features(self) -> int:
         return self.base_layer.out_features
 
-    def add(self, name: str, a: Tensor, b: Tensor, scale: float, trainable: bool) -> None:
-        """Add a LoRA under a name that is free; its tensors are copied."""
-        device = self.weight.device
+    def add(
+        self, name: str, a: Tensor, b: Tensor, scale: float, trainable: bool, device: torch.device | None = None
+    ) -> None:
+        """Add a LoRA under a name that is free; its tensors are copied to `device` (None: that of the layer)."""
+        device = device or self.weight.device
         halves = [
             Parameter(half.detach().to(device, torch.float32, copy=True).contiguous(), requires_grad=trainable)
             for half in (a, b)
@@ -140,7 +153,8 @@ class LoraLinear(nn.Module):
         """Make one LoRA the active one; None, or one that this layer has not: none."""
         base = self.base_layer
         self.active = self.loras.get(name or "")
-        # Another kind of Linear (quantised), or one with a hook (offloaded): only it knows how to compute itself.
+        # Another kind of Linear, or one with a hook: only it knows how to compute itself.
+        self.packed = self.quantised
         self.plain = type(base) is nn.Linear and "forward" not in vars(base)
         self.plain &= not (base._forward_hooks or base._forward_pre_hooks)
 
@@ -150,6 +164,8 @@ class LoraLinear(nn.Module):
         if lora is None:
             return base(x)
         a, b = lora.low or (lora.a, lora.b)
+        if self.packed:
+            return _LoraQuantised.apply(x, base, lora.a, lora.b, a.to(x.dtype), b.to(x.dtype), lora.scale)
         if not self.plain:
             return base(x) + lora.scale * F.linear(F.linear(x, lora.a.to(x.dtype)), lora.b.to(x.dtype))
         if not torch.is_grad_enabled():
@@ -189,12 +205,45 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, down, weight_t, a, b = ctx.saved_tensors
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
-        up, dx, da, db = ctx.scale * (grad @ b), None, None, None
-        if ctx.needs_input_grad[0]:
-            dx = _shaped((grad @ weight_t.t()).addmm_(up, a), x)
-        if ctx.needs_input_grad[3]:
-            da = (up.t() @ x.reshape(-1, x.shape[-1])).float()
-        if ctx.needs_input_grad[4]:
-            db = ctx.scale * (grad.t() @ down).float()
+        needs = ctx.needs_input_grad
+        dx, da, db = _gradients(grads[0], x, down, a, b, ctx.scale, weight_t.t() if needs[0] else None, needs[3:5])
         return dx, None, None, da, db, None, None, None
+
+
+class _LoraQuantised(torch.autograd.Function):
+    """The same on a quantised Linear, which computes itself; its weight is dequantised for the gradient to x alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, base: Any, master_a: Tensor, master_b: Tensor, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        down = rows @ a.t()
+        y = base(rows).to(x.dtype).addmm_(down, b.t(), alpha=scale)
+        ctx.base, ctx.scale = base, scale
+        ctx.save_for_backward(x, down, a, b)
+        return _shaped(y, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, down, a, b = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        weight = dequantised(ctx.base, x.dtype) if needs[0] else None
+        dx, da, db = _gradients(grads[0], x, down, a, b, ctx.scale, weight, needs[2:4])
+        return dx, None, da, db, None, None, None
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, down: Tensor, a: Tensor, b: Tensor, scale: float, weight: Tensor | None,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients to x (where the `weight` is given), and to A and B where they are needed, in fp32."""
+    grad = grad.reshape(-1, grad.shape[-1])
+    up, dx, da, db = scale * (grad @ b), None, None, None
+    if weight is not None:
+        dx = _shaped((grad @ weight).addmm_(up, a), x)
+    if needs[0]:
+        da = (up.t() @ x.reshape(-1, x.shape[-1])).float()
+    if needs[1]:
+        db = scale * (grad.t() @ down).float()
+    return dx, da, db

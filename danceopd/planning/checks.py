@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import nn
 
 from danceopd.adapters.blend import check_blend
 from danceopd.common.files import disk_errors, lock_file
+from danceopd.common.parse import read_json
 from danceopd.common.system import out_of_memory
 from danceopd.data.dataset import TeacherData
 from danceopd.data.encode import check_target
 from danceopd.data.images import image_size
 from danceopd.data.null_prompt import check_guidance
+from danceopd.engine.teachers import TeacherWeights
 from danceopd.engine.warm_start import blend_weights
 from danceopd.errors import UserError
-from danceopd.models.base import call_defaults, pipeline_index
+from danceopd.models.base import call_defaults, pipeline_index, transformer_config
+from danceopd.models.checkpoint import check_stored
 from danceopd.models.lora import Adapter
+from danceopd.models.storage import check_gguf, check_package, saved_as
 from danceopd.pipelines.family import Family
 from danceopd.pipelines.generation import check_prompts
+from danceopd.recipe.checks import fault_of_quantised
 from danceopd.recipe.recipe import Recipe
 
 QUANTISERS = {"quanto": "optimum", "fp8": "torch"}
@@ -81,6 +86,33 @@ def for_distilled(recipe: Recipe, folder: Path, begun: Recipe | None = None) -> 
     return recipe.replaced(values), said
 
 
+def check_storage(recipe: Recipe, folder: Path, transformer: nn.Module) -> tuple[str | None, int | None, bool]:
+    """UserError for a base whose weights are not all there, or quantised in a way that this merge does not run on.
+
+    In which kind it was saved quantised (None: it was not); the bytes of a quantised file; whether the weights are
+    there in full precision. `transformer` is its own, on the meta device.
+    """
+    place = folder / "transformer"
+    try:
+        saved = saved_as(transformer_config(place))
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    if saved or recipe.base_dtype:
+        check_package(saved or recipe.base_dtype or "")
+    if saved is None and recipe.base_dtype != "gguf":
+        check_stored(folder, transformer)
+        return None, None, True
+    if saved is None:
+        file = Path(recipe.gguf or "")
+        check_gguf(file)
+        return None, file.stat().st_size, any(place.glob("*.safetensors"))
+    if recipe.base_dtype is not None:
+        raise UserError(f"{place} was saved quantised in {saved}, so base_dtype has no meaning; leave it out")
+    if fault := fault_of_quantised(recipe):
+        raise UserError(f"{place} was saved quantised in {saved}: {fault}")
+    return saved, sum(file.stat().st_size for file in place.glob("*.safetensors")), False
+
+
 def check_encoders(folder: Path, family: Family) -> None:
     """UserError for a text encoder that is not there, or was quantised by a package that is not."""
     index = pipeline_index(folder)
@@ -91,7 +123,7 @@ def check_encoders(folder: Path, family: Family) -> None:
             raise UserError(f"{folder} has no folder {name}, which its model_index.json names; fetch the base again")
         config = folder / name / "config.json"
         with does_not_load(config):
-            how = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+            how = read_json(config, "the encoder's configuration") if config.is_file() else {}
             kind = str((how.get("quantization_config") or {}).get("quant_method") or "")
         package = QUANTISERS.get(kind, kind)
         if package and importlib.util.find_spec(package) is None:
@@ -128,6 +160,18 @@ def check_contrast(recipe: Recipe, datasets: Mapping[str, TeacherData]) -> None:
                 f"contrast of teacher {teacher.name!r} has reference {contrast.reference}, and all rows of "
                 f"{recipe.data_source(teacher)} share one, so it would move nothing; add rows, or choose base or null"
             )
+
+
+def check_streamed(recipe: Recipe, teachers: Iterable[TeacherWeights], sharded: bool) -> None:
+    """UserError for a whole model that would be streamed into weights which are not there as they were stored."""
+    name = next((one.teacher.name for one in teachers if one.streamed), None)
+    key = "parallel: fsdp" if sharded else "offload: blocks" if recipe.offload == "blocks" else None
+    key = f"base_dtype: {recipe.base_dtype}" if recipe.base_dtype else key
+    if name is not None and key is not None:
+        raise UserError(
+            f"teacher {name!r} is a whole model that is streamed through the base, which {key} does not keep whole; "
+            f"raise the teacher's rank or residual so that it is kept as a difference, or leave out {key}"
+        )
 
 
 def check_prompts_of(

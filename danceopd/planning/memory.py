@@ -7,7 +7,6 @@ prompts are encoded; on a CPU all is one memory.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,13 @@ from typing import Any
 
 from torch import nn
 
+from danceopd.common.parse import read_json
 from danceopd.common.tensors import DTYPES
 from danceopd.data.encode import prompts_at_once
 from danceopd.models.backbone import may_copy_weights, merging_costs_less
 from danceopd.models.cuda_graphs import MAX_GRAPHS
-from danceopd.models.flops import activation_bytes, forward_bytes
+from danceopd.models.flops import activation_bytes, block_paths, forward_bytes
+from danceopd.models.storage import bytes_of
 from danceopd.planning.cards import CONTEXT, Card
 from danceopd.planning.outline import Outline
 from danceopd.recipe.checks import NO_ROLLOUT
@@ -60,9 +61,16 @@ def peak(parts: Sequence[Part], phase: str) -> int:
     return held + max((part.bytes for part in mine if part.passing), default=0)
 
 
-def bytes_per_weight(dtype: str) -> float:
-    """Bytes of a weight of the frozen base, as a recipe's `dtype` says it is kept."""
-    return DTYPES[dtype].itemsize
+def base_bytes(recipe: Recipe, run: Outline, part: str = "") -> int:
+    """Bytes of the frozen base, or of a `part` of it (a module's path), as the recipe or its folder says it is kept."""
+    size, transformer, kind = DTYPES[recipe.dtype].itemsize, run.transformer, run.kept(recipe)
+    module = transformer.get_submodule(part)
+    if run.stored_bytes is not None:  # a file says it
+        share = sum(p.numel() for p in module.parameters()) / sum(p.numel() for p in transformer.parameters())
+        return int(share * run.stored_bytes)
+    linears = [m for m in module.modules() if isinstance(m, nn.Linear)] if kind else []
+    rest = sum(p.numel() for p in module.parameters()) - sum(m.weight.numel() for m in linears)
+    return int(size * rest + sum(bytes_of(m, kind or "") for m in linears))
 
 
 def student_numbers(recipe: Recipe, modules: Mapping[str, nn.Linear]) -> int:
@@ -74,18 +82,20 @@ def memory(recipe: Recipe, run: Outline, card: Card, world: int = 1) -> list[Par
     """The parts of a run whose recipe says nothing of `auto` any more; `world` processes share it."""
     size, transformer = DTYPES[recipe.dtype].itemsize, run.transformer
     sharded = recipe.parallel == "fsdp" and world > 1
-    merged = recipe.rollout.merged is True and not sharded
-    weights = int(bytes_per_weight(recipe.dtype) * sum(p.numel() for p in transformer.parameters()))
-    adapted = [m.weight.numel() for m in run.modules.values()]
+    merged, kind = recipe.rollout.merged is True and not sharded, run.kept(recipe)
+    weights, adapted = base_bytes(recipe, run), [m.weight.numel() for m in run.modules.values()]
     wait = [] if card.cuda else ["encoding"]  # the transformer is where the encoders are
     parts = [
         Part("CUDA context and workspaces", int(CONTEXT), PHASES)
         if card.cuda
         else Part("Python and libraries", int(PROCESS), PHASES),
-        Part("backbone", weights // (world if sharded else 1), [*wait, "trial", *RUNNING, "export"]),
+        *_base(recipe, run, card, weights // (world if sharded else 1), wait),
     ]
+    if kind:
+        largest = max(m.weight.numel() for m in transformer.modules() if isinstance(m, nn.Linear))
+        parts.append(Part("a layer of the backbone, dequantised", size * largest, ["trial", *RUNNING, "export"]))
     if merged:
-        parts.append(Part("merged weights", int(bytes_per_weight(recipe.dtype) * sum(adapted)), RUNNING))
+        parts.append(Part("merged weights", size * sum(adapted), RUNNING))
         if size < 4:
             parts.append(Part("merging a layer", 4 * max(adapted), RUNNING, passing=True))
     parts += _adapters(recipe, run, size, merged, wait)
@@ -102,6 +112,22 @@ def memory(recipe: Recipe, run: Outline, card: Card, world: int = 1) -> list[Par
     if card.cuda and recipe.kernels == "auto" and not (sharded or recipe.compile):
         parts.append(Part("the kernels' trial, in its own process", _trial(recipe, run, size), ["trial"], passing=True))
     return [part for part in parts if part.bytes]
+
+
+def _base(recipe: Recipe, run: Outline, card: Card, weights: int, wait: Sequence[str]) -> list[Part]:
+    """The base itself; of one that is offloaded what is outside of blocks, and the largest block, twice: the next is
+    asked for before the last is given back. With a quantised base the export is also compared with the whole one."""
+    after = ["trial", *RUNNING, "export"]
+    blocks = [base_bytes(recipe, run, path) for path in block_paths(run.transformer)]
+    full = DTYPES[recipe.dtype].itemsize * sum(p.numel() for p in run.transformer.parameters())
+    if recipe.offload == "blocks" and card.cuda:
+        return [Part("backbone, outside of its blocks", weights - sum(blocks), after),
+                Part("backbone, two blocks at a time", 2 * max(blocks), after)]  # fmt: skip
+    parts = [Part("backbone", weights, [*wait, *(["encoding"] * (run.saved == "nf4" and card.cuda)), *after])]
+    if run.kept(recipe) and run.whole:
+        share = (weights - sum(blocks) + 2 * max(blocks)) / weights if card.cuda else 1
+        parts.append(Part("the base as it is stored, to compare the export", int(share * full), ["export"]))
+    return parts
 
 
 def _adapters(recipe: Recipe, run: Outline, size: int, merged: bool, wait: Sequence[str]) -> list[Part]:
@@ -161,7 +187,7 @@ def _encoding(run: Outline, card: Card, size: int) -> int:
         file = run.folder / name / "config.json"
         if not (run.folder / name).is_dir():
             continue
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else DEFAULT_ENCODER
+        config: dict[str, Any] = read_json(file, "the encoder's configuration") if file.is_file() else DEFAULT_ENCODER
         config = {**config, **(config.get("text_config") or {})}
         hidden = config.get("hidden_size") or config.get("d_model") or 0
         layers = config.get("num_hidden_layers") or config.get("num_layers") or 0

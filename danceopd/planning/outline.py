@@ -28,7 +28,6 @@ from danceopd.errors import UserError
 from danceopd.kernels.autotune import model_spec
 from danceopd.labelfree.gates.variants import with_variants
 from danceopd.models.base import empty_transformer, pipeline_call, pipeline_index
-from danceopd.models.checkpoint import check_stored
 from danceopd.models.flops import TokenCounts, forward_flops
 from danceopd.models.lora import Adapter
 from danceopd.models.source_cache import check_source_cache
@@ -76,9 +75,16 @@ class Outline:
     modules: Mapping[str, nn.Linear]
     datasets: Mapping[str, TeacherData]
     pictures: Sequence[Picture]
+    saved: str | None = None  # in which kind the base was saved quantised
+    stored_bytes: int | None = None  # of the transformer's file, where that is quantised
+    whole: bool = True  # whether the base's transformer is in its folder in full precision
     notes: list[str] = field(default_factory=list)
     refused: str | None = None  # why a merge would refuse it, though it can be outlined
     _schedules: dict[tuple[Size, int], Tensor] = field(default_factory=dict)
+
+    def kept(self, recipe: Recipe) -> str | None:
+        """In which kind the base is quantised; None where it is not."""
+        return self.saved or recipe.base_dtype
 
     def sigmas(self, size: Size, steps: int) -> Tensor:
         """The noise schedule (N+1,) of rollouts at a picture size."""
@@ -130,7 +136,7 @@ def outline(recipe: Recipe, folder: Path, teachers: Sequence[TeacherWeights]) ->
     `teachers` as `check_teachers` returns them.
     """
     family, transformer = family_of(folder, recipe.family), empty_transformer(folder)
-    check_stored(folder, transformer)
+    saved, stored_bytes, whole = checks.check_storage(recipe, folder, transformer)
     checks.check_encoders(folder, family)
     if recipe.rollout.cache_source:
         check_source_cache(family)
@@ -154,8 +160,9 @@ def outline(recipe: Recipe, folder: Path, teachers: Sequence[TeacherWeights]) ->
         checks.check_target_shapes(recipe, datasets, family, pipe, call)
     modules = _student_modules(recipe, adapters, transformer, family)
     return Outline(
-        folder, family, transformer, pipe, call, teachers, adapters, modules, datasets, pictures, notes, refused
-    )
+        folder, family, transformer, pipe, call, teachers, adapters, modules, datasets, pictures, saved, stored_bytes,
+        whole, notes, refused,
+    )  # fmt: skip
 
 
 def _shapes(weights: TeacherWeights, transformer: nn.Module) -> Adapter | None:

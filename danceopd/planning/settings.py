@@ -73,6 +73,8 @@ def prepare(
     if ended and is_finished(recipe.output, recipe):
         return Prepared(recipe.replaced({key: value for key, value in kept.items() if _is_auto(recipe, key)}), None, [])
     run = outline(recipe, folder, teachers)
+    if run.saved == "nf4" and not card.cuda:
+        raise UserError(f"{folder} was saved in 4 bits, which diffusers loads on a GPU alone; take the model in bf16")
     settled = settle(recipe, run, card, kept, world)
     refused = run.refused or unfit(settled, run, card, world)
     if room and refused:
@@ -92,8 +94,9 @@ def settle(
     recipe = recipe.replaced({key: value for key, value in begun.items() if key == "dtype"})
     if recipe.dtype == "auto":
         half = card.cuda and card.bf16 and stored_dtype(run.folder) in (torch.bfloat16, torch.float16)
+        half |= run.saved is not None  # what is around its packed weights is in bf16
         recipe = recipe.replaced({"dtype": "bf16" if half else "fp32"})
-    options = list(_options(recipe, world))
+    options = list(_options(recipe, run, world))
     if begun:
         options.insert(0, recipe.replaced(begun))
     found = queries(recipe, run)
@@ -161,6 +164,11 @@ def _offered(recipe: Recipe, run: Outline, card: Card) -> Iterator[Change]:
         yield Change({"gradient_checkpointing": True}, "gradient_checkpointing: true")
     if recipe.rollout.merged:
         yield Change({"rollout.merged": False}, "rollout.merged: false")
+    plain = run.kept(recipe) is None and recipe.offload == "none" and recipe.parallel != "fsdp"
+    if plain and card.cuda and recipe.objective != "flowopd":
+        yield Change({"base_dtype": "nf4", "offload": "none"}, "base_dtype: nf4")
+    if plain and card.cuda and not recipe.compile:
+        yield Change({"base_dtype": None, "offload": "blocks"}, "offload: blocks")
     for side in SIDES:
         if max(p.size[0] * p.size[1] for p in run.pictures) > side * side:
             yield Change({"call.height": side, "call.width": side}, f"call: {{height: {side}, width: {side}}}")
@@ -181,7 +189,7 @@ def _cost(recipe: Recipe, run: Outline, change: Change) -> str:
     return f"{ratio - 1:.0%} more time" if ratio > 1 else f"{1 - ratio:.0%} less time"
 
 
-def _options(recipe: Recipe, world: int) -> Iterator[Recipe]:
+def _options(recipe: Recipe, run: Outline, world: int) -> Iterator[Recipe]:
     """The recipe with every combination of what it leaves to `auto`, the plainest first."""
     rows: list[int | None] = [None]
     count = recipe.batch
@@ -189,9 +197,10 @@ def _options(recipe: Recipe, world: int) -> Iterator[Recipe]:
         count = max(recipe.group_size, -(-count // 2) // recipe.group_size * recipe.group_size)
         rows.append(count)
     sharded = recipe.parallel == "fsdp" and world > 1
+    shared, packed = recipe.offload == "blocks", run.kept(recipe) is not None
     choices: dict[str, Sequence[Any]] = {
-        "rollout.merged": (False,) if sharded else (True, False), "gradient_checkpointing": (False, True),
-        "micro_batch": rows,
+        "rollout.merged": (False,) if sharded or shared or packed else (True, False),
+        "gradient_checkpointing": (True,) if shared else (False, True), "micro_batch": rows,
     }  # fmt: skip
     open_ = [key for key in choices if _is_auto(recipe, key)]
     found: list[dict[str, Any]] = [{}]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from danceopd.common.tensors import DTYPES
 from danceopd.engine.query import draw_queries, place
 from danceopd.labelfree.contrast import contrast_forwards
 from danceopd.labelfree.gates.cost import gate_forwards
@@ -23,6 +24,12 @@ from danceopd.run.validation import forwards
 COUNTED, DRAWN = 1000, 10**6  # updates and queries that are counted, at most
 BINS = 10
 LAUNCH_TOKENS = 200
+DEQUANTISE_TOKENS = 300
+"""What a batch costs more, in tokens, where each weight is dequantised for it: 4.5 bytes moved a weight."""
+COPY_SPEED = 20e9
+"""Bytes a second from the computer's memory to a card."""
+COPY_TOKENS = 7500
+"""What a batch costs more, in tokens, where each weight is brought to the card for it, at `COPY_SPEED`."""
 
 
 def queries(recipe: Recipe, run: Outline) -> dict[str, Any]:
@@ -102,7 +109,19 @@ def _lora_share(recipe: Recipe, run: Outline) -> float:
 def relative_time(recipe: Recipe, run: Outline, found: Mapping[str, Any]) -> float:
     """The time of an update in a unit that compares settings of one recipe on one card."""
     rows, tokens = min(recipe.batch, recipe.rows_at_once), _mean_tokens(recipe, run)
-    return sum(update(recipe, run, found)[1].values()) * (1 + LAUNCH_TOKENS / (rows * tokens))
+    more = LAUNCH_TOKENS + DEQUANTISE_TOKENS * (run.kept(recipe) is not None)
+    more += COPY_TOKENS * (recipe.offload == "blocks")
+    return sum(update(recipe, run, found)[1].values()) * (1 + more / (rows * tokens))
+
+
+def copies(recipe: Recipe, run: Outline, passes: Mapping[str, float]) -> float:
+    """Seconds of an update in which the base's blocks are copied to the card (`offload: blocks`)."""
+    if recipe.offload != "blocks":
+        return 0.0
+    batches = -(-recipe.batch // recipe.rows_at_once)
+    size = DTYPES[recipe.dtype].itemsize * sum(p.numel() for p in run.transformer.parameters())
+    forwards = sum(count for part, count in passes.items() if part != "student, backward")
+    return batches * forwards * size / COPY_SPEED
 
 
 def _mean_tokens(recipe: Recipe, run: Outline) -> float:

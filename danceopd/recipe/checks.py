@@ -29,7 +29,52 @@ CALL_MOST = {"height": 2**14, "width": 2**14, "num_inference_steps": 1000, "max_
 
 Check = tuple[Callable[["Recipe"], object], str]
 
+
+def _only_if(condition: Callable[[Recipe], bool], check: Check) -> Check:
+    wrong, sentence = check
+    return lambda recipe: condition(recipe) and wrong(recipe), sentence
+
+
+OF_QUANTISED: tuple[Check, ...] = (
+    (
+        lambda r: r.objective == "flowopd",
+        "objective flowopd weighs rollouts by how likely the student's steps are, which rounded weights change, and "
+        "the base is quantised; choose danceopd or diffusionopd, or a base in bf16",
+    ),
+    (
+        lambda r: r.rollout.merged is True,
+        "rollout.merged adds the student to the base's weights, which are quantised; leave it out",
+    ),
+    (
+        lambda r: r.parallel == "fsdp",
+        "parallel fsdp shares out weights in full precision, and the base is quantised; keep one of the two",
+    ),
+    (
+        lambda r: r.offload != "none",
+        "offload brings weights in full precision, and the base is quantised; keep one of the two",
+    ),
+)
+"""Faults of a merge on a quantised base: of base_dtype, or as its folder says (planning/outline.py)."""
+
 CHECKS: tuple[Check, ...] = (
+    # the base
+    *(_only_if(lambda r: r.base_dtype is not None, check) for check in OF_QUANTISED),
+    (
+        lambda r: (r.base_dtype == "gguf") != (r.gguf is not None),
+        "base_dtype is {r.base_dtype} and gguf names {r.gguf}; give both base_dtype: gguf and the file, or neither",
+    ),
+    (
+        lambda r: r.offload == "blocks" and r.rollout.merged is True,
+        "offload blocks keeps one block on the card, and rollout.merged a copy of all; leave one of the two out",
+    ),
+    (
+        lambda r: r.offload == "blocks" and r.gradient_checkpointing is False,
+        "offload blocks without gradient_checkpointing would hold every block until the backward; leave that out",
+    ),
+    (
+        lambda r: r.offload == "blocks" and (r.compile or r.parallel == "fsdp"),
+        "offload blocks exchanges weights that compile and parallel fsdp hold on to; keep one of the two",
+    ),
     # teachers
     (lambda r: len(r.teachers) < 2, "a merge needs at least two teachers and here is {n_teachers}; add another"),
     (
@@ -136,9 +181,14 @@ def check(recipe: Recipe) -> None:
         raise ValueError(sentence)
 
 
-def _table(recipe: Recipe) -> Iterator[str]:
+def fault_of_quantised(recipe: Recipe) -> str | None:
+    """Why a merge on a quantised base is refused, whoever quantised it; None where it is not."""
+    return next(iter(_table(recipe, OF_QUANTISED)), None)
+
+
+def _table(recipe: Recipe, checks: tuple[Check, ...] = CHECKS) -> Iterator[str]:
     group_key = "flowopd.group" if recipe.objective == "flowopd" else "gates.group"
-    for wrong, sentence in CHECKS:
+    for wrong, sentence in checks:
         if wrong(recipe):
             yield sentence.format(r=recipe, n_teachers=len(recipe.teachers), group_key=group_key)
 

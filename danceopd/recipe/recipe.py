@@ -74,6 +74,7 @@ CONTINUES = (
     "compile",
     "kernels",
     "parallel",
+    "offload",
     "validation",
     "monitor",
 )
@@ -99,6 +100,10 @@ def _micro_batch(value: Any) -> Any:
     if value in (None, "auto") or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 2**14):
         return value
     raise ValueError(f"{value!r} is neither auto nor a whole number from 1 to 16384; give one of them")
+
+
+def _gguf(value: Any) -> Any:
+    return existing(value, "GGUF file", shipped_names=False)
 
 
 def _base(value: Any) -> Any:
@@ -139,6 +144,12 @@ class Recipe(Part):
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", examples=["bf16"])
     """Of the frozen models; the student and AdamW are fp32. `auto`: bf16 where the card has it and the base is not
     stored in fp32."""
+    base_dtype: Literal["nf4", "int8", "fp8", "gguf"] | None = None
+    """How the frozen base's Linears are quantised; null: not. `gguf`: as the file that `gguf` names."""
+    gguf: Annotated[str, BeforeValidator(_gguf)] | None = Field(None, examples=["flux1-dev-Q4_K_S.gguf"])
+    """The file of `base_dtype: gguf`, in place of the base's transformer."""
+    offload: Literal["none", "blocks"] = "none"
+    """`blocks`: all of the base but one block waits in the computer's memory."""
     micro_batch: Annotated[
         int | Literal["auto"] | None, PlainValidator(_micro_batch), WithJsonSchema(MICRO_BATCH)
     ] = Field("auto", examples=[2])

@@ -43,6 +43,8 @@ def memory_error(error: BaseException, recipe: Recipe, run: RunDirectory | None)
         less.append("gradient_checkpointing: true")
     if recipe.rollout.merged:
         less.append("rollout: {merged: false}")
+    if recipe.base_dtype is None and recipe.offload == "none" and not recipe.compile:
+        less.append("offload: blocks")
     advice = f"set {' or '.join(less)} in the recipe" if less else "take smaller pictures (call.height, call.width)"
     saved = None if run is None else run.checkpoints.latest()
     where = "" if saved is None else f" to continue after step {int(saved.name.removeprefix('step-'))}"

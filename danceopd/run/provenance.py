@@ -156,7 +156,7 @@ def check_weights(
 
     UserError when the folder already names others: a run is continued with the weights it began with.
     """
-    base_sha256, extra = base_fingerprint(base), recipe.editing_base
+    base_sha256, extra = base_fingerprint(base, recipe.gguf), recipe.editing_base
     bases = [base, *([Path(extra)] if extra and Path(extra).is_dir() else [])]
     encoders, init = cache_key(*map(encoders_fingerprint, bases)), init_sha256(recipe.student.init)
     teachers = {

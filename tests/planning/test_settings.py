@@ -64,6 +64,31 @@ def test_a_model_fits_the_card_it_should(large: Path, tmp_path: Path, name: str,
     assert all(needed.values())
 
 
+@pytest.mark.parametrize(
+    ("name", "gpu", "most", "how"),
+    [("flux1-dev", "24GB", 24.0, {"base_dtype": "nf4"}), ("qwen-image", "48GB", 46.0, {"base_dtype": "nf4"}),
+     ("qwen-image", "48GB", 46.0, {"base_dtype": "int8"}), ("flux1-dev", "24GB", 24.0, {"offload": "blocks"}),
+     ("qwen-image", "24GB", 24.0, {"offload": "blocks"})],
+)  # fmt: skip
+def test_a_model_fits_a_smaller_card_quantised_or_in_shares(
+    large: Path, tmp_path: Path, name: str, gpu: str, most: float, how: dict[str, str]
+) -> None:
+    """The export included, which is compared with the base in full precision; the copies count in the time."""
+    facts = plan(recipe(large, name, tmp_path / "run", **how), tflops=100.0, gpu=gpu)
+    assert facts["refused"] is None and facts["settings"]["rollout.merged"] is False
+    assert max(peak for phase, peak in facts["peak"].items() if phase != "trial") <= most * 1e9
+    parts = {part["part"]: part["bytes"] for part in facts["memory"]}
+    if "base_dtype" in how:
+        share = parts["backbone"] / (2 * facts["parameters"])
+        assert share == pytest.approx({"nf4": 0.26, "int8": 0.5}[how["base_dtype"]], abs=0.01)
+        assert parts["the base as it is stored, to compare the export"] < facts["parameters"] / 4
+    else:
+        assert facts["settings"]["gradient_checkpointing"] is True
+        assert parts["backbone, two blocks at a time"] < facts["parameters"] / 4
+        assert facts["seconds"]["copies of the base"] > 10
+        assert facts["total_seconds"] == pytest.approx(1000 * sum(facts["seconds"].values()))
+
+
 def test_a_larger_card_is_never_slower(large: Path, tmp_path: Path) -> None:
     made, last = recipe(large, "klein-4b", tmp_path / "run"), None
     for gpu in ("24GB", "48GB", "80GB", "h200"):
@@ -88,8 +113,10 @@ def test_advice_fits_when_it_is_followed(large: Path, tmp_path: Path) -> None:
     facts = plan(made.replaced(followed), tflops=100.0, gpu="24GB")
     assert facts["refused"] is None
     smaller = plan(recipe(large, "klein-4b", tmp_path / "run"), tflops=100.0, gpu="12GB")["refused"]
-    assert smaller and ("call: {height:" in smaller or "take a card" in smaller)
-    none = plan(recipe(large, "qwen-image", tmp_path / "run"), tflops=100.0, gpu="24GB")["refused"]
+    assert smaller and "base_dtype: nf4 (" in smaller
+    larger = plan(recipe(large, "qwen-image", tmp_path / "run"), tflops=100.0, gpu="24GB")["refused"]
+    assert larger and "offload: blocks (" in larger
+    none = plan(recipe(large, "qwen-image", tmp_path / "run"), tflops=100.0, gpu="12GB")["refused"]
     assert none and "take a card of" in none
 
 
