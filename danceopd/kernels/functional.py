@@ -12,8 +12,11 @@ from torch import Tensor
 
 from danceopd.kernels import backend, reference
 from danceopd.kernels.inputs import Stream, split_heads
-from danceopd.kernels.ops import row_ops
-from danceopd.kernels.ops.attention_ops import parallel_prep, qkv_prep
+from danceopd.kernels.ops import attention_ops, row_ops
+from danceopd.kernels.ops.dispatch import direct
+
+qkv_prep, parallel_prep = direct(attention_ops.qkv_prep), direct(attention_ops.parallel_prep)
+row_norm, row_swiglu = direct(row_ops.add_norm), direct(row_ops.swiglu)
 
 
 def joint_qkv(
@@ -107,7 +110,7 @@ def swiglu_concat(x: Tensor, up: Tensor | None = None, passed: Tensor | None = N
     if chosen == "cuda" and up is None and x.shape[-1] * x.element_size() % 32:
         problem = "rows do not start at multiples of 16 bytes"
     if backend.use_kernel("swiglu", chosen, [x, up, passed], [], problem):
-        return row_ops.swiglu(x, up, passed)
+        return row_swiglu(x, up, passed)
     gate, other = x.chunk(2, dim=-1) if up is None else (x, up)
     return reference.gated(gate, other, passed)
 
@@ -141,7 +144,7 @@ def add_norm(
     if chosen == "cuda" and x.shape[-1] * x.element_size() > backend.MAX_ROW_BYTES:
         problem = f"rows of {x.shape[-1]} columns"
     if backend.use_kernel("add_norm", chosen, [x, y, gate, scale, shift], [weight, y_weight], problem):
-        total, out = row_ops.add_norm(x, y, gate, y_weight, weight, scale, shift, kind, rms_y, eps, y_eps)
+        total, out = row_norm(x, y, gate, y_weight, weight, scale, shift, kind, rms_y, eps, y_eps)
         total = x if y is None else total
         return total, total if kind == "none" else out
     total = x if y is None else reference.added(x, y, gate, rms_y, y_weight, y_eps)

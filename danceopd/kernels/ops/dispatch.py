@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, wraps
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from danceopd.kernels import backend, reference
 from danceopd.kernels.cuda import build
@@ -38,6 +41,7 @@ def run(function: str, like: Tensor, *arguments: Any) -> Any:
             backend.disable(name, str(error))
 
 
+@cache
 def _implementation(name: str, function: str) -> Any:
     """The module that holds `function` for a backend; imported on first use, for Triton need not be installed."""
     if name == "cuda":
@@ -45,6 +49,28 @@ def _implementation(name: str, function: str) -> Any:
     if name == "triton":
         return import_module(f"danceopd.kernels.triton.{TRITON[function]}")
     return reference
+
+
+def direct(operator: Any) -> Callable[..., Any]:
+    """The function behind an operator where nothing needs the operator, which takes most of a call's host time.
+
+    A gradient needs it, a trace, a dispatch mode, and tensors of other classes than torch's own.
+    """
+    function = operator._init_fn
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        if (
+            torch.compiler.is_compiling()
+            or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+            or torch._C._len_torch_dispatch_stack()
+            or any(type(x) not in (Tensor, Parameter) for x in tensors)
+        ):
+            return operator(*arguments)
+        return function(*arguments)
+
+    return call
 
 
 def two_streams(args: tuple[Maybe, ...]) -> tuple[Stream, Stream | None]:
