@@ -17,6 +17,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -142,37 +143,57 @@ def use_kernel(
         return False
     if backend == "op":
         return True
-    given, wide = ([t for t in group if t is not None] for group in (tensors, mixed))
-    reason = problem or _unsupported(backend, given, wide)
-    if reason and not torch.compiler.is_compiling():
+    tracing = torch.compiler.is_compiling()
+    given, wide = (tuple(_layout(t) for t in group if t is not None) for group in (tensors, mixed))
+    reason = problem or (_unsupported.__wrapped__ if tracing else _unsupported)(backend, given, wide)
+    if reason and not tracing:
         warn_once(f"{op} runs in plain torch: {reason}")
     return not reason
 
 
-def _unsupported(backend: str, tensors: list[Tensor], mixed: list[Tensor]) -> str:
+class _Layout(NamedTuple):
+    """What of a tensor decides whether a kernel takes it."""
+
+    dtype: torch.dtype
+    device: torch.device
+    size: int  # bytes of a number
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    misaligned: bool
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
+
+
+def _layout(x: Tensor) -> _Layout:
+    return _Layout(x.dtype, x.device, x.element_size(), x.shape, x.stride(), _misaligned(x))
+
+
+@functools.lru_cache(maxsize=4096)  # a call repeats the layouts of the call before
+def _unsupported(backend: str, tensors: tuple[_Layout, ...], mixed: tuple[_Layout, ...]) -> str:
     first = tensors[0]
     if first.dtype not in DTYPES:
-        return f"{_name(first)} is not bf16, fp16 or fp32"
+        return f"{first} is not bf16, fp16 or fp32"
     for tensor in tensors:
         if tensor.dtype != first.dtype or tensor.device != first.device:
-            return f"{_name(first)} is mixed with {_name(tensor)}"
-        if tensor.stride(-1) != 1:
+            return f"{first} is mixed with {tensor}"
+        if tensor.stride[-1] != 1:
             return "a last dimension is not contiguous"
-        step = 16 // tensor.element_size()
+        step = 16 // tensor.size
         if backend == "cuda" and (
-            _misaligned(tensor)
+            tensor.misaligned
             or tensor.shape[-1] % step
-            or any(stride % step for stride, size in zip(tensor.stride()[:-1], tensor.shape) if size > 1)
+            or any(stride % step for stride, size in zip(tensor.stride[:-1], tensor.shape) if size > 1)
         ):
             return "rows do not start at multiples of 16 bytes"
     for tensor in mixed:
         if tensor.dtype not in (first.dtype, torch.float32) or tensor.device != first.device:
-            return f"{_name(first)} is mixed with {_name(tensor)}"
-        if tensor.stride(-1) != 1:
+            return f"{first} is mixed with {tensor}"
+        if tensor.stride[-1] != 1:
             return "a weight or a table is not contiguous"
-        step = 16 // tensor.element_size()
+        step = 16 // tensor.size
         if backend == "cuda" and (
-            _misaligned(tensor) or any(n % step for n, size in zip(tensor.stride()[:-1], tensor.shape) if size > 1)
+            tensor.misaligned or any(n % step for n, size in zip(tensor.stride[:-1], tensor.shape) if size > 1)
         ):
             return "a weight or a table does not start at a multiple of 16 bytes"
     return ""
@@ -184,7 +205,3 @@ def _misaligned(tensor: Tensor) -> bool:
     False under a trace, which cannot tell; the CUDA launcher copies such a tensor (`launch._aligned_copy`).
     """
     return not torch.compiler.is_compiling() and tensor.storage_offset() * tensor.element_size() % 16 != 0
-
-
-def _name(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
