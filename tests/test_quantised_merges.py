@@ -172,6 +172,7 @@ REFUSED = [
     ({"base_dtype": "nf4", "rollout": {"merged": True}}, "rollout.merged adds the student to the base's weights"),
     ({"base_dtype": "int8", "parallel": "fsdp"}, "parallel fsdp shares out weights in full precision"),
     ({"base_dtype": "int8", "offload": "blocks"}, "offload brings weights in full precision"),
+    ({"base_dtype": "int8", "compile": True}, "compile was never tried on a quantised base"),
     ({"base_dtype": "gguf"}, "give both base_dtype: gguf and the file"),
     ({"offload": "blocks", "rollout": {"merged": True}}, "offload blocks keeps one block on the card"),
     ({"offload": "blocks", "gradient_checkpointing": False}, "would hold every block until the backward"),

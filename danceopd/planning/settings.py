@@ -164,10 +164,10 @@ def _offered(recipe: Recipe, run: Outline, card: Card) -> Iterator[Change]:
         yield Change({"gradient_checkpointing": True}, "gradient_checkpointing: true")
     if recipe.rollout.merged:
         yield Change({"rollout.merged": False}, "rollout.merged: false")
-    plain = run.kept(recipe) is None and recipe.offload == "none" and recipe.parallel != "fsdp"
+    plain = run.kept(recipe) is None and recipe.offload == "none" and recipe.parallel != "fsdp" and not recipe.compile
     if plain and card.cuda and recipe.objective != "flowopd":
         yield Change({"base_dtype": "nf4", "offload": "none"}, "base_dtype: nf4")
-    if plain and card.cuda and not recipe.compile:
+    if plain and card.cuda:
         yield Change({"base_dtype": None, "offload": "blocks"}, "offload: blocks")
     for side in SIDES:
         if max(p.size[0] * p.size[1] for p in run.pictures) > side * side:

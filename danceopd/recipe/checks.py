@@ -50,6 +50,10 @@ OF_QUANTISED: tuple[Check, ...] = (
         "parallel fsdp shares out weights in full precision, and the base is quantised; keep one of the two",
     ),
     (
+        lambda r: r.compile,
+        "compile was never tried on a quantised base; keep one of the two",
+    ),
+    (
         lambda r: r.offload != "none",
         "offload brings weights in full precision, and the base is quantised; keep one of the two",
     ),

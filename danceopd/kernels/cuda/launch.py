@@ -7,6 +7,7 @@ wants them.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,9 +25,12 @@ ADD_NORM_WEIGHT_FP32, ADD_NORM_Y_WEIGHT_FP32, ADD_NORM_ROUND_FIRST, ADD_NORM_Y_R
 
 def _strides(x: Tensor | None) -> Strides:
     """Batch and token strides of `(B, S, …)`; 0 for a dimension of size one, which is broadcast."""
-    if x is None:
-        return Strides(0, 0)
-    return Strides(*(0 if size == 1 else stride for size, stride in zip(x.shape[:2], x.stride()[:2])))
+    return _strides_of(1, 1, 0, 0) if x is None else _strides_of(*x.shape[:2], *x.stride()[:2])
+
+
+@lru_cache(maxsize=4096)  # a call repeats those of the call before; a struct is copied into its argument
+def _strides_of(batch: int, tokens: int, of_batch: int, of_tokens: int) -> Strides:
+    return Strides(0 if batch == 1 else of_batch, 0 if tokens == 1 else of_tokens)
 
 
 def _pointer(x: Tensor | None) -> int | None:
