@@ -15,7 +15,7 @@ from rollout_cases import CASES, NAMES, rollout_case
 from tinies import KLEIN
 from torch.nn.functional import scaled_dot_product_attention
 
-from danceopd.kernels import autotune, backend, uninstall
+from danceopd.kernels import autotune, backend, functional, uninstall
 from danceopd.kernels.autotune import (
     ROOT,
     Verdict,
@@ -27,7 +27,6 @@ from danceopd.kernels.autotune import (
     source_files,
     verdict_file,
 )
-from danceopd.kernels.ops import row_ops
 from danceopd.kernels.processors import FusedProcessor
 
 CUDA = torch.device("cuda")
@@ -75,7 +74,7 @@ def test_half_precision_is_compared_with_half_precision(case, at_once):
 
 @pytest.mark.parametrize("wrong", ["velocity", "gradient"])
 def test_a_wrong_kernel_is_rejected(wrong, at_once, klein, monkeypatch):
-    norm = row_ops.add_norm
+    norm = functional.row_norm
 
     class Scaled(torch.autograd.Function):
         @staticmethod
@@ -86,7 +85,7 @@ def test_a_wrong_kernel_is_rejected(wrong, at_once, klein, monkeypatch):
         def backward(ctx, grad):
             return grad * 1.001
 
-    monkeypatch.setattr(row_ops, "add_norm", lambda *args: tuple(Scaled.apply(out) for out in norm(*args)))
+    monkeypatch.setattr(functional, "row_norm", lambda *args: tuple(Scaled.apply(out) for out in norm(*args)))
     verdict = evaluate(build_model(autotune.model_spec(klein[0])), klein[1], torch.float32)
     assert not verdict.fused and f"the fused kernels are wrong here (their {wrong} is" in verdict.reason
 
