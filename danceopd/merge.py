@@ -151,14 +151,13 @@ def _merge(recipe: Recipe, report: Report | None, processes: Processes, began: f
                     check_data(run.path, recipe, datasets)
                 teachers = [_load(recipe, one, base, processes.device) for one in teachers]
                 check_streamed(recipe, teachers, sharded)
-                saved = prepared.run.saved
                 init = init or _init(recipe, teachers, base)
         if processes.broadcast(prepared.run is None):
             return Student(recipe.output, recipe.steps, 0.0, processes.is_main)
-        assert init is not None
+        assert init is not None and prepared.run is not None
         settled = (*AUTO, "rollout.steps", "call")  # the first process read them from the run folder
         recipe = recipe.replaced(processes.broadcast({key: recipe.value(key) for key in settled}))
-        opened = _Opened(recipe, base, teachers, init, datasets, run, processes, sharded, saved, began)
+        opened = _Opened(recipe, base, teachers, init, datasets, run, processes, sharded, prepared.run.saved, began)
         if report is not None or not processes.is_main:
             return _train(opened, report or (lambda metrics, steps: None))
         print(*prepared.said, init.sentence, sep="\n", file=sys.stderr, flush=True)
@@ -196,13 +195,10 @@ def _train(opened: _Opened, report: Report) -> Student:
             _warn_of_scenes(recipe)
 
     # the base, with its encoders; the transformer stays on the CPU until they have left
-    dtype, parts = DTYPES[recipe.dtype], {}
-    if recipe.gguf is not None:
-        parts["transformer"] = load_gguf(recipe.gguf, opened.base, dtype)
+    dtype = DTYPES[recipe.dtype]
+    parts = load_gguf(recipe.gguf, opened.base, dtype)
     pipe = load_base(opened.base, dtype if opened.saved else stock_dtype(recipe.dtype), **parts)
-    transformer = pipe.transformer
-    if opened.saved:
-        computes_in(transformer, dtype)
+    transformer = computes_in(pipe.transformer, dtype)
     pipe.transformer = empty_module(transformer, torch.empty(0, dtype=dtype))  # pipelines only record calls
     pipe.to(device)
     family = family_of(pipe, recipe.family)

@@ -118,18 +118,23 @@ def quantisation_config(kind: str, dtype: torch.dtype) -> Any:
     return TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
 
 
-def load_gguf(file: str, folder: Path, dtype: torch.dtype) -> Any:
-    """The transformer of a GGUF file on the CPU, its configuration from a pipeline's `folder`; UserError if it is none.
+def load_gguf(file: str | None, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The `transformer` of a GGUF file on the CPU, its configuration from a pipeline's `folder`; nothing without one.
+
+    UserError if it is none.
     """
+    if file is None:
+        return {}
     import diffusers
 
     kind = getattr(diffusers, pipeline_index(folder)["transformer"][1])
     try:
         with quietly():
-            return kind.from_single_file(
+            found = kind.from_single_file(
                 file, config=str(folder), subfolder="transformer", torch_dtype=dtype, local_files_only=True,
                 quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=dtype),
             )  # fmt: skip
+            return {"transformer": found}
     except Exception as error:  # gguf, its readers and diffusers' converters each fail in their own way
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -148,11 +153,12 @@ def quantised_weight(weight: Tensor, kind: str, device: torch.device) -> Tensor:
     return dequantised(box.linear, weight.dtype)
 
 
-def computes_in(transformer: nn.Module, dtype: torch.dtype) -> None:
-    """Let a transformer that was saved in 4 bits compute in this dtype, whatever its configuration says."""
+def computes_in(transformer: Any, dtype: torch.dtype) -> Any:
+    """The transformer; one that was saved in 4 bits computes in this dtype, whatever its configuration says."""
     for module in transformer.modules():
         if kept_as(module) == "bitsandbytes":
-            module.compute_dtype = dtype  # type: ignore[assignment]
+            module.compute_dtype = dtype
+    return transformer
 
 
 def offload(backbone: Any, device: torch.device) -> str:

@@ -49,10 +49,10 @@ def test_a_failing_line_does_not_stop_the_others(tmp_path):
 def test_a_real_merge_in_every_variant(tmp_path):
     """Tiny, on the CPU: every variant merges and exports, and stands beside its plan."""
     out = tmp_path / "merge.md"
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "real_merge", "--smoke", "-o", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
-    text = out.read_text(encoding="utf-8")
-    assert done.returncode == 0, text + done.stderr
+    code = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import gpu; gpu.app()"
+    done = program.python(code, "real_merge", "--smoke", "-o", out)
+    status, text = done.wait(), out.read_text(encoding="utf-8")
+    assert status == 0, text + done.stderr
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if " | 64 | " in line]
     assert [line[0] for line in lines] == VARIANTS
     assert all(float(line[5]) > 0 and float(line[7]) > 0 for line in lines)  # planned
