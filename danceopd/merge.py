@@ -40,8 +40,8 @@ from danceopd.engine.warm_start import StudentInit, student_init
 from danceopd.kernels import install
 from danceopd.kernels.autotune import install_if_faster
 from danceopd.labelfree.contrast import contrasted
-from danceopd.labelfree.gates.hook import GateHook
 from danceopd.labelfree.gates.variants import KEEP, unchanged
+from danceopd.labelfree.hooks import query_hook
 from danceopd.labelfree.monitor import MonitorCallback, Rollback
 from danceopd.labelfree.probes import FrozenFields, probe_sets
 from danceopd.models.backbone import Backbone
@@ -229,7 +229,7 @@ def _train(opened: _Opened, report: Report) -> Student:
         if recipe.validation.every and measures:
             nulls = {t.name: (t.field, t.null) for t in teachers}
             error = validation_error(recipe, encoder, opened.datasets, nulls, bare, device)
-        if recipe.monitor.interval(recipe.gates.on) and measures:
+        if recipe.monitored_every and measures:
             probes = probe_sets(recipe, encoder, opened.datasets, FrozenFields(fields, bare), device)
     free_encoders(encoder, pipe)
     park_components(encoder)
@@ -253,13 +253,9 @@ def _train(opened: _Opened, report: Report) -> Student:
         (MergedField if recipe.rollout.merged else AdapterField)(backbone, STUDENT), device,
         enabled=recipe.rollout.cuda_graphs, compiled=recipe.compile, source_cached=recipe.rollout.cache_source,
     )  # fmt: skip
-    hook = None
-    if recipe.gates.on:
-        hook = GateHook(
-            recipe.gates, teachers, capabilities, device, seed=recipe.seed, rollout_steps=recipe.rollout.steps
-        )
+    hook, parts = query_hook(recipe, backbone, teachers, device, None if run is None else run.path)
     validation = EarlyStopping(recipe.validation, processes, error, run)
-    monitor = MonitorCallback(recipe.monitor, recipe.monitor.interval(recipe.gates.on), probes, run, processes, sharded)
+    monitor = MonitorCallback(recipe.monitor, recipe.monitored_every, probes, run, processes, sharded)
     facts = {"recipe": opened.recipe.identity(), "weights": weights, "modules": backbone.modules(STUDENT)}
     checkpoints = Checkpoints(run, processes, recipe.save_every, [validation, monitor], facts)
     rollback = Rollback(monitor, checkpoints)
@@ -271,7 +267,7 @@ def _train(opened: _Opened, report: Report) -> Student:
         trainer = Trainer(
             recipe, backbone, teachers, device, processes.rank, processes.world_size, all_reduce, field, hook,
             callbacks=[
-                Throughput(), validation, monitor, MetricsLog(logger, opened.began), rollback, samples, limits,
+                *parts, Throughput(), validation, monitor, MetricsLog(logger, opened.began), rollback, samples, limits,
                 checkpoints, _Reporter(report),
             ],
         )  # fmt: skip
@@ -297,6 +293,7 @@ def _train(opened: _Opened, report: Report) -> Student:
     known = {name: sha256 for name, sha256 in hashes.items() if sha256 is not None}
     origin = Origin(opened.base, fingerprint, call, known, opened.init.sentence, opened.saved)
     sentences = [*filter(None, [validation.sentence()]), *monitor.sentences(), *(run.sentences() if run else [])]
+    sentences += [sentence for part in parts for sentence in part.sentences()]
     try:
         write_student(trainer, recipe, student, step, origin, run, processes, None if sharded else pipe, sentences)
     except NotFinite as error:

@@ -31,6 +31,7 @@ def route(seed: int, step: int, row: int, rows: int, shares: Sequence[float], pe
 def sample_batch(sampling: Sampling, step: int, lengths: Sequence[int]) -> tuple[list[int], list[int]]:
     """Teacher index and sample index of each group of update `step`; `lengths` are the sizes of the teachers' data."""
     seed, groups, routing = sampling.seed, sampling.groups_per_step, sampling.routing
+    step = sampling.drawn_at(step)
     if routing.per == "row":  # as `route` for each group, with the numbers that a step shares drawn once
         places = (stream(seed, step, "route").random() + np.arange(groups) / groups) % 1.0
         found = np.searchsorted(np.cumsum(sampling.shares), places, side="right")
@@ -46,5 +47,5 @@ def draws_all(sampling: Sampling, share: float, length: int) -> bool:
 
     `OVER` times over, no row is left out; where there are more than `COUNTED` updates to count, once over is enough.
     """
-    draws = sampling.steps * sampling.groups_per_step * share
+    draws = sampling.steps * sampling.distinct / sampling.round * sampling.groups_per_step * share
     return draws >= length * (OVER if sampling.steps <= COUNTED else 1)

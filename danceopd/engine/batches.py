@@ -3,13 +3,13 @@
 Everything drawn is a function of (seed, step, row): a teacher and a sample for each group of rows, whether the prompt
 is dropped, where the rollouts are queried, and their noise. So any slice of the rows draws what the whole would have
 drawn: each process takes its share, `micro_batch` rows at a time, and the sum over processes is the update. A group is
-one row, or the rollouts of one sample that Flow-OPD or a gate compares.
+one row, or the rollouts of one sample that Flow-OPD, DiffusionNFT or a gate compares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -25,10 +25,26 @@ from danceopd.engine.callbacks import BatchHook, QueryHook
 from danceopd.engine.query import draw_queries, place, step_weights
 from danceopd.engine.teachers import RoutedTeacher
 from danceopd.errors import UserError
+from danceopd.models.fields import VelocityField
 from danceopd.pipelines.condition import Condition, stack
 from danceopd.pipelines.registry import with_prompt_of
 from danceopd.recipe.parts import Query
 from danceopd.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Finished pictures of the student's own for a batch's B rows, and how good each is among those of its question.
+
+    `clean` (B, …); `optimality` (B,) in [0, 1], 1/2 is neither good nor bad; `old` drew them. `weights(sigma)` (B,)
+    weighs noise levels; `metrics` are figures by name, (B,) each, NaN where a figure means nothing for a row.
+    """
+
+    clean: Tensor
+    optimality: Tensor
+    old: VelocityField
+    weights: Callable[[Tensor], Tensor] = torch.ones_like
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -56,6 +72,7 @@ class Batch:
     device: torch.device
     targets: Callable[[], Tensor] | None = None
     hook: BatchHook | None = None
+    ranked: Ranked | None = None  # of objective nft: a hook gives them
 
     def __post_init__(self) -> None:
         self.set_queries(*place(self.query_draws, self.sigmas, self.query.law, self.query.jitter))
@@ -110,7 +127,7 @@ class Batches:
         self.seed, self.rows, self.group, self.sampling = recipe.seed, recipe.batch, recipe.group_size, recipe.sampling
         self.query, self.dropout = recipe.query, recipe.guidance.unconditional
         self.guided = recipe.rollout.guidance != 1
-        self.one_query = recipe.gates.group > 1  # rollouts that are compared are queried at one noise level
+        self.one_level = recipe.one_level
         self.micro_batch = max(self.group, recipe.rows_at_once // self.group * self.group)
         for teacher in self.teachers:
             if recipe.needs_targets and not isinstance(teacher.dataset, HasTargets):
@@ -128,7 +145,7 @@ class Batches:
         teachers, samples = sample_batch(self.sampling, step, lengths)
         dropped = stream(self.seed, step, "blank").random(len(teachers)) < self.dropout
         queries = draw_queries(self.seed, step, self.rows, query.count, query.law, query.beta)
-        if self.one_query:
+        if self.one_level:
             queries = queries[:: self.group].repeat_interleave(self.group, dim=0)
         return Draw(teachers, samples, np.asarray(dropped).tolist(), queries)
 

@@ -1,7 +1,8 @@
 """The two places where optional parts plug into the trainer, which knows none of them by name.
 
 A `Callback` watches a run: checkpoints, logs, samples, validation, early stopping, the monitor, limits. A `QueryHook`
-changes how a batch is queried and how much an answer counts: the label-free gates. Both keep what must survive an
+changes how a batch is queried and how much an answer counts (the label-free gates), or gives it pictures to learn from
+(the student's own, ranked). Both keep what must survive an
 interruption in their `state_dict`.
 """
 
@@ -33,6 +34,10 @@ class Callback:
     def on_step_start(self, trainer: Trainer) -> None: ...
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None: ...
+
+    def sentences(self) -> list[str]:
+        """What the model card says of it."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values for a checkpoint."""
@@ -88,8 +93,11 @@ class QueryHook(Protocol):
         """Where the conditions of this group of rows come from."""
         ...
 
-    def begin_batch(self, batch: Batch, groups: Sequence[int], layout: Sequence[int]) -> BatchHook:
-        """`groups` are those of the batch's rows, `layout` all groups of the update with the batch's layout."""
+    def begin_batch(self, batch: Batch, groups: Sequence[int], layout: Sequence[int]) -> BatchHook | None:
+        """`groups` are those of the batch's rows, `layout` all groups of the update with the batch's layout.
+
+        None for a hook that leaves the queries as they are; it may give the batch pictures to learn from (`ranked`).
+        """
         ...
 
     def summary(self, means: Mapping[str, float]) -> dict[str, float]:

@@ -9,7 +9,7 @@ gradient goes through a state. Equations, sources and where the released codes d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class RowLoss:
 
 
 Objective = Callable[[Batch, Velocities], Iterator[RowLoss]]
+MOVED = "moved"
+"""The metric of `nft` that says how far the student is from what drew its samples, squared."""
 
 
 def velocity_error(student: Tensor, teacher: Tensor, tokens: Tensor | None = None) -> Tensor:
@@ -117,6 +119,47 @@ def flowopd(batch: Batch, velocities: Velocities, group: int = 8, clip: float = 
         yield RowLoss(-clipped(ratio, reward - baseline, clip), sigma, error, -reward)
 
 
+def nft(
+    batch: Batch, velocities: Velocities, beta: float = 1.0, share: float = 1.0, anchor: float = 0.0
+) -> Iterator[RowLoss]:
+    """Towards the better of the student's own samples, away from the worse (DiffusionNFT, arXiv 2509.16117).
+
+    A `share` of the loss is `r |v+ - u|² + (1 - r) |v- - u|²` at the samples, noised, with `u = noise - clean`, and
+    `anchor |v - teacher|²` there beside it; the rest is `danceopd`'s. Without ranked samples all of it is.
+    """
+    ranked = batch.ranked
+    if ranked is None or share < 1:
+        rest = 1.0 if ranked is None else 1 - share
+        for one in danceopd(batch, velocities):
+            yield replace(one, loss=rest * one.loss)
+    if ranked is None:
+        return
+    queries = batch.query_sigma.shape[1]
+    for k in range(queries):
+        sigma = batch.query_sigma[:, k].to(batch.device)
+        x, noise = _noised(batch, k, ranked.clean)
+        old = ranked.old(x, sigma, batch.condition)
+        teacher = velocities.teacher(batch, x, sigma) if anchor else None
+        velocity, target = velocities.student(batch, x, sigma).float(), noise - ranked.clean
+        loss = contrasted_error(velocity, old, target, ranked.optimality, beta)
+        if teacher is not None:
+            loss = loss + anchor * velocity_error(velocity, teacher)
+        weight = batch.query_weight[:, k].to(batch.device) * ranked.weights(sigma)
+        moved = velocity_error(velocity.detach(), old)
+        error = velocity_error(velocity.detach(), target)
+        yield RowLoss(share * weight * loss / queries, sigma, error, metrics={**ranked.metrics, MOVED: moved})
+
+
+def contrasted_error(velocity: Tensor, old: Tensor, target: Tensor, optimality: Tensor, beta: float) -> Tensor:
+    """`r |v+ - u|² + (1 - r) |v- - u|²` (B,), `v+ = (1 - β) old + β v`, `v- = (1 + β) old - β v`.
+
+    `velocity` with gradient, `old` and `target` without, (B, …) each; `optimality` r (B,).
+    """
+    step = beta * (velocity - old)
+    good, bad = velocity_error(old + step, target), velocity_error(old - step, target)
+    return optimality * good + (1 - optimality) * bad
+
+
 def divergence_weights(gain: Tensor, deviation: Tensor) -> Tensor:
     """Weight of each step's velocity error in the KL of its transition: ``g² / (2 s²)``, ``g² / 2`` at s = 0."""
     return gain.square() / (2 * torch.where(deviation > 0, deviation, torch.ones_like(deviation)).square())
@@ -167,5 +210,5 @@ def _noised(batch: Batch, k: int, clean: Tensor) -> tuple[Tensor, Tensor]:
 
 
 OBJECTIVES: dict[str, Callable[..., Iterator[RowLoss]]] = {
-    f.__name__: f for f in (danceopd, diffusionopd, flowopd, offpolicy, supervised)
+    f.__name__: f for f in (danceopd, diffusionopd, flowopd, offpolicy, supervised, nft)
 }

@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from danceopd.engine.metrics import StepMetrics
 from danceopd.engine.trainer import Trainer
 from danceopd.labelfree.probes import ProbeSet
 from danceopd.labelfree.statistics import Check, Interval, Limits, Measurement, alarms, mistakes, spearman
-from danceopd.models.fields import VelocityField
+from danceopd.models.fields import ContrastField, VelocityField
 from danceopd.recipe.labelfree import Monitor as Options
 from danceopd.run.checkpoints import Checkpoints
 from danceopd.run.directory import RunDirectory
@@ -106,7 +106,7 @@ class Monitor:
     def roll_back(self, step: int, back: int) -> None:
         """Note that the state after `back` was brought back because of the alarms of `step`."""
         if self.folder:
-            then = "goes on without gates" if self.options.rollback == "plain" else "ends there"
+            then = "goes on as plain distillation" if self.options.rollback == "plain" else "ends there"
             _log.warning("monitor, step %d: the state after step %d is restored, and the run %s", step, back, then)
         self._write({"step": step, "rolled_back_to": back, "then": self.options.rollback, "why": self.alarms})
 
@@ -128,7 +128,9 @@ class Monitor:
             found[f"monitor/mistakes of {name}"] = figures["mistakes"]["value"]
             found[f"monitor/rank correlation of {name}"] = figures["spearman"]["value"]
         for name, figures in line["probes"].items():
-            found |= {f"monitor/{what} {name}": figures[what] for what in ("score", "strength", "diversity")}
+            shown = {"score": "score", "best": "best of seeds", "strength": "strength", "diversity": "diversity"}
+            shown |= {} if figures["open_shift"] is None else {"open_shift": "open shift"}
+            found |= {f"monitor/{words} {name}": figures[what] for what, words in shown.items()}
         if line["effective"] is not None:
             found["monitor/effective"] = line["effective"]
         if self.alarms:
@@ -200,7 +202,8 @@ def _check(measured: Measurement, usual_spread: float) -> Check:
     confidence = {name: float(values.mean()) for name, values in measured.confidences.items()}
     ratio = measured.spread / usual_spread if usual_spread > 0 else 1.0
     scores = measured.score.mean(1).tolist()
-    return Check(float(measured.score.mean()), confidence, measured.strength, ratio, scores)
+    best = float(measured.score.max(1).mean())
+    return Check(float(measured.score.mean()), confidence, measured.strength, ratio, scores, best, measured.open_shift)
 
 
 def _confidences(measured: Sequence[Measurement]) -> dict[str, tuple[Interval, Interval]]:
@@ -294,8 +297,8 @@ class Rollback(Callback):
     """Keeps the state of every check without an alarm; the first alarm brings the last of them back exactly.
 
     Weights, EMA, optimizer and random states are restored, what was saved and logged after them is dropped, and the run
-    goes on without the hook (plain), or ends there and exports that state (stop). It happens once: a run that alarms
-    without gates is not saved by going back again. To stand behind the callbacks that log.
+    goes on without the hook and with the teachers' own velocities (plain), or ends there and exports that state (stop).
+    It happens once: a plain run that alarms is not saved by going back again. To stand behind the callbacks that log.
     """
 
     def __init__(self, monitor: MonitorCallback, checkpoints: Checkpoints) -> None:
@@ -330,6 +333,7 @@ class Rollback(Callback):
                 _log.warning("monitor, step %d: there is no good state to restore", step)
             return
         self.done = True
+        _go_plain(trainer)
         if self.monitor.monitor is not None:
             self.monitor.monitor.roll_back(step, trainer.step)
         self.checkpoints.save(trainer)
@@ -344,4 +348,11 @@ class Rollback(Callback):
     def load_state_dict(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
         self.done |= ROLLED_BACK in state
         if self.done:
-            trainer.hook = None
+            _go_plain(trainer)
+
+
+def _go_plain(trainer: Trainer) -> None:
+    """Plain distillation from now on: no gates, no ranked samples, no moved targets."""
+    trainer.hook = None
+    fields = [field.field if isinstance(field, ContrastField) else field for field in trainer.velocities.teachers]
+    trainer.velocities = replace(trainer.velocities, teachers=fields)

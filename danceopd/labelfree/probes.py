@@ -21,6 +21,7 @@ from danceopd.data.images import open_image
 from danceopd.labelfree.gates import evidence
 from danceopd.labelfree.gates.consensus import agreement
 from danceopd.labelfree.gates.variants import other_prompts
+from danceopd.labelfree.rewards import Group, Reward, rewards_for
 from danceopd.labelfree.scorers import Denoiser, Exact, Scorer, Similarity, SimilarityScorer
 from danceopd.labelfree.statistics import Measurement, spread
 from danceopd.models.fields import VelocityField, acting
@@ -72,6 +73,7 @@ class ProbeSet:
     device: torch.device
     chunk: int = 32
     progress: bool = False
+    rewards: Mapping[str, Reward] = field(default_factory=dict)
     usual_spread: float = field(default=0.0, init=False)
 
     @property
@@ -93,7 +95,7 @@ class ProbeSet:
     @torch.no_grad()
     def measure(self, student: VelocityField) -> Measurement:
         """What the student shows now."""
-        score, clean, confidences = [], [], dict[str, list[Tensor]]()
+        score, clean, confidences, rewarded = [], [], dict[str, list[Tensor]](), dict[str, list[Tensor]]()
         followed = torch.zeros(2, dtype=torch.float64)
         for batch in self.batches:
             parts = []
@@ -114,13 +116,27 @@ class ProbeSet:
                 pair = [(velocity - student_wrong).square().sum(), (teacher - teacher_wrong).square().sum()]
                 followed += torch.stack(pair).double().cpu()
             clean.append(torch.cat(parts))
+            for name, values in self._rewarded(batch, clean[-1]).items():
+                rewarded.setdefault(name, []).append(values.double().cpu())
             score.append(batch.scorer(clean[-1]).double().cpu().unflatten(0, (-1, batch.seeds)))
+        whole = {name: values for name, values in rewarded.items() if len(values) == len(self.batches)}
         return Measurement(
             torch.cat(score).numpy(),
-            {name: torch.cat(values).numpy() for name, values in confidences.items()},
+            {name: torch.cat(values).numpy() for name, values in (confidences | whole).items()},
             float(followed[0] / followed[1]),
             self._spread(clean),
+            next((batch.scorer.open_shift for batch in self.batches if isinstance(batch.scorer, Exact)), None),
         )
+
+    def _rewarded(self, batch: ProbeBatch, clean: Tensor) -> dict[str, Tensor]:
+        """Each reward of the pictures (prompts, seeds), where it says something of every prompt."""
+        conditions = batch.condition.to(self.device)
+        groups = [
+            Group(one, conditions.rows([prompt]), 3 * FIRST_SEED + prompt)
+            for prompt, one in enumerate(clean.unflatten(0, (-1, batch.seeds)))
+        ]
+        found = {f"the reward {name}": reward(groups) for name, reward in self.rewards.items()}
+        return {name: values for name, values in found.items() if not bool(values.isnan().any())}
 
     def _chunks(self, batch: ProbeBatch) -> Iterator[tuple[list[int], Condition, Condition, Tensor]]:
         """Some prompts at a time, each with all its noises: the prompts of the rows, conditions, contrasts, noise."""
@@ -185,6 +201,9 @@ def probe_sets(
         judges |= dict.fromkeys(maker.judges)
         probes = ProbeSet(teacher.name, fields.teachers[teacher.name], batches, device, maker.chunk)
         probes.progress = recipe.gates.evidence is not None
+        if recipe.objective == "nft":
+            asked = {**fields.teachers, "base": fields.base}
+            probes.rewards = rewards_for(recipe.nft, teacher.name, asked, maker.chunk)
         found.append(probes)
     return found, " and ".join(judges)
 

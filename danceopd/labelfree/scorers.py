@@ -9,6 +9,7 @@ picture (a diffusion classifier, arXiv 2303.16203). Scores compare within one pr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,8 +23,9 @@ from danceopd.errors import UserError
 from danceopd.models.fields import VelocityField
 from danceopd.pipelines.condition import Condition
 from danceopd.worlds.scenes.edits import Edit
+from danceopd.worlds.scenes.grammar import BACKGROUNDS, CELL, COLOURS
 from danceopd.worlds.scenes.prompts import Prompt
-from danceopd.worlds.scenes.read import read_many
+from danceopd.worlds.scenes.read import Reading, read_many
 from danceopd.worlds.scenes.score import score_edit, score_prompt
 
 Decode = Callable[[Tensor], Sequence[Image.Image]]
@@ -45,16 +47,25 @@ class Scorer(Protocol):
 
 
 class Exact:
-    """The built-in scenes' exact scorer: 1 or 0 for a prompt, O / 10 for an edit."""
+    """The built-in scenes' exact scorer: 1 or 0 for a prompt, O / 10 for an edit.
+
+    `open_shift` is how far the last pictures' backgrounds, colours and places, where prompts leave them open, are
+    distributed otherwise than the teacher's: total variation in [0, 1], a mean over the three; None for edits.
+    """
 
     sentence = "the exact scorer of the scenes world"
 
     def __init__(self, decode: Decode, tasks: Sequence[Prompt | Edit]) -> None:
         self.decode, self.tasks = decode, tasks
+        self.open_shift: float | None = None
+        self._theirs: dict[str, Counter] = {}
 
     def __call__(self, clean: Tensor) -> Tensor:
         readings = read_many(self.decode(clean))
         seeds = len(clean) // len(self.tasks)
+        mine = self._open(readings)
+        shifts = [total_variation(mine[name], theirs) for name, theirs in self._theirs.items() if mine[name]]
+        self.open_shift = sum(shifts) / len(shifts) if shifts else None
         scores = []
         for row, reading in enumerate(readings):
             task = self.tasks[row // seeds]
@@ -65,7 +76,32 @@ class Exact:
         return torch.tensor(scores)
 
     def calibrate(self, clean: Tensor) -> None:
-        """Nothing to calibrate: it knows what is right."""
+        """Knows what is right, and compares what is open with the teacher's."""
+        found = self._open(read_many(self.decode(clean)))
+        self._theirs = {name: counts for name, counts in found.items() if counts}
+
+    def _open(self, readings: Sequence[Reading]) -> dict[str, Counter]:
+        """Counts of each background, colour and cell of the grid in pictures whose prompt does not say it."""
+        seeds = len(readings) // len(self.tasks)
+        found: dict[str, Counter] = {"background": Counter(), "colour": Counter(), "place": Counter()}
+        for row, reading in enumerate(readings):
+            task, scene = self.tasks[row // seeds], reading.scene
+            if isinstance(task, Edit):
+                continue
+            said = set(task.prompt.split())
+            if not said & set(BACKGROUNDS):
+                found["background"][scene.background] += 1
+            for thing in scene.things:
+                if not said & set(COLOURS):
+                    found["colour"][thing.colour] += 1
+                if task.tag != "position":
+                    found["place"][int(thing.x // CELL), int(thing.y // CELL)] += 1
+        return found
+
+
+def total_variation(a: Counter, b: Counter) -> float:
+    """Of the shares of two counts, in [0, 1]; neither is empty."""
+    return sum(abs(a[key] / a.total() - b[key] / b.total()) for key in a.keys() | b.keys()) / 2
 
 
 class Similarity:

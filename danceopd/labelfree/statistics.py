@@ -35,13 +35,15 @@ class Measurement:
     """One probe set at one check: the scores (prompts, seeds), and by name confidences in those pictures, as large.
 
     `strength` is how much the student follows its prompt, 1: as much as its teacher; `spread` how much the pictures of
-    one prompt differ (1 - mean cosine).
+    one prompt differ (1 - mean cosine), `open_shift` how far what prompts leave open is distributed otherwise than the
+    teacher's (`scorers.Exact`), where that can be read.
     """
 
     score: np.ndarray
     confidences: Mapping[str, np.ndarray]
     strength: float
     spread: float
+    open_shift: float | None = None
 
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -108,13 +110,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class Check:
-    """One probe set at one check. `confidence` is the mean of each confidence, `scores` the mean of each prompt."""
+    """One probe set at one check. `confidence` is the mean of each confidence, `scores` the mean of each prompt, `best`
+    the mean score of each prompt's best picture (pass@seeds where a score is 0 or 1)."""
 
     score: float
     confidence: Mapping[str, float]
     strength: float
     diversity: float
     scores: Sequence[float]
+    best: float | None = None
+    open_shift: float | None = None
 
 
 def alarms(

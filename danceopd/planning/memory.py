@@ -150,6 +150,7 @@ def _adapters(recipe: Recipe, run: Outline, size: int, merged: bool, wait: Seque
         Part("student, a step of Adam", student, ["training"], passing=True),
         Part("student, EMA", student, RUNNING),
         Part("student, EMA on the backbone", both * numbers, RUNNING),
+        Part("student, the average that draws", both * numbers * (recipe.objective == "nft"), RUNNING),
         Part("student, EMA of the best validation", student * recipe.validation.exports_best, RUNNING),
         Part("student, read back", student, ["export"]),
     ]

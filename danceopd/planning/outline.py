@@ -27,6 +27,7 @@ from danceopd.engine.teachers import TeacherWeights
 from danceopd.errors import UserError
 from danceopd.kernels.autotune import model_spec
 from danceopd.labelfree.gates.variants import with_variants
+from danceopd.labelfree.rewards import check_rewards
 from danceopd.models.base import empty_transformer, pipeline_call, pipeline_index
 from danceopd.models.flops import TokenCounts, forward_flops
 from danceopd.models.lora import Adapter
@@ -141,6 +142,7 @@ def outline(recipe: Recipe, folder: Path, teachers: Sequence[TeacherWeights]) ->
     if recipe.rollout.cache_source:
         check_source_cache(family)
     call = pipeline_call(folder, recipe.call, family)
+    check_rewards(recipe.nft)
     adapters = {one.teacher.name: _shapes(one, transformer) for one in teachers}
     checks.check_start(recipe, adapters)
     datasets = with_variants(

@@ -82,6 +82,11 @@ def prepare(
     if any(_is_auto(recipe, key) for key in AUTO):
         need = gigabytes(_worst(memory(settled, run, card, world)))
         said.append(f"settings: {_written(settled, AUTO)} (planned: {need} of {gigabytes(card.memory)} of {card.name})")
+    if settled.monitor.every is None and settled.monitored_every:
+        said.append(
+            f"monitored every {settled.monitored_every} steps on {settled.monitor.prompts} held-out prompts, for the "
+            "run goes beyond plain distillation (monitor.every: 0 switches it off)"
+        )
     return Prepared(settled, run, [*said, *run.notes])
 
 

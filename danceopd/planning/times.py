@@ -16,6 +16,7 @@ from danceopd.common.tensors import DTYPES
 from danceopd.engine.query import draw_queries, place
 from danceopd.labelfree.contrast import contrast_forwards
 from danceopd.labelfree.gates.cost import gate_forwards
+from danceopd.labelfree.nft.cost import nft_forwards
 from danceopd.planning.outline import Outline
 from danceopd.recipe.checks import EVERY_STEP, NO_ROLLOUT
 from danceopd.recipe.recipe import Recipe
@@ -46,6 +47,8 @@ def queries(recipe: Recipe, run: Outline) -> dict[str, Any]:
         stops, levels = place(torch.cat(drawn), schedule, query.law, query.jitter)
         depth = stops.max(1).values
         mean_depth, depths = float(depth.double().mean()), (torch.bincount(depth) / len(depth)).tolist()
+        if recipe.objective == "nft" and recipe.nft.share == 1:
+            mean_depth = 0.0  # nothing is distilled
     counts = torch.histc(levels.flatten().float(), BINS, 0.0, 1.0)
     return {"depth": mean_depth, "levels": (counts / counts.sum()).tolist(), "depths": depths}
 
@@ -60,12 +63,13 @@ def update(recipe: Recipe, run: Outline, found: Mapping[str, Any]) -> tuple[dict
     lora, unmerged = _lora_share(recipe, run), () if recipe.rollout.merged else ("rollout",)
     layers = {part for part in passes if part.startswith("student") or part in unmerged}
     total = {part: recipe.batch * count * row * (1 + lora * (part in layers)) for part, count in passes.items()}
-    for part, counts in gate_forwards(recipe, run.datasets, found["depths"]).items():
+    more = gate_forwards(recipe, run.datasets, found["depths"]) | nft_forwards(recipe)
+    for part, counts in more.items():
         passes[part] = sum(shares[t.name] * counts[t.name] for t in recipe.teachers)
         total[part] = recipe.batch * sum(shares[t.name] * counts[t.name] * flops[t.capability] for t in recipe.teachers)
     if references := contrast_forwards(recipe):
         drawn = recipe.rollout.steps if recipe.objective == "offpolicy" and recipe.offpolicy.clean == "teacher" else 0
-        times = drawn + passes["student, forward"]
+        times = drawn + _queries(recipe)[1]
         asked = {t: times * shares[t.name] * references[t.name] for t in recipe.teachers}
         passes["contrast"] = sum(asked.values())
         total["contrast"] = recipe.batch * sum(count * flops[t.capability] for t, count in asked.items())
@@ -78,22 +82,31 @@ def update(recipe: Recipe, run: Outline, found: Mapping[str, Any]) -> tuple[dict
 
 def _passes(recipe: Recipe, depth: float) -> dict[str, float]:
     steps, shares = recipe.rollout.steps, recipe.shares()
-    states = steps if recipe.objective in EVERY_STEP else recipe.query.count
+    states, asked = _queries(recipe)
     unconditional = recipe.guidance.unconditional
     calls = {t.name: 1.0 + (0 if t.guidance is None else 1 - unconditional) for t in recipe.teachers}
     teacher = sum(shares[n] * c for n, c in calls.items())
     drawn = steps if recipe.objective == "offpolicy" and recipe.offpolicy.clean == "teacher" else 0
-    every, monitor = recipe.monitor.interval(recipe.gates.on), recipe.monitor
+    every, monitor = recipe.monitored_every, recipe.monitor
     mean = sum(calls.values()) / len(calls)
     monitored = {"monitor": monitor.forwards(steps, mean) / (every * recipe.batch)} if every else {}
     return {
         "rollout": depth * (1 if recipe.rollout.guidance == 1 else 2),
-        "teachers": (drawn + (0 if recipe.objective == "supervised" else states)) * teacher,
+        "teachers": (drawn + asked) * teacher,
         "student, forward": float(states),
         "student, backward": float(states),
         **({"student, recomputed": float(states)} if recipe.gradient_checkpointing else {}),
         **monitored,
     }
+
+
+def _queries(recipe: Recipe) -> tuple[int, int]:
+    """States of a row at which the student is asked with a gradient, and at which its teacher is."""
+    states = recipe.rollout.steps if recipe.objective in EVERY_STEP else recipe.query.count
+    if recipe.objective == "nft":
+        distilled = states * (recipe.nft.share < 1)
+        return states + distilled, distilled + states * (recipe.nft.anchor > 0)
+    return states, 0 if recipe.objective == "supervised" else states
 
 
 def _lora_share(recipe: Recipe, run: Outline) -> float:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from danceopd.common.messages import did_you_mean, shown
 from danceopd.recipe.labelfree import REFERENCES
+from danceopd.recipe.nft import NFT, Likelihood
 from danceopd.recipe.parts import FlowOPD, OffPolicy, Query, Rollout
 
 if TYPE_CHECKING:
@@ -122,6 +123,37 @@ CHECKS: tuple[Check, ...] = (
         lambda r: r.rollout.cache_source and r.parallel == "fsdp",
         "rollout.cache_source needs the whole base in each process; leave it out, or parallel fsdp",
     ),
+    # nft
+    (
+        lambda r: r.objective != "nft" and r.nft != NFT(),
+        "nft is set, and the objective is {r.objective}; write objective: nft, or leave it out",
+    ),
+    (
+        lambda r: r.objective == "nft" and r.batch % r.nft.group,
+        "batch {r.batch} is no multiple of nft.group, {r.nft.group}; give one",
+    ),
+    (
+        lambda r: r.nft.round % r.nft.reuse,
+        "nft.round {r.nft.round} is no multiple of nft.reuse, {r.nft.reuse}; give one",
+    ),
+    (
+        lambda r: r.objective == "nft" and (r.rollout.noise or r.rollout.guidance != 1),
+        "objective nft ranks samples of the student's plain flow; leave out rollout.noise and rollout.guidance",
+    ),
+    (
+        lambda r: r.objective == "nft" and r.guidance.unconditional,
+        "objective nft ranks answers to prompts, and guidance.unconditional drops some of them; leave it out",
+    ),
+    (
+        lambda r: r.objective == "nft" and r.moves_targets and not r.nft.asks_teacher,
+        "contrast moves the teachers' velocities, and nft.share 1 without an anchor asks for none; lower nft.share, or "
+        "give nft.anchor",
+    ),
+    (
+        lambda r: r.objective == "nft" and r.validation.decides,
+        "validation.{r.validation.decides} goes by the distance to the teachers, which objective nft leaves behind; "
+        "leave it out",
+    ),
     # gates
     (
         lambda r: r.gates.on and r.objective != "danceopd",
@@ -159,12 +191,12 @@ CHECKS: tuple[Check, ...] = (
         "validation.{r.validation.decides} needs validation, and validation.every is 0; set it, such as 100",
     ),
     (
-        lambda r: r.monitor.rollback and not r.monitor.interval(r.gates.on),
+        lambda r: r.monitor.rollback and not r.monitored_every,
         "monitor.rollback is {r.monitor.rollback}, and nothing is monitored; set monitor.every, such as 100",
     ),
     (
-        lambda r: r.monitor.rollback == "plain" and not r.gates.on,
-        "monitor.rollback plain goes on without gates, and no gate is on; give stop",
+        lambda r: r.monitor.rollback == "plain" and not (r.gates.on or r.moves_targets or r.objective == "nft"),
+        "monitor.rollback plain goes on without gates, contrast and rewards, and none is on; give stop",
     ),
 )
 
@@ -191,7 +223,7 @@ def fault_of_quantised(recipe: Recipe) -> str | None:
 
 
 def _table(recipe: Recipe, checks: tuple[Check, ...] = CHECKS) -> Iterator[str]:
-    group_key = "flowopd.group" if recipe.objective == "flowopd" else "gates.group"
+    group_key = {"flowopd": "flowopd.group", "nft": "nft.group"}.get(recipe.objective, "gates.group")
     for wrong, sentence in checks:
         if wrong(recipe):
             yield sentence.format(r=recipe, n_teachers=len(recipe.teachers), group_key=group_key)
@@ -235,6 +267,16 @@ def _names(recipe: Recipe) -> Iterator[str]:
             yield f"contrast of teacher {teacher.name!r} has reference source, and it edits no source; choose prompt"
         if moved is not None and moved.reference == "base" and teacher.adapter == "base":
             yield f"contrast of teacher {teacher.name!r} has the base as reference, which it is itself; leave it out"
+    for name, reward in recipe.nft.rewards.items():
+        if isinstance(reward, Likelihood) and reward.teacher not in (None, "base", *names):
+            hint = did_you_mean(reward.teacher, ["base", *names])
+            yield f"nft.rewards.{name}.teacher is {reward.teacher!r}, which is no teacher{hint}"
+    for teacher in recipe.teachers if recipe.objective == "nft" else ():
+        if not recipe.nft.applying(teacher.capability):
+            yield (
+                f"nft.rewards has {' and '.join(recipe.nft.rewards)}, which say nothing of pictures without a source, "
+                f"and teacher {teacher.name!r} draws such; add likelihood"
+            )
     if recipe.family is not None:
         from danceopd.pipelines.registry import FAMILIES  # late: it imports torch
 

@@ -24,7 +24,7 @@ DEGRADATIONS: tuple[Degradation, ...] = get_args(Degradation)
 REFERENCES = ("base", "others", "null", "prompt", "source")
 """References of a contrast that are no teacher's name."""
 MONITOR_EVERY = 100
-"""Steps between the monitor's checks where a gate is on and the recipe does not say."""
+"""Steps between the monitor's checks where the recipe does not say."""
 
 
 def _null(value: Any) -> Any:
@@ -194,16 +194,16 @@ def _judge(value: Any) -> Any:
 
 
 class Monitor(Part):
-    """Looks for confident mistakes; on in every run with a gate, and where `every` is given.
+    """Looks for confident mistakes; on in every run with gates, moved targets or rewards, and where `every` is given.
 
     `judge` is a similarity model of transformers (CLIP, SigLIP; DINO compares with the teachers' own pictures). None:
     the exact scorer where the data is "scenes", else a frozen model that does not teach the row. The six after it are
     limits (`labelfree.statistics.Limits`). `rollback`: an alarm restores the last good checkpoint, and then the run
-    goes on without gates (plain), or ends there (stop).
+    goes on as plain distillation (plain), or ends there (stop).
     """
 
     every: int | None = Field(None, ge=0, examples=[100])
-    """Steps between checks; null: 100 where a gate is on, else never; 0: never."""
+    """Steps between checks; null: 100 where the run has gates, moved targets or rewards, else never; 0: never."""
     prompts: int = Field(64, ge=8, le=10**5)
     """Held-out prompts, over all teachers."""
     seeds: int = Field(4, ge=2, le=1000)
@@ -224,8 +224,8 @@ class Monitor(Part):
     effective: float = Field(0.5, ge=0, le=1)
     """Alarm where the effective sample size of the row weights is below this share of the rows."""
     rollback: Literal["plain", "stop"] | None = None
-    """After an alarm restore the last good checkpoint and go on without gates (plain), or end there (stop); null: only
-    say it."""
+    """After an alarm restore the last good checkpoint and go on as plain distillation (plain), or end there (stop);
+    null: only say it."""
 
     @model_validator(mode="after")
     def _check(self) -> Monitor:
@@ -233,9 +233,9 @@ class Monitor(Part):
             raise ValueError(f"strength is {list(self.strength)}; give the lower bound first")
         return self
 
-    def interval(self, gated: bool) -> int:
-        """Steps between checks, 0: none; `gated` says whether a gate is on."""
-        return (MONITOR_EVERY if gated else 0) if self.every is None else self.every
+    def interval(self, wanted: bool) -> int:
+        """Steps between checks, 0: none; `wanted` where the recipe does not say."""
+        return (MONITOR_EVERY if wanted else 0) if self.every is None else self.every
 
     def forwards(self, steps: int, calls: float) -> float:
         """Forwards of one row in a check, without those of paraphrases and judge: the student's rollout of `steps`,

@@ -88,6 +88,7 @@ class NFT(Part):
     stays as it is for so long. `beta` is how far the student moves from it in the positive and the negative branch,
     `clip` the standard score at which a sample counts as wholly good or bad. `share` of the loss is this one, the rest
     is objective danceopd's; `anchor` weighs the error to the routed teacher at the samples' states, beside it.
+    `hindsight` is how far the noise levels at which good and bad samples part count more (0: all alike).
     """
 
     group: int = Field(6, ge=2, le=2**10)
@@ -107,6 +108,8 @@ class NFT(Part):
     """Share of this loss; the rest is that of objective danceopd."""
     anchor: float = Field(0.0, ge=0, le=1e3)
     """Weight of the error to the routed teacher at the samples' states."""
+    hindsight: float = Field(0.0, ge=0, le=1)
+    """How far the noise levels at which good and bad samples part count more; 0: all alike."""
     round: PositiveInt = 16
     """Updates whose samples are drawn by one average of the student."""
     reuse: PositiveInt = 4
@@ -118,8 +121,8 @@ class NFT(Part):
         return self.share < 1 or self.anchor > 0
 
     @property
-    def batches(self) -> int:
-        """Updates of a round whose samples are drawn anew."""
+    def distinct(self) -> int:
+        """Updates of a round that draw samples; the others of it learn from the same ones."""
         return self.round // self.reuse
 
     def applying(self, capability: str) -> list[str]:

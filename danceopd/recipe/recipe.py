@@ -35,6 +35,7 @@ from danceopd.errors import UserError
 from danceopd.recipe.aliases import modernise
 from danceopd.recipe.checks import CALL_MOST, check, check_call
 from danceopd.recipe.labelfree import Contrast, Gates, Monitor
+from danceopd.recipe.nft import NFT
 from danceopd.recipe.parts import (
     MICRO_BATCH,
     TWO_TEACHERS,
@@ -174,12 +175,15 @@ class Recipe(Part):
     """Where the teachers are queried."""
     routing: Routing = Routing()
     """Which row has which teacher."""
-    objective: Literal["danceopd", "diffusionopd", "flowopd", "offpolicy", "supervised"] = "danceopd"
-    """What is learnt: `danceopd` is the method, the others are for comparison (docs/method.md)."""
+    objective: Literal["danceopd", "diffusionopd", "flowopd", "offpolicy", "supervised", "nft"] = "danceopd"
+    """What is learnt: `danceopd` is the method, `nft` learns from ranked samples of the student's own, the others are
+    for comparison (docs/method.md)."""
     flowopd: FlowOPD = FlowOPD()
     """Of objective flowopd."""
     offpolicy: OffPolicy = OffPolicy()
     """Of objective offpolicy."""
+    nft: NFT = NFT()
+    """Of objective nft: the student's own samples, ranked by frozen rewards (docs/labelfree.md)."""
     guidance: Guidance = Guidance()
     """Rows without a prompt."""
     gates: Gates = Gates()
@@ -327,17 +331,36 @@ class Recipe(Part):
     @property
     def group_size(self) -> int:
         """Rows of an update that are rollouts of one sample and stay in one batch."""
-        return self.flowopd.group if self.objective == "flowopd" else self.gates.group
+        return {"flowopd": self.flowopd.group, "nft": self.nft.group}.get(self.objective, self.gates.group)
+
+    @property
+    def one_level(self) -> bool:
+        """Whether the rows of a group are queried at one noise level, for they are compared."""
+        return self.objective == "nft" or self.gates.group > 1
+
+    @property
+    def monitored_every(self) -> int:
+        """Steps between the monitor's checks, 0: none; without a word of the recipe, where it goes beyond plain
+        distillation: gates, moved targets, rewards."""
+        return self.monitor.interval(self.gates.on or self.objective == "nft" or self.moves_targets)
+
+    @property
+    def moves_targets(self) -> bool:
+        """Whether `contrast` moves the target of any teacher."""
+        return any(map(self.contrast_of, self.teachers))
 
     @property
     def sampling(self) -> Sampling:
         """Which teachers and rows the updates sample."""
         shares = tuple(self.shares()[teacher.name] for teacher in self.teachers)
-        return Sampling(self.seed, self.steps, self.batch // self.group_size, shares, self.routing)
+        rounds = (self.nft.round, self.nft.distinct) if self.objective == "nft" else (1, 1)
+        return Sampling(self.seed, self.steps, self.batch // self.group_size, shares, self.routing, *rounds)
 
     @property
     def objective_options(self) -> dict[str, Any]:
         """The objective's own options, where it has any."""
+        if self.objective == "nft":
+            return self.nft.model_dump(include={"beta", "share", "anchor"})
         options = {"flowopd": self.flowopd, "offpolicy": self.offpolicy}.get(self.objective)
         return {} if options is None else options.model_dump()
 

@@ -16,7 +16,7 @@ from danceopd.engine.metrics import StepMetrics
 from danceopd.engine.objectives import RowLoss
 from danceopd.engine.teachers import RoutedTeacher
 from danceopd.engine.trainer import STUDENT, Trainer
-from danceopd.labelfree.gates.hook import GateHook
+from danceopd.labelfree.hooks import query_hook
 from danceopd.models.backbone import Backbone
 from danceopd.models.fields import AdapterField, VelocityField
 from danceopd.models.lora import Adapter
@@ -85,7 +85,7 @@ def make_trainer(
     callbacks: Sequence[Callback] = (),
     **fields: Any,
 ) -> Trainer:
-    """Two teachers on a fresh tiny backbone, with the gates that the recipe's `fields` switch on."""
+    """Two teachers on a fresh tiny backbone, with the hook that the recipe's `fields` ask for."""
     backbone, routed, cpu = Backbone(tiny_klein().transformer, KLEIN), [], torch.device("cpu")
     for i, name in enumerate(NAMES):
         backbone.add_adapter(name, random_adapter(backbone.transformer, seed=i, size=0.1))
@@ -95,11 +95,8 @@ def make_trainer(
         routed.append(RoutedTeacher(name, velocity, dataset, data.null, other))
     recipe = Recipe(**files, **{"steps": 6, "batch": 6, "student": {"rank": 8}, **fields})
     backbone.new_student(STUDENT, recipe.student.rank, recipe.seed, init)
-    hook = None
-    if recipe.gates.on:
-        kinds = [teacher.capability for teacher in recipe.teachers]
-        hook = GateHook(recipe.gates, routed, kinds, cpu, seed=recipe.seed, rollout_steps=recipe.rollout.steps)
-    return Trainer(recipe, backbone, routed, cpu, rank, world, hook=hook, callbacks=callbacks)
+    hook, parts = query_hook(recipe, backbone, routed, cpu)
+    return Trainer(recipe, backbone, routed, cpu, rank, world, hook=hook, callbacks=[*parts, *callbacks])
 
 
 def batches_of(trainer: Trainer) -> list[Batch]:

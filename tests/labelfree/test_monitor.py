@@ -345,14 +345,27 @@ def test_what_it_saw_is_written_everywhere(monitored):
     logged = {line["step"]: line for line in lines_of(monitored, "metrics.jsonl")}
     assert {step for step, line in logged.items() if "monitor/alarms" in line} == {0, 2, 4}
     assert "loss" in logged[2] and "monitor/score editing" in logged[2]
+    assert logged[2]["monitor/best of seeds generation"] >= logged[2]["monitor/score generation"]
+    assert 0 <= logged[2]["monitor/open shift generation"] <= 1 and "monitor/open shift editing" not in logged[2]
     assert "judged by the exact scorer" in (monitored / "README.md").read_text()
 
 
-def test_a_gate_is_monitored_and_plain_danceopd_is_not():
-    assert Recipe().monitor.interval(Recipe().gates.on) == 0
-    gated = Recipe(gates={"evidence": True})
-    assert gated.monitor.interval(gated.gates.on) == 100
-    assert Recipe(gates={"evidence": True}, monitor={"every": 0}).monitor.interval(True) == 0
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"gates": {"evidence": True}},
+        {"contrast": {"generation": {"weight": 0.5}}},
+        {"objective": "nft", "batch": 6},
+    ],
+)
+def test_what_goes_beyond_plain_distillation_is_monitored(fields):
+    assert Recipe(**fields).monitored_every == 100
+    assert Recipe(**fields, monitor={"every": 0}).monitored_every == 0
+    assert Recipe(**fields, monitor={"every": 7, "rollback": "plain"}).monitored_every == 7
+
+
+def test_plain_danceopd_is_not_monitored():
+    assert Recipe().monitored_every == 0 == Recipe(contrast={"generation": {"weight": 0.0}}).monitored_every
 
 
 def test_a_continued_run_sees_what_the_whole_run_saw(models, tmp_path, monitored):
@@ -364,15 +377,19 @@ def test_a_continued_run_sees_what_the_whole_run_saw(models, tmp_path, monitored
         assert {**here, "seconds": 0} == {**there, "seconds": 0}
 
 
-def test_an_alarm_brings_the_first_state_back_and_goes_on_plainly(models, tmp_path, plain, caplog):
-    """Gated until the first check, which no state before it passed: what follows is the plain run, to the byte."""
-    gates = {"evidence": {"alpha": 1.0}}
+@pytest.mark.parametrize(
+    "how",
+    [{"gates": {"evidence": {"alpha": 1.0}}}, {"contrast": {"generation": {"weight": 1.0}}}],
+    ids=["gate", "contrast"],
+)
+def test_an_alarm_brings_the_first_state_back_and_goes_on_plainly(models, tmp_path, plain, caplog, how):
+    """Not plain until the first check, which no state before it passed: what follows is the plain run, to the byte."""
     options = {**MONITORED, "diversity": 9.0, "rollback": "plain"}
-    steps = run(models, tmp_path / "run", kill=3, gates=gates, monitor=options)
+    steps = run(models, tmp_path / "run", kill=3, **how, monitor=options)
     assert steps == [1, 1, 2, 3]
-    assert run(models, tmp_path / "run", gates=gates, monitor=options) == [3, 4]
+    assert run(models, tmp_path / "run", **how, monitor=options) == [3, 4]
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (plain / WEIGHTS).read_bytes()
-    assert "monitor, step 2: the state after step 0 is restored, and the run goes on without gates" in caplog.text
+    assert "step 2: the state after step 0 is restored, and the run goes on as plain distillation" in caplog.text
     assert [line["step"] for line in lines_of(tmp_path / "run", "metrics.jsonl")] == [0, 0, 0, 1, 2, 3, 4]
     checks = lines_of(tmp_path / "run")
     assert [line["step"] for line in checks] == [0, 2, 2, 2, 4] and checks[2]["rolled_back_to"] == 0
@@ -421,7 +438,7 @@ def test_two_processes_are_monitored_and_brought_back(models, tmp_path, parallel
     ("fields", "said"),
     [
         ({"monitor": {"rollback": "plain"}}, "nothing is monitored"),
-        ({"monitor": {"every": 5, "rollback": "plain"}}, "no gate is on; give stop"),
+        ({"monitor": {"every": 5, "rollback": "plain"}}, "none is on; give stop"),
         ({"monitor": {"strength": [2, 1]}}, "lower bound first"),
         ({"monitor": {"judge": "nowhere/at/all"}}, "monitor.judge: similarity model"),
         ({"monitor": {"evry": 5}}, "did you mean 'every'"),

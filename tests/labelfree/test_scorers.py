@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from danceopd.data.encode import Encoder, open_pipelines
 from danceopd.data.sources import edits_from, prompts_from
 from danceopd.errors import UserError
 from danceopd.labelfree.probes import FrozenFields, probe_sets
-from danceopd.labelfree.scorers import Denoiser, Exact, Similarity, SimilarityScorer
+from danceopd.labelfree.scorers import Denoiser, Exact, Similarity, SimilarityScorer, total_variation
 from danceopd.models.backbone import Backbone
 from danceopd.models.fields import AdapterField, BaseField
 from danceopd.pipelines.registry import FAMILIES
@@ -87,6 +89,29 @@ def test_the_exact_scorer_knows_right_from_wrong():
     scores = Exact(draw, [*drawn, *changed])(shown).reshape(5, 2)
     assert scores[:3, 0].tolist() == [1, 1, 1] and (scores[3:, 0] > 0.99).all()
     assert (scores[:, 1] < scores[:, 0]).all()
+
+
+def test_what_prompts_leave_open_is_compared_with_the_teachers_pictures():
+    tasks = [p for p in prompts("val", 60) if p.tag in ("single_object", "position")][:6]
+    assert {p.tag for p in tasks} == {"single_object", "position"}
+    other = [replace(p.scene, background="sand" if p.scene.background != "sand" else "sky") for p in tasks]
+    scenes = [*(p.scene for p in tasks), *other]
+
+    def draw(clean):
+        return [Image.fromarray(render(scenes[i])) for i in clean.flatten().tolist()]
+
+    scorer = Exact(draw, tasks)
+    scorer.calibrate(torch.arange(6))
+    scorer(torch.arange(6))
+    assert scorer.open_shift == 0
+    scorer(torch.arange(6, 12))
+    named = ["sand" if p.scene.background != "sand" else "sky" for p in tasks]
+    shift = total_variation(Counter(p.scene.background for p in tasks), Counter(named))
+    assert scorer.open_shift == pytest.approx(shift / 3) and shift > 0  # colours and places are the same
+    assert total_variation(Counter("aab"), Counter("abbc")) == pytest.approx(5 / 12)
+    edit = Exact(lambda clean: [Image.fromarray(render(edits("val", 6)[0].target))], edits("val", 6)[:1])
+    edit(torch.zeros(1))
+    assert edit.open_shift is None
 
 
 def test_similarity_of_picture_and_prompt_is_the_model_s_own(clip):

@@ -9,10 +9,10 @@ first.
 from danceopd.labelfree.rewards.agreement import consensus, preserve
 from danceopd.labelfree.rewards.group import Group, Reward
 from danceopd.labelfree.rewards.likelihood import likelihood
-from danceopd.labelfree.rewards.make import REWARDS, combined, rewards_of, standard_scores
+from danceopd.labelfree.rewards.make import REWARDS, check_rewards, combined, rewards_for, rewards_of, standard_scores
 from danceopd.labelfree.rewards.own import own
 
 __all__ = [
-    "REWARDS", "Group", "Reward", "combined", "consensus", "likelihood", "own", "preserve", "rewards_of",
-    "standard_scores",
+    "REWARDS", "Group", "Reward", "check_rewards", "combined", "consensus", "likelihood", "own", "preserve",
+    "rewards_for", "rewards_of", "standard_scores",
 ]  # fmt: skip

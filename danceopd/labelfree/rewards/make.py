@@ -14,7 +14,7 @@ from danceopd.engine.teachers import RoutedTeacher
 from danceopd.labelfree.rewards.agreement import consensus, preserve
 from danceopd.labelfree.rewards.group import Reward
 from danceopd.labelfree.rewards.likelihood import likelihood
-from danceopd.labelfree.rewards.own import own
+from danceopd.labelfree.rewards.own import find, own
 from danceopd.models.fields import VelocityField, unguided
 from danceopd.recipe import nft as parts
 
@@ -35,18 +35,28 @@ def rewards_of(
 
     `base` is the bare base's field; `rows` are asked at a time.
     """
-    fields = {teacher.name: unguided(teacher.field) for teacher in teachers} | {"base": base}
-    found = {}
-    for teacher in teachers:
-        mine: dict[str, Reward] = {}
-        for name, reward in part.rewards.items():
-            if isinstance(reward, parts.Likelihood):
-                field = fields[reward.teacher or teacher.name]
-                mine[name] = likelihood(field, reward.levels, reward.draws, rows)
-            else:
-                mine[name] = own(name, reward.options) if isinstance(reward, parts.OwnReward) else REWARDS[name]()
-        found[teacher.name] = mine
+    fields = {teacher.name: teacher.field for teacher in teachers} | {"base": base}
+    return {teacher.name: rewards_for(part, teacher.name, fields, rows) for teacher in teachers}
+
+
+def rewards_for(
+    part: parts.NFT, teacher: str, fields: Mapping[str, VelocityField], rows: int = 64
+) -> dict[str, Reward]:
+    """The same for one teacher's rows; `fields` are all teachers' by name, and the bare base's as "base"."""
+    found: dict[str, Reward] = {}
+    for name, reward in part.rewards.items():
+        if isinstance(reward, parts.Likelihood):
+            found[name] = likelihood(unguided(fields[reward.teacher or teacher]), reward.levels, reward.draws, rows)
+        else:
+            found[name] = own(name, reward.options) if isinstance(reward, parts.OwnReward) else REWARDS[name]()
     return found
+
+
+def check_rewards(part: parts.NFT) -> None:
+    """UserError for a reward of the user's that cannot be found."""
+    for name, reward in part.rewards.items():
+        if isinstance(reward, parts.OwnReward):
+            find(name)
 
 
 def standard_scores(rewards: Tensor) -> Tensor:
