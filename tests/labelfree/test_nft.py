@@ -241,7 +241,7 @@ def test_it_is_monitored_and_an_alarm_brings_it_back_to_plain_distillation(model
     first, *after = [line for line in json_lines(tmp_path / "x" / "metrics.jsonl") if "loss" in line]
     assert not any(key.startswith("nft/") for line in (first, *after) for key in line)
     checks = json_lines(tmp_path / "x" / "monitor.jsonl")
-    assert "the reward likelihood" in checks[0]["beliefs"] and checks[2]["rolled_back_to"] == 0
+    assert "the reward likelihood" in checks[0]["confidences"] and checks[2]["rolled_back_to"] == 0
 
 
 @pytest.mark.parametrize("tiny", TINYS, ids=lambda tiny: tiny.family)
