@@ -253,7 +253,7 @@ def _train(opened: _Opened, report: Report) -> Student:
         (MergedField if recipe.rollout.merged else AdapterField)(backbone, STUDENT), device,
         enabled=recipe.rollout.cuda_graphs, compiled=recipe.compile, source_cached=recipe.rollout.cache_source,
     )  # fmt: skip
-    hook, parts = query_hook(recipe, backbone, teachers, device, None if run is None else run.path)
+    hook, beside = query_hook(recipe, backbone, teachers, device, None if run is None else run.path)
     validation = EarlyStopping(recipe.validation, processes, error, run)
     monitor = MonitorCallback(recipe.monitor, recipe.monitored_every, probes, run, processes, sharded)
     facts = {"recipe": opened.recipe.identity(), "weights": weights, "modules": backbone.modules(STUDENT)}
@@ -267,7 +267,7 @@ def _train(opened: _Opened, report: Report) -> Student:
         trainer = Trainer(
             recipe, backbone, teachers, device, processes.rank, processes.world_size, all_reduce, field, hook,
             callbacks=[
-                *parts, Throughput(), validation, monitor, MetricsLog(logger, opened.began), rollback, samples, limits,
+                *beside, Throughput(), validation, monitor, MetricsLog(logger, opened.began), rollback, samples, limits,
                 checkpoints, _Reporter(report),
             ],
         )  # fmt: skip
@@ -293,7 +293,7 @@ def _train(opened: _Opened, report: Report) -> Student:
     known = {name: sha256 for name, sha256 in hashes.items() if sha256 is not None}
     origin = Origin(opened.base, fingerprint, call, known, opened.init.sentence, opened.saved)
     sentences = [*filter(None, [validation.sentence()]), *monitor.sentences(), *(run.sentences() if run else [])]
-    sentences += [sentence for part in parts for sentence in part.sentences()]
+    sentences += [sentence for part in beside for sentence in part.sentences()]
     try:
         write_student(trainer, recipe, student, step, origin, run, processes, None if sharded else pipe, sentences)
     except NotFinite as error:
