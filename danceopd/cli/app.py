@@ -12,19 +12,31 @@ from typing import Annotated
 import typer
 
 from danceopd.cli import bench as commands
+from danceopd.cli import kernels as machine
 from danceopd.cli.boundary import Commands, echo, prepare, traceback_in
-from danceopd.cli.flags import number, words
+from danceopd.cli.flags import (
+    App,
+    Json,
+    Quiet,
+    Verbose,
+    hush,
+    number,
+    one_of,
+    print_json,
+    raise_voice,
+    settings,
+    words,
+)
 from danceopd.cli.openmoji import app as openmoji
 from danceopd.errors import UserError
 
 STAGES = ("autoencoder", "base", "generation", "editing", "local-edit", "global-edit")
 
 
-app = typer.Typer(
+app = App(
     cls=Commands,
     help="Merge what several image models can do into one adapter, and prove that nothing got worse.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -32,7 +44,19 @@ app = typer.Typer(
 
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same machine: the same bytes.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for what is made.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda; default: auto, a GPU where there is one.")]
+DEVICES, DTYPES = one_of("auto", "cpu", "cuda"), one_of("fp32", "bf16", "fp16")
+Device = Annotated[
+    str | None,
+    typer.Option(help="auto, cpu or cuda; default: auto, a GPU where there is one.", autocompletion=DEVICES),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any key of the recipe, such as optimizer.lr=1e-4; repeatable."),
+]
+RecipeSeed = Annotated[
+    int | None, typer.Option(help="Same seed, same machine: the same bytes; default: the recipe's, or 0.")
+]
+TimeLimit = Annotated[float | None, typer.Option(help="Minutes after which to stop, with a student.")]
 Base = Annotated[str | None, typer.Option(help="Base model: a folder, or owner/name on the hub; default: the LoRA's.")]
 Drop = Annotated[list[str] | None, typer.Option(help="A part of the file not to read: text-encoder.")]
 TEACHER = '{} teacher: a LoRA, a whole model, a shipped name, or "base".'
@@ -53,23 +77,26 @@ def merge(
     editing: Annotated[str | None, typer.Option(help=TEACHER.format("Editing"))] = None,
     output: RunFolder = None,
     steps: MergeSteps = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same machine: the same bytes; default: 0.")] = None,
+    seed: RecipeSeed = None,
     device: Device = None,
-    time_limit: Annotated[float | None, typer.Option(help="Minutes after which to stop, with a student.")] = None,
+    time_limit: TimeLimit = None,
     fuse: Annotated[bool, typer.Option("--fuse", help="Also make OUTPUT a whole pipeline.")] = False,
     start: Annotated[
         Path | None, typer.Option("--from", help="Start at what another run has learnt, such as with another rate.")
     ] = None,
+    set_keys: Settings = None,
 ) -> None:
     """Distil the teachers into one student LoRA. With nothing given: the shipped small model.
 
     Running the same command again continues an interrupted run.
+
+    Example: danceopd merge recipe.yaml --steps 500 --set optimizer.lr=1e-4
     """
     from danceopd.recipe.recipe import Recipe
 
     resolved = Recipe.load(
         recipe, base=base, generation=generation, editing=editing, output=output, steps=steps, seed=seed, device=device,
-        time_limit=time_limit
+        time_limit=time_limit, settings=settings(set_keys or ())
     )  # fmt: skip
     from danceopd.merge import merge as run
 
@@ -102,21 +129,27 @@ def plan(
         str | None, typer.Option(help="A card that is not here: its memory (24GB) or its name (4090, h100).")
     ] = None,
     tflops: Annotated[float | None, typer.Option(min=0.0001, help="Reckon with this speed; default: measure.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    seed: RecipeSeed = None,
+    time_limit: TimeLimit = None,
+    fuse: Annotated[bool, typer.Option("--fuse", hidden=True)] = False,  # so that merge's flags can be planned
+    set_keys: Settings = None,
+    as_json: Json = False,
 ) -> None:
-    """Check all that a merge would, and say what memory, time and disk it takes. Loads no weight."""
+    """Check all that a merge would, and say what memory, time and disk it takes. Loads no weight.
+
+    Example: danceopd plan recipe.yaml --gpu 24GB
+    """
     from danceopd.recipe.recipe import Recipe
 
     resolved = Recipe.load(
-        recipe, base=base, generation=generation, editing=editing, output=output, steps=steps, device=device
-    )
+        recipe, base=base, generation=generation, editing=editing, output=output, steps=steps, seed=seed, device=device,
+        time_limit=time_limit, settings=settings(set_keys or ())
+    )  # fmt: skip
     from danceopd.plan import plan as run
 
     facts = run(resolved, tflops, gpu)
     if as_json:
-        import json
-
-        echo(json.dumps(facts, indent=1))
+        print_json(facts)
     else:
         from danceopd.cli.plan import show
 
@@ -176,7 +209,10 @@ def sample(
     height: Height = None,
     width: Width = None,
 ) -> None:
-    """Generate or edit images with a student, through the stock diffusers pipeline."""
+    """Generate or edit images with a student, through the stock diffusers pipeline.
+
+    Example: danceopd sample student "make the fox blue" --image fox.png -n 4
+    """
     if (height is None) != (width is None):
         raise UserError("only one of --height and --width is given; give both, or neither")
     from danceopd.sample import sample as run
@@ -194,13 +230,18 @@ app.add_typer(openmoji, name="openmoji")
 
 @app.command()
 def teach(
-    stage: Annotated[str, typer.Argument(help=f"One of: {', '.join(STAGES)}.")],
+    stage: Annotated[
+        str, typer.Argument(help=f"One of: {', '.join(STAGES)}.", autocompletion=one_of(*STAGES))
+    ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: checkpoints/STAGE.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; default: the stage's own.")] = None,
     base: Annotated[str, typer.Option(help="Base of a teacher: a folder or a shipped name.")] = "base",
     seed: Seed = 0,
 ) -> None:
-    """Train one of the shipped checkpoints from scratch. Running it again continues it."""
+    """Train one of the shipped checkpoints from scratch. Running it again continues it.
+
+    Example: danceopd teach editing -o my-editing
+    """
     from danceopd.common.messages import did_you_mean
 
     if stage not in STAGES:
@@ -227,14 +268,19 @@ def extract(
     energy: Annotated[
         float | None, typer.Option(help="Give each layer the smallest rank that keeps this share, such as 0.99.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="What the LoRA is stored in: fp32, bf16 or fp16.")] = "fp32",
+    device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="What the LoRA is stored in: fp32, bf16 or fp16.", autocompletion=DTYPES)
+    ] = "fp32",
     drop: Drop = None,
 ) -> None:
-    """Turn a fine-tuned model, or an adapter of another kind, into a LoRA of its base; say what each layer lost."""
+    """Turn a fine-tuned model, or an adapter of another kind, into a LoRA of its base; say what each layer lost.
+
+    Example: danceopd extract ./base ./finetuned -r 64 -o extracted
+    """
     from danceopd.cli.extract import run, show, summary
 
-    file, found = run(base, finetuned, output, rank, energy, device, dtype, drop or ())
+    file, found = run(base, finetuned, output, rank, energy, device or "auto", dtype, drop or ())
     show(found)
     echo(summary(found))
     echo(f"LoRA: {file.parent}")
@@ -258,7 +304,10 @@ def blend(
     base: Base = None,
     drop: Drop = None,
 ) -> None:
-    """Merge LoRAs in weight space, without training, into one LoRA of any rank."""
+    """Merge LoRAs in weight space, without training, into one LoRA of any rank.
+
+    Example: danceopd blend a.safetensors b.safetensors --method ties --weights 0.7,0.9 -o blend
+    """
     from danceopd.cli.blend import run, show, summary
 
     shares = [number(word, "--weights") for word in words(weights)] or None
@@ -271,9 +320,15 @@ def blend(
 @app.command()
 def export(
     student: Annotated[str, typer.Argument(help="A run's folder, a LoRA, or a shipped name.")],
-    format: Annotated[str, typer.Option(help="diffusers, comfyui, peft or kohya.")] = "diffusers",
+    format: Annotated[
+        str,
+        typer.Option(
+            help="diffusers, comfyui, peft or kohya.",
+            autocompletion=one_of("diffusers", "comfyui", "peft", "kohya"),
+        ),
+    ] = "diffusers",
     output: Output = Path("exported"),
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.", autocompletion=DTYPES)] = "fp32",
     rank: Annotated[int | None, typer.Option("--rank", "-r", help="Largest rank of a layer; default: exact.")] = None,
     base: Base = None,
     drop: Drop = None,
@@ -281,7 +336,10 @@ def export(
         list[str] | None, typer.Option(help="A layer not to write, `*` for anything; may be given several times.")
     ] = None,
 ) -> None:
-    """Write a student under the names another tool wants, and read it back to prove it."""
+    """Write a student under the names another tool wants, and read it back to prove it.
+
+    Example: danceopd export student --format comfyui -o for-comfyui
+    """
     from danceopd.adapters.export import export_as
 
     echo(export_as(student, output, format, dtype, base, rank, drop or (), leave_out or ()).sentence)
@@ -291,41 +349,44 @@ def export(
 def inspect(
     path: Annotated[Path, typer.Argument(help="A LoRA, a model's folder or file, a run's folder, a shipped name.")],
     names: Annotated[bool, typer.Option("--names", help="Also list every adapted module.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Say what a LoRA, a model or a run is, and what it can be used for. Loads no weight."""
+    """Say what a LoRA, a model or a run is, and what it can be used for. Loads no weight.
+
+    Example: danceopd inspect downloaded.safetensors --names
+    """
     from danceopd.cli.inspect import describe, show
 
     facts = describe(path)
     if as_json:
-        import json
-
-        echo(json.dumps(facts, indent=1))
+        print_json(facts)
     else:
         show(facts, names)
 
 
-@app.command()
-def kernels() -> None:
-    """Say which fused kernels would run on this machine, and why."""
-    from danceopd.cli.kernels import describe, show
-
-    show(describe())
+for about in (machine.kernels, machine.schema, machine.version):
+    app.command()(about)
 
 
-@app.command()
-def version() -> None:
-    """Versions of danceopd and of what its results depend on."""
-    from importlib.metadata import PackageNotFoundError, version
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from danceopd import __version__
 
-    from danceopd import __version__
+        echo(f"danceopd {__version__}")
+        raise typer.Exit
 
-    echo(f"danceopd {__version__}")
-    for name in ("torch", "diffusers", "transformers", "peft", "numpy", "pillow"):
-        try:
-            echo(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            echo(f"{name} (not installed)")
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Merge what several image models can do into one adapter, and prove that nothing got worse."""
+    hush(quiet)
+    raise_voice(verbose, last=False)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from danceopd.cli.boundary import echo
-from danceopd.cli.flags import number, pairs, words
+from danceopd.cli.flags import Json, number, pairs, print_json, words
 from danceopd.errors import UserError
 
 if TYPE_CHECKING:
@@ -134,11 +134,14 @@ def bench(
         str, typer.Option(help="Weights of blend, such as generation=0.7,editing=0.9.", rich_help_panel=BLEND)
     ] = "",
     margin: Margin = None,
+    as_json: Json = False,
 ) -> None:
     """Score a student, its base, its teachers and LoRA blends on the same items and noise; write a report.
 
     The exit status is 2 if the student got no score at all. The same command again continues.
     `accelerate launch --multi_gpu -m danceopd bench …` generates on several GPUs.
+
+    Example: danceopd bench student --suite folder --data pairs.jsonl --judge hf:./Qwen2.5-VL-7B-Instruct
     """
     folders = pairs(images or (), "--images", "mine=results/mine")
     weights = pairs(words(blend_weights), "--blend-weights", "generation=0.7")
@@ -187,7 +190,10 @@ def bench(
         )
         found = planned.estimate() if dry_run else planned.run()
     if isinstance(found, dict):
-        show_estimate(found)
+        (print_json if as_json else show_estimate)(found)
+    elif found.is_main and as_json:
+        print_json(found.scores)
+        refuse_nothing("score", found.scores["unscored"] if nothing_scored(found.scores) else [])
     elif found.is_main:  # of several processes, one prints
         print_table(found.scores)
         for line in about_run(found.scores):
@@ -243,13 +249,21 @@ def show_estimate(found: dict[str, Any]) -> None:
         echo(f"cost: about {judge['cost']:.2f} dollars, at most {judge['at_most']:.2f}")
 
 
-def suites() -> None:
-    """List the suites, their versions, and where their data is."""
+def suites(as_json: Json = False) -> None:
+    """List the suites, their versions, and where their data is.
+
+    Example: danceopd suites --json
+    """
     from rich.console import Console
     from rich.table import Table
 
     from danceopd.bench.suites.registry import SUITES, suite_class
 
+    if as_json:
+        classes = {name: suite_class(name) for name in SUITES}
+        return print_json(
+            {name: {"version": c.version, "about": about(c), "data": data_sentence(c)} for name, c in classes.items()}
+        )
     table = Table(box=None, pad_edge=False, padding=(0, 2), show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(no_wrap=True)
@@ -278,7 +292,10 @@ def data_sentence(suite: type[Suite]) -> str:
 def report(
     folder: Annotated[Path, typer.Argument(help="Output folder of a finished bench.")],
 ) -> None:
-    """Write the report of a finished bench again, and print its table."""
+    """Write the report of a finished bench again, and print its table.
+
+    Example: danceopd report student/bench
+    """
     from danceopd.bench.report.report import report as write
     from danceopd.bench.report.table import print_table
     from danceopd.bench.results import load
@@ -316,24 +333,28 @@ def compare(
     price_in: PriceIn = None,
     price_out: PriceOut = None,
     margin: Margin = None,
+    as_json: Json = False,
 ) -> None:
     """Compare two finished benches item by item: differences and win/loss/tie; writes compare.json and compare.md.
 
     The exit status is 2 if a judge was asked and no vote could be read.
     With two files of judge's answers (judge.jsonl), print the agreement of the judges instead.
+
+    Example: danceopd compare student/bench other/bench -o compare
     """
     from danceopd.bench.options import JudgeOptions
     from danceopd.bench.report.verdict import MARGIN
     from danceopd.cli.compare import no_vote, run, show, show_agreement
 
     if run_a.is_file() and run_b.is_file():
-        return show_agreement(run_a, run_b)
+        return show_agreement(run_a, run_b, as_json)
     arguments: dict[str, Any] = {"key_file": judge_key_file, "codec": judge_codec, "concurrency": judge_concurrency}
     arguments |= {"longest": judge_longest, "timeout": judge_timeout, "start": judge_start, "thinking": judge_thinking}
     options = JudgeOptions(judge, arguments | {"price_in": price_in, "price_out": price_out}, repeats, max_cost)
     margin = MARGIN if margin is None else margin
     found = run(run_a, run_b, output, words(models), anyway, options, limit, dry_run, margin)
-    show(found)
+    (print_json if as_json else show)(found)
     if not dry_run:
-        echo(f"comparison: {output}")
+        if not as_json:
+            echo(f"comparison: {output}")
         refuse_nothing("vote", found["votes"]["unscored"] if no_vote(found) else [])

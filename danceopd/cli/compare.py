@@ -15,6 +15,7 @@ from danceopd.bench.report.facts import ALL_RIGHT
 from danceopd.bench.report.table import why_unscored
 from danceopd.bench.report.verdict import MARGIN, SIGN, check_margin
 from danceopd.bench.results import unscored
+from danceopd.cli.flags import print_json
 from danceopd.common.console import progress_bar
 from danceopd.common.files import disk_errors, write_atomic, write_json
 from danceopd.common.system import command_line
@@ -98,7 +99,7 @@ def _first(found: Sequence[Pair], limit: int | None) -> list[Pair]:
     return [pair for group in kept.values() for pair in group[:limit]]
 
 
-def show_agreement(one: Path, other: Path) -> None:
+def show_agreement(one: Path, other: Path, as_json: bool = False) -> None:
     """Print the agreement of two files of answers, by aspect."""
     from rich.table import Table
 
@@ -106,6 +107,8 @@ def show_agreement(one: Path, other: Path) -> None:
     from danceopd.common.console import wide_console
 
     found = agreement_of_files(one, other)
+    if as_json:
+        return print_json(found)
     table = Table(box=None, pad_edge=False)
     heads = ("n", "unread", "exact", "difference", "kappa", "spearman")
     for head in ("aspect", *heads):

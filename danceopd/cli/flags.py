@@ -1,10 +1,113 @@
-"""What flags hold: words and numbers with commas between, and pairs of a name and a value."""
+"""What flags hold: words and numbers with commas between, pairs of a name and a value; and what every command takes:
+-q and -v.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from inspect import Parameter, Signature, signature
+from typing import Annotated, Any, get_type_hints
+
+import typer
 
 from danceopd.errors import UserError
+
+LIBRARIES = ("torch", "torchao", "diffusers", "transformers", "peft", "accelerate", "huggingface_hub", "tensorboard")
+"""Their warnings are for programmers, or about parts that are not installed."""
+_verbose = False
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress; results, warnings and errors only.")]
+Verbose = Annotated[
+    bool,
+    typer.Option("-v", "--verbose", help="Also say what is assumed, and what other libraries warn of."),
+]
+
+
+class App(typer.Typer):
+    """Commands that all take -q and -v, which are in effect before they run."""
+
+    def command(self, *names: Any, **how: Any) -> Callable[[Any], Any]:
+        register = super().command(*names, **how)
+
+        def add(function: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*values: Any, quiet: bool, verbose: bool, **named: Any) -> Any:
+                hush(quiet)
+                raise_voice(verbose)
+                return function(*values, **named)
+
+            own = {"quiet": Quiet, "verbose": Verbose}
+            parameters = [*signature(function).parameters.values()]
+            parameters += [Parameter(name, Parameter.KEYWORD_ONLY, default=False) for name in own]
+            run.__name__, run.__doc__ = function.__name__, function.__doc__
+            run.__annotations__ = get_type_hints(function, include_extras=True) | own
+            run.__signature__ = Signature(  # type: ignore[attr-defined]
+                [one.replace(annotation=run.__annotations__[one.name]) for one in parameters]
+            )
+            register(run)
+            return function
+
+        return add
+
+
+def hush(quiet: bool) -> None:
+    """-q: no progress from here on."""
+    if quiet:
+        from danceopd.common import console
+
+        console.hide_progress()
+
+
+def raise_voice(verbose: bool, last: bool = True) -> None:
+    """-v: what danceopd assumes is said, and other libraries say what they like. Without it, by the `last` who asks,
+    they say errors only: a check of ours says what a user can mend."""
+    global _verbose
+    _verbose = _verbose or verbose
+    if _verbose:
+        own = logging.getLogger("danceopd")
+        for speaker in (own, *own.handlers):
+            speaker.setLevel(logging.INFO)
+    elif last:
+        for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):  # both set their own levels when imported
+            os.environ.setdefault(name, "error")
+        for name in LIBRARIES:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        if not sys.warnoptions:
+            warnings.filterwarnings("ignore", module=rf"({'|'.join(LIBRARIES)})\b")
+
+
+def settings(texts: Iterable[str]) -> dict[str, Any]:
+    """`--set key=value` as a mapping; values are read as in a recipe."""
+    from yaml import YAMLError
+
+    from danceopd.common.parse import parse_yaml
+
+    found = {}
+    for key, text in pairs(texts, "--set", "optimizer.lr=1e-4").items():
+        try:
+            found[key] = parse_yaml(text)
+        except YAMLError:
+            raise UserError(f"--set {key} has {text!r}, which is not valid YAML; put it in quotes") from None
+    return found
+
+
+def print_json(facts: Any) -> None:
+    """Print facts for a script."""
+    import json
+
+    from danceopd.cli.boundary import echo
+
+    echo(json.dumps(facts, indent=1))
+
+
+def one_of(*choices: str) -> Callable[[], list[str]]:
+    """What a shell completes a value with."""
+    return lambda: list(choices)
 
 
 def words(text: str) -> list[str]:

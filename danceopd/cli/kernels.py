@@ -1,9 +1,18 @@
-"""`danceopd kernels`: which kernels and attention backends would run on this machine, and why. Runs none of them."""
+"""What there is on this machine: the commands `danceopd kernels`, which says what would run and runs nothing,
+`danceopd version` and `danceopd schema`."""
 
 from __future__ import annotations
 
 import os
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from danceopd.cli.boundary import echo
+from danceopd.cli.flags import Json, print_json
 
 
 def describe() -> dict[str, str]:
@@ -38,7 +47,7 @@ def describe() -> dict[str, str]:
     facts["compiler"] = build.compiler() or "none"
     facts["torch"] = torch.__version__
     try:
-        facts["triton version"] = version("triton")
+        facts["triton version"] = metadata.version("triton")
     except PackageNotFoundError:
         facts["triton version"] = "not installed"
     facts["cache"] = str(cache_folder() / "kernels")
@@ -64,3 +73,48 @@ def show(facts: dict[str, str]) -> None:
     for key, value in facts.items():
         table.add_row(key, value)
     wide_console().print(table, highlight=False)
+
+
+def kernels(as_json: Json = False) -> None:
+    """Say which fused kernels would run on this machine, and why.
+
+    Example: danceopd kernels --json
+    """
+    (print_json if as_json else show)(describe())
+
+
+def schema(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: print it.")] = None,
+) -> None:
+    """Write the JSON schema of a recipe, by which an editor completes and checks its keys.
+
+    Example: danceopd schema -o recipe.schema.json
+    """
+    from danceopd.recipe.reference import schema as made
+
+    if output is None:
+        return print_json(made())
+    from danceopd.common.files import disk_errors, write_json
+
+    with disk_errors(output):
+        write_json(output, made())
+    echo(f"schema: {output}; the first line of a recipe beside it: # yaml-language-server: $schema={output.name}")
+
+
+def version(as_json: Json = False) -> None:
+    """Versions of danceopd and of what its results depend on.
+
+    Example: danceopd version --json
+    """
+    from danceopd import __version__
+
+    found = {"danceopd": __version__}
+    for name in ("torch", "diffusers", "transformers", "peft", "numpy", "pillow"):
+        try:
+            found[name] = metadata.version(name)
+        except PackageNotFoundError:
+            found[name] = "(not installed)"
+    if as_json:
+        return print_json(found)
+    for name, which in found.items():
+        echo(f"{name} {which}")

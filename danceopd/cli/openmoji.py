@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from danceopd.cli.boundary import echo
+from danceopd.cli.flags import App
 
-app = typer.Typer(help="Get the drawings for the benchmark suite openmoji.", no_args_is_help=True)
+app = App(help="Get the drawings for the benchmark suite openmoji.", no_args_is_help=True)
 
 
 @app.callback()
@@ -26,7 +27,10 @@ def fetch(
         Path | None, typer.Option("--output", "-o", help="Folder for the drawings; default: the cache.")
     ] = None,
 ) -> None:
-    """Download the npm package openmoji (CC BY-SA 4.0) once, and check its sha256."""
+    """Download the npm package openmoji (CC BY-SA 4.0) once, and check its sha256.
+
+    Example: danceopd openmoji fetch -o drawings
+    """
     from danceopd.worlds.openmoji.fetch import ATTRIBUTION
     from danceopd.worlds.openmoji.fetch import fetch as run
 

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +19,15 @@ PRINT_INTERVAL = 15.0
 MIN_WIDTH = 80
 """Columns that most tables fit into."""
 _CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+_hidden = False
+
+
+def hide_progress() -> None:
+    """No progress is printed from here on."""
+    global _hidden
+    _hidden = True
 
 
 class _Plain(Console):
@@ -48,7 +58,8 @@ def format_seconds(seconds: float) -> str:
 def progress_bar(
     title: str, console: Console | None = None, ends: bool = False, transient: bool = False
 ) -> Iterator[Callable[[int, int, str], None]]:
-    """A context with a function `report(done, total, note)` that draws a bar with the time left on a terminal's stderr.
+    """A context with a function `report(done, total, note)` that draws a bar with the time left on a terminal's stderr,
+    and in a notebook that has ipywidgets.
 
     Elsewhere it prints a line every `PRINT_INTERVAL` seconds, so that quick work prints nothing; with `ends` also the
     first report and the last one. `transient`: the bar vanishes when the work is done. The first word of `note` names a
@@ -72,7 +83,10 @@ def progress_bar(
             parts = (f"{title} {done}/{total}", note, f"{remaining} left")
             console.print("  ".join(filter(None, parts)), highlight=False, soft_wrap=True)
 
-    if not console.is_terminal:
+    if _hidden:
+        yield lambda done, total, note: None
+        return
+    if not (console.is_terminal or (console.is_jupyter and find_spec("ipywidgets"))):
         yield line
         return
     columns = (

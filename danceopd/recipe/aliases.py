@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from danceopd.errors import UserError
+
 RENAMED = {
     "gap": "validation",
     "watch": "monitor",
@@ -60,6 +62,23 @@ def modernise(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         parent[target] = parent.pop(name)
         warnings.append(f"recipe key {key} is now called {new}; the old name works for one version")
     return found, warnings
+
+
+def with_settings(data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's plain data with other values, by dotted key; UserError where a key goes into what is no mapping."""
+    found = _copy(data)
+    for key, value in settings.items():
+        *path, name = key.split(".")
+        here = found
+        for part in path:
+            below = here.get(part)
+            if below is None or isinstance(below, bool):
+                below = here[part] = {}
+            if not isinstance(below, dict):
+                raise UserError(f"--set {key}: {part} is no mapping of keys to values; edit the recipe's file")
+            here = below
+        here[name] = value
+    return found
 
 
 def _ranked(data: Mapping[str, Any]) -> Literal["asked", "by default"] | None:

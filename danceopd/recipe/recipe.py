@@ -32,7 +32,7 @@ from danceopd.common.messages import did_you_mean, explain_validation_error, rea
 from danceopd.common.parse import local_path
 from danceopd.common.shipped import demo, portable
 from danceopd.errors import UserError
-from danceopd.recipe.aliases import modernise
+from danceopd.recipe.aliases import modernise, with_settings
 from danceopd.recipe.checks import CALL_MOST, check, check_call
 from danceopd.recipe.labelfree import Contrast, Gates, Monitor
 from danceopd.recipe.nft import NFT
@@ -262,7 +262,7 @@ class Recipe(Part):
 
     @classmethod
     def load(cls, path: str | Path | None = None, **flags: Any) -> Recipe:
-        """What the command line uses: a file, then flags (None: not given).
+        """What the command line uses: a file, then flags (None: not given), `settings` by dotted key among them.
 
         Without a file and without a model among the flags: the shipped demo.
         """
@@ -272,7 +272,7 @@ class Recipe(Part):
 
     @classmethod
     def _with_flags(cls, fields: dict[str, Any], flags: Mapping[str, Any], where: str) -> Recipe:
-        given = {key: value for key, value in flags.items() if value is not None}
+        given = {key: value for key, value in flags.items() if value is not None and key != "settings"}
         if isinstance(fields.get("teachers"), list):
             for capability in [c for c in CAPABILITIES if c in given]:
                 teachers = [t for t in fields["teachers"] if isinstance(t, dict)]
@@ -281,7 +281,8 @@ class Recipe(Part):
                     count = f"{len(ours)} {capability} teachers"
                     raise UserError(f"--{capability} is ambiguous: {where} has {count}; edit the file")
                 ours[0]["adapter"] = given.pop(capability)
-        return cls(where, **{**fields, **given})
+        settings = flags.get("settings") or {}
+        return cls(f"{where} with --set" if settings else where, **with_settings({**fields, **given}, settings))
 
     # -- writing --------------------------------------------------------------------------------------
 

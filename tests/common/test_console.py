@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+from importlib.machinery import ModuleSpec
 from io import StringIO
 
 import pytest
@@ -54,3 +57,37 @@ def test_a_bar_shows_the_time_of_its_phase_and_may_vanish(clock: list[float]) ->
         shown[transient] = out.getvalue()
     assert "2/4 0:00:05 0:05 left  scoring" in shown[False]
     assert shown[True].endswith("\x1b[1A\x1b[2K")  # the line is erased
+
+
+@pytest.mark.parametrize("widgets", [False, True])
+def test_a_notebook_with_widgets_gets_a_bar_and_another_gets_lines(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch, widgets: bool
+) -> None:
+    drawn: list[object] = []
+
+    class Output:
+        def __enter__(self) -> Output:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        clear_output = staticmethod(lambda wait: None)
+
+    stub = {"IPython": {}, "IPython.display": {"display": drawn.append}, "ipywidgets": {"Output": Output}}
+    for name, content in stub.items():
+        made = types.ModuleType(name)
+        made.__spec__ = ModuleSpec(name, None)
+        vars(made).update(content)
+        monkeypatch.setitem(sys.modules, name, made)
+    if not widgets:
+        monkeypatch.setitem(sys.modules, "ipywidgets", None)
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    out = StringIO()
+    notebook = Console(file=out, width=100, force_jupyter=True)
+    monkeypatch.setattr(notebook, "print", lambda *what, **_: out.write(f"{what[0]}\n"))
+    with progress_bar("merging", notebook, ends=True) as report:
+        report(1, 2, "loss 0.5")
+        report(2, 2, "loss 0.4")
+    assert bool(drawn) == widgets
+    assert ("merging 1/2" in out.getvalue()) == (not widgets)
