@@ -79,6 +79,7 @@ def test_the_wheel_holds_templates_and_kernels_and_nothing_else(wheel: Path) -> 
     templates = {p.relative_to(ROOT).as_posix() for p in (ROOT / "danceopd/bench/report/templates").rglob("*.*")}
     kernels = {p.relative_to(ROOT).as_posix() for p in (ROOT / "danceopd/kernels/cuda/csrc").rglob("*.cu*")}
     assert min(len(templates), len(kernels)) > 5 and (templates | kernels) - set(inside) == set()
+    assert {"danceopd/py.typed", "danceopd/recipe/recipe.schema.json"} <= set(inside)
     assert {name.split("/")[0] for name in inside if ".dist-info/" not in name} == {"danceopd"}
     assert not [name for name in inside if "tests/" in name or name.startswith("danceopd/danceopd")]
 

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import os
-from importlib import metadata
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +18,8 @@ def describe() -> dict[str, str]:
 
     UserError if a backend is requested that does not exist or cannot run here.
     """
+    from importlib import metadata
+
     import torch
 
     from danceopd.common.cache import cache_folder
@@ -48,7 +48,7 @@ def describe() -> dict[str, str]:
     facts["torch"] = torch.__version__
     try:
         facts["triton version"] = metadata.version("triton")
-    except PackageNotFoundError:
+    except metadata.PackageNotFoundError:
         facts["triton version"] = "not installed"
     facts["cache"] = str(cache_folder() / "kernels")
     facts["installed by"] = (
@@ -106,13 +106,15 @@ def version(as_json: Json = False) -> None:
 
     Example: danceopd version --json
     """
+    from importlib import metadata
+
     from danceopd import __version__
 
     found = {"danceopd": __version__}
     for name in ("torch", "diffusers", "transformers", "peft", "numpy", "pillow"):
         try:
             found[name] = metadata.version(name)
-        except PackageNotFoundError:
+        except metadata.PackageNotFoundError:
             found[name] = "(not installed)"
     if as_json:
         return print_json(found)
