@@ -11,6 +11,7 @@ import typer
 
 from danceopd.cli.boundary import echo
 from danceopd.cli.flags import Json, print_json
+from danceopd.errors import UserError
 
 
 def describe() -> dict[str, str]:
@@ -96,6 +97,8 @@ def schema(
         return print_json(made())
     from danceopd.common.files import disk_errors, write_json
 
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file, such as {output / 'recipe.schema.json'}")
     with disk_errors(output):
         write_json(output, made())
     echo(f"schema: {output}; the first line of a recipe beside it: # yaml-language-server: $schema={output.name}")

@@ -170,6 +170,7 @@ def test_schema_is_printed_or_written(tmp_path: Path) -> None:
     said = RUNNER.invoke(app, ["schema", "-o", str(tmp_path / "r.json")]).stdout
     assert "# yaml-language-server: $schema=r.json" in said
     assert json.loads((tmp_path / "r.json").read_text()) == schema()
+    assert RUNNER.invoke(app, ["schema", "-o", str(tmp_path)]).exit_code == 2
 
 
 def test_json_for_scripts(danceopd: Program, tmp_path: Path) -> None:
