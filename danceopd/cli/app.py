@@ -14,19 +14,7 @@ import typer
 from danceopd.cli import bench as commands
 from danceopd.cli import kernels as machine
 from danceopd.cli.boundary import Commands, echo, prepare, traceback_in
-from danceopd.cli.flags import (
-    App,
-    Json,
-    Quiet,
-    Verbose,
-    hush,
-    number,
-    one_of,
-    print_json,
-    raise_voice,
-    settings,
-    words,
-)
+from danceopd.cli.flags import App, Json, number, one_of, print_json, settings, words
 from danceopd.cli.openmoji import app as openmoji
 from danceopd.errors import UserError
 
@@ -174,7 +162,7 @@ def audit(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Default: the recipe's.")] = None,
     device: Device = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Before training: say which signals rank the model's own samples, and which rank them no better than chance.
 
@@ -188,9 +176,7 @@ def audit(
     noise = [number(word, "--levels") for word in words(levels)]
     facts = run(resolved, output, noise, judge, questions=questions, samples=samples, draws=draws, steps=steps)
     if as_json:
-        import json
-
-        echo(json.dumps(facts, indent=1))
+        print_json(facts)
     else:
         show(facts)
         echo(f"audit: {facts['folder']}")
@@ -366,27 +352,7 @@ def inspect(
 
 for about in (machine.kernels, machine.schema, machine.version):
     app.command()(about)
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        from danceopd import __version__
-
-        echo(f"danceopd {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def program(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)
-    ] = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
-    """Merge what several image models can do into one adapter, and prove that nothing got worse."""
-    hush(quiet)
-    raise_voice(verbose, last=False)
+app.callback()(machine.program)
 
 
 def main() -> None:

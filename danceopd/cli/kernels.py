@@ -1,5 +1,5 @@
 """What there is on this machine: the commands `danceopd kernels`, which says what would run and runs nothing,
-`danceopd version` and `danceopd schema`."""
+`danceopd version` and `danceopd schema`; and the options of `danceopd` itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from danceopd.cli.boundary import echo
-from danceopd.cli.flags import Json, print_json
+from danceopd.cli.flags import Json, Quiet, Verbose, hush, print_json, raise_voice
 from danceopd.errors import UserError
 
 
@@ -123,3 +123,23 @@ def version(as_json: Json = False) -> None:
         return print_json(found)
     for name, which in found.items():
         echo(f"{name} {which}")
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        from danceopd import __version__
+
+        echo(f"danceopd {__version__}")
+        raise typer.Exit
+
+
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=show_version)
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Merge what several image models can do into one adapter, and prove that nothing got worse."""
+    hush(quiet)
+    raise_voice(verbose, last=False)
