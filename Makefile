@@ -1,5 +1,6 @@
 # make demo   environment, install, merge the shipped checkpoints, bench, report
 # make test   environment, install with the test extra, ruff, mypy, the whole test suite
+# make site   the pages of docs/ as a site in build/site, without a warning
 # Everything is made in .venv and made again only when pyproject.toml or constraints.txt change.
 PYTHON ?= python3
 VENV   ?= .venv
@@ -8,7 +9,7 @@ JOBS   ?= 2
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint site clean
 .DELETE_ON_ERROR:
 
 # The small model's operators are too short for two threads: one is faster, and a busy neighbour costs less.
@@ -29,6 +30,10 @@ test: lint
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+site: | $(VENV)/bin/python
+	$(PIP) 'mkdocs>=1.6'
+	$(BIN)/mkdocs build --strict
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
