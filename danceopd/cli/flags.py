@@ -70,8 +70,9 @@ def raise_voice(verbose: bool, last: bool = True) -> None:
     _verbose = _verbose or verbose
     if _verbose:
         own = logging.getLogger("danceopd")
-        for speaker in (own, *own.handlers):
-            speaker.setLevel(logging.INFO)
+        own.setLevel(logging.INFO)
+        for handler in own.handlers:
+            handler.setLevel(logging.INFO)
     elif last:
         for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):  # both set their own levels when imported
             os.environ.setdefault(name, "error")

@@ -52,7 +52,7 @@ def test_help_lists_every_command_and_never_loads_torch(danceopd: Program) -> No
 def test_the_package_has_its_application() -> None:
     code = "import danceopd.cli; print(type(danceopd.cli.app.app).__name__); danceopd.cli.ap"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "Typer\n" and "has no attribute 'ap'" in done.stderr
+    assert done.stdout == "App\n" and "has no attribute 'ap'" in done.stderr
 
 
 @pytest.mark.parametrize("name", COMMANDS)

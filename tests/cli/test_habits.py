@@ -175,8 +175,8 @@ def test_schema_is_printed_or_written(tmp_path: Path) -> None:
 
 def test_json_for_scripts(danceopd: Program, tmp_path: Path) -> None:
     folder = scenes(tmp_path / "bench", each=1)
-    found = json.loads(danceopd("compare", folder, folder, "--json").stdout)
-    assert found["a"]["model"] == found["b"]["model"]
+    found = json.loads(danceopd("compare", folder, folder, "--models", "student,base", "--json").stdout)
+    assert (found["a"]["model"], found["b"]["model"]) == ("student", "base")
     assert json.loads((tmp_path / "compare" / "compare.json").read_text())["verdict"] == found["verdict"]
     listed = json.loads(danceopd("suites", "--json").stdout)
     assert set(listed["gedit"]) == {"version", "about", "data"}
