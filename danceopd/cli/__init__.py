@@ -5,7 +5,6 @@ error that a user can mend. Read `app.py` first; `boundary.py` is how a command 
 """
 
 import importlib
-import logging
 import sys
 from typing import Any
 
@@ -13,16 +12,11 @@ from danceopd.common.signals import Stopped, end_on_signals, raise_on_signals
 
 __all__ = ["main"]
 
-IMPORTED_LOUDLY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
-"""Loggers that warn while diffusers imports torchao, of libraries for other cards and of names to come."""
-
 
 def main() -> None:
     """The `danceopd` program; a signal ends it with 128 + its number from the first import on."""
     status = 0
     raise_on_signals()
-    for name in IMPORTED_LOUDLY:
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         from danceopd.cli.app import main as run
 

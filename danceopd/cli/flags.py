@@ -18,6 +18,8 @@ from danceopd.errors import UserError
 
 LIBRARIES = ("torch", "torchao", "diffusers", "transformers", "peft", "accelerate", "huggingface_hub", "tensorboard")
 """Their warnings are for programmers, or about parts that are not installed."""
+OWN_LEVELS = ("torch.utils._pytree",)
+"""Of torch, which sets the level of its own logger as it is imported."""
 _verbose = False
 
 
@@ -76,7 +78,7 @@ def raise_voice(verbose: bool, last: bool = True) -> None:
     elif last:
         for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):  # both set their own levels when imported
             os.environ.setdefault(name, "error")
-        for name in LIBRARIES:
+        for name in (*LIBRARIES, *OWN_LEVELS):
             logging.getLogger(name).setLevel(logging.ERROR)
         if not sys.warnoptions:
             warnings.filterwarnings("ignore", module=rf"({'|'.join(LIBRARIES)})\b")
