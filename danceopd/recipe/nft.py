@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny, ValidationError, WithJsonSchema
 
@@ -114,9 +114,9 @@ class NFT(Part):
     """Updates whose samples are drawn by one average of the student."""
     reuse: PositiveInt = 4
     """Updates that learn from a sample."""
-    audit: str | Literal[False] | None = None
+    audit: str | None = None
     """Result of `danceopd audit`, which must say that every reward ranks better than chance; a file or its folder,
-    by default the one beside the run folder, if there is one. `false`: train without it."""
+    by default the one beside the run folder, if there is one. `none`: train without."""
 
     @property
     def asks_teacher(self) -> bool:

@@ -161,7 +161,7 @@ def test_a_reward_that_does_not_rank_is_refused_unless_told_otherwise(done, tmp_
     with pytest.raises(UserError, match=words):
         check_rewards(*asked)
     recipe, part, *weights = asked
-    assert "nft.audit is false" in check_rewards(recipe, NFT(audit=False), *weights)
+    assert "nft.audit is none" in check_rewards(recipe, NFT(audit="none"), *weights)
     (folder / "audit.json").unlink()
     assert "no audit says" in check_rewards(*asked)
     with pytest.raises(UserError, match="nft.audit .*nowhere does not exist"):

@@ -19,12 +19,12 @@ def check_rewards(recipe: Recipe, part: NFT, base: str, teachers: Mapping[str, s
     """A line for the user: what an audit says of the rewards of `part`, or that there is none.
 
     `base` and `teachers` (by name) are sha256. The audit is `nft.audit`, else the one beside the run folder;
-    `nft.audit: false` asks for none. UserError for a reward that ranks the samples of a teacher's questions no better
+    `none` asks for none. UserError for a reward that ranks the samples of a teacher's questions no better
     than chance, and for a named audit that is none, or of other weights or rewards.
     """
     named = part.audit
-    if named is False:
-        return "nft.audit is false: nothing is read about whether the rewards rank"
+    if named == "none":
+        return "nft.audit is none: nothing is read about whether the rewards rank"
     path = audit_folder(recipe.output) if named is None else Path(named)
     path = path / RESULT if path.suffix != ".json" else path
     if named is None and not path.is_file():
@@ -57,7 +57,7 @@ def _unknown(recipe: Recipe, part: NFT, facts: Mapping[str, Any], path: Path) ->
                 raise UserError(
                     f"reward {name} {found['signals'][f'reward {name}']['verdict']} for teacher {teacher.name!r}: AUC "
                     f"{auc['mean']:.2f} [{auc['low']:.2f} to {auc['high']:.2f}] over {auc['n']} questions ({path}); "
-                    "leave it out of nft.rewards, or write nft: {audit: false} to train with it anyway"
+                    "leave it out of nft.rewards, or write nft: {audit: none} to train with it anyway"
                 )
     return unknown
 
