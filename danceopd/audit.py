@@ -119,7 +119,7 @@ def audit(
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("an audit runs in one process; start it without torchrun")
     folder = output or audit_folder(recipe.output)
-    rewards = getattr(recipe, "nft", None) or NFT()
+    rewards = recipe.nft
     for name, part in rewards.rewards.items():
         if isinstance(part, OwnReward):
             find(name)

@@ -39,6 +39,7 @@ from danceopd.engine.trainer import STUDENT, Trainer
 from danceopd.engine.warm_start import StudentInit, student_init
 from danceopd.kernels import install
 from danceopd.kernels.autotune import install_if_faster
+from danceopd.labelfree.audit.check import check_audit
 from danceopd.labelfree.contrast import contrasted
 from danceopd.labelfree.gates.variants import KEEP, unchanged
 from danceopd.labelfree.hooks import query_hook
@@ -193,6 +194,8 @@ def _train(opened: _Opened, report: Report) -> Student:
             weights = check_weights(run.path, recipe, opened.base, opened.teachers)
             run.settle()
             _warn_of_scenes(recipe)
+            if recipe.objective == "nft":
+                _say(check_audit(recipe, recipe.nft, fingerprint, hashes), processes)
 
     # the base, with its encoders; the transformer stays on the CPU until they have left
     dtype = DTYPES[recipe.dtype]

@@ -114,7 +114,7 @@ class NFT(Part):
     """Updates whose samples are drawn by one average of the student."""
     reuse: PositiveInt = 4
     """Updates that learn from a sample."""
-    audit: str | None = None
+    audit: str | None = Field(None, examples=["student-audit"])
     """Result of `danceopd audit`, which must say that every reward ranks better than chance; a file or its folder,
     by default the one beside the run folder, if there is one. `none`: train without."""
 

@@ -14,7 +14,7 @@ from tiny_merge import family_recipe, tiny_models, tiny_recipe
 from danceopd import audit as module
 from danceopd.audit import EXACT, Options, audit
 from danceopd.errors import UserError
-from danceopd.labelfree.audit.check import check_rewards
+from danceopd.labelfree.audit.check import check_audit
 from danceopd.labelfree.audit.figures import against_each_other, against_truth, concordance, figure, top, verdict
 from danceopd.labelfree.audit.summary import audit_folder
 from danceopd.recipe.nft import NFT
@@ -155,45 +155,45 @@ def test_a_reward_that_does_not_rank_is_refused_unless_told_otherwise(done, tmp_
     recipe = done[0].model_copy(update={"output": tmp_path / "student"})
     folder = audit_folder(recipe.output)
     asked = audited(folder, recipe, done[1], 0.55)
-    assert check_rewards(*asked) == f"every reward ranks better than chance by the audit in {folder}"
+    assert check_audit(*asked) == f"every reward ranks better than chance by the audit in {folder}"
     audited(folder, recipe, done[1], 0.45)
     words = "likelihood is no better than chance for teacher 'generation': AUC 0.50 \\[0.45 to 0.55\\] over 30 "
     with pytest.raises(UserError, match=words):
-        check_rewards(*asked)
+        check_audit(*asked)
     recipe, part, *weights = asked
-    assert "nft.audit is none" in check_rewards(recipe, NFT(audit="none"), *weights)
+    assert "nft.audit is none" in check_audit(recipe, NFT(audit="none"), *weights)
     (folder / "audit.json").unlink()
-    assert "no audit says" in check_rewards(*asked)
-    with pytest.raises(UserError, match="nft.audit .*nowhere does not exist"):
-        check_rewards(recipe, NFT(audit=str(tmp_path / "nowhere")), *weights)
+    assert "no audit says" in check_audit(*asked)
+    with pytest.raises(UserError, match="audit .*nowhere.* does not exist"):
+        check_audit(recipe, NFT(audit=str(tmp_path / "nowhere")), *weights)
     for damaged in ("[]", '{"identity": {}, "teachers": {}}', '{"identity": [], "teachers": {}}', "{"):
         (folder / "audit.json").write_text(damaged)
         if damaged.startswith('{"identity": {'):
-            assert "is of another base" in check_rewards(*asked)
+            assert "is of another base" in check_audit(*asked)
             continue
         with pytest.raises(UserError, match="is no result of `danceopd audit`"):
-            check_rewards(*asked)
+            check_audit(*asked)
 
 
 def test_an_audit_of_something_else_is_not_believed(done, tmp_path):
     recipe = done[0].model_copy(update={"output": tmp_path / "student"})
     asked = audited(audit_folder(recipe.output), recipe, done[1], 0.45)
     _, part, base, teachers = asked
-    assert "is of another base, and is not read" in check_rewards(recipe, part, "0", teachers)
-    assert "of another set of teachers" in check_rewards(recipe, part, base, teachers | {"editing": "0"})
+    assert "is of another base, and is not read" in check_audit(recipe, part, "0", teachers)
+    assert "of another set of teachers" in check_audit(recipe, part, base, teachers | {"editing": "0"})
     levels = NFT(rewards={"likelihood": {"levels": [0.5]}})
-    assert "of another reward likelihood" in check_rewards(recipe, levels, base, teachers)
+    assert "of another reward likelihood" in check_audit(recipe, levels, base, teachers)
     named = NFT(audit=str(audit_folder(recipe.output)))
     with pytest.raises(UserError, match="is of another base"):
-        check_rewards(recipe, named, "0", teachers)
+        check_audit(recipe, named, "0", teachers)
     with pytest.raises(UserError, match="no better than chance"):  # another weight ranks alike
-        check_rewards(recipe, NFT(rewards={"likelihood": 2.0}), base, teachers)
+        check_audit(recipe, NFT(rewards={"likelihood": 2.0}), base, teachers)
 
 
 def test_an_audit_without_enough_answers_is_said(done):
     recipe, facts = done
     teachers = {name: of[0] for name, of in facts["identity"]["teachers"].items()}
-    assert "cannot tell whether these rewards rank: likelihood for generation, likelihood for editing" in check_rewards(
+    assert "cannot tell whether these rewards rank: likelihood for generation, likelihood for editing" in check_audit(
         recipe, NFT(), facts["identity"]["base"], teachers
     )
 

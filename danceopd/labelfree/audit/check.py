@@ -15,7 +15,7 @@ from danceopd.recipe.nft import NFT
 from danceopd.recipe.recipe import Recipe
 
 
-def check_rewards(recipe: Recipe, part: NFT, base: str, teachers: Mapping[str, str | None]) -> str:
+def check_audit(recipe: Recipe, part: NFT, base: str, teachers: Mapping[str, str | None]) -> str:
     """A line for the user: what an audit says of the rewards of `part`, or that there is none.
 
     `base` and `teachers` (by name) are sha256. The audit is `nft.audit`, else the one beside the run folder;
