@@ -26,7 +26,7 @@ from danceopd.adapters.load import ExportError, check_base
 from danceopd.adapters.original_names import ARCHITECTURES, ArchitectureNames, Pair, Sizes
 from danceopd.adapters.read import read_adapter
 from danceopd.adapters.svd import truncate_product
-from danceopd.adapters.write import check_range
+from danceopd.adapters.write import check_range, fill
 from danceopd.common.files import disk_errors, fsync_path, partial_path
 from danceopd.common.messages import did_you_mean, few
 from danceopd.common.shipped import portable, resolve
@@ -136,6 +136,9 @@ def write_as(
     layers = {layer: (_rounded(a, dtype), _rounded(b, dtype)) for layer, (a, b) in layers.items()}
     written = _adapter_of(layers, names if original else None, sizes)
     facts = dict(record or {}) | {"format": format, "modules": len(written), "sha256": written.sha256}
+    if format in ("diffusers", "peft"):  # kohya's files have an alpha a layer, and ComfyUI takes each layer's own rank
+        layers, ranks = fill(layers)
+        facts |= ranks
     trial = partial_path(file)
     try:
         with disk_errors(file):
@@ -225,17 +228,13 @@ def _write(
 
 
 def _peft_config(layers: Mapping[str, Pair], record: Mapping[str, Any]) -> Any:
-    """The LoraConfig for `PeftModel.from_pretrained`: every layer by its whole name, each alpha equal to its rank."""
+    """The LoraConfig for `PeftModel.from_pretrained`: every layer by its whole name, of one rank."""
     from peft import LoraConfig
 
-    ranks = {layer: a.shape[0] for layer, (a, _) in layers.items()}
-    usual = max(ranks.values())
-    other = {layer: rank for layer, rank in sorted(ranks.items()) if rank != usual}
+    rank = max(a.shape[0] for a, _ in layers.values())
     return LoraConfig(
-        r=usual,
-        lora_alpha=usual,
-        rank_pattern=dict(other),
-        alpha_pattern=dict(other),
+        r=rank,
+        lora_alpha=rank,
         target_modules=sorted(layers),
         base_model_name_or_path=record.get("base"),
         inference_mode=True,

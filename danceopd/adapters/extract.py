@@ -178,7 +178,7 @@ def extract(
     record["base"] = portable(str(start.path)) if Path(base).exists() else str(base)
     if not single:
         record["base_sha256"] = start.sha256
-    return write_adapter(found.adapter, output, dtype, record), found
+    return write_adapter(found.adapter, output, dtype, record, one_rank=energy is None), found
 
 
 def _count(shape: tuple[int, ...]) -> int:

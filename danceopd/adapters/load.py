@@ -105,7 +105,7 @@ def load_lora(pipe: Any, source: Path | Adapter, adapter: Adapter) -> None:
 def check_injected(transformer: nn.Module, adapter: Adapter, name: str = ADAPTER_NAME) -> None:
     """ExportError unless the active LoRA `name` of the transformer has exactly the layers and numbers of `adapter`.
 
-    Numbers are compared in the dtype of the layer.
+    Numbers are compared in the dtype of the layer. A layer may have a larger rank whose rest is zero, as `fill` writes.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -114,11 +114,11 @@ def check_injected(transformer: nn.Module, adapter: Adapter, name: str = ADAPTER
     wrong = []
     for path in adapter.tensors.keys() & layers.keys():
         layer: Any = layers[path]
-        halves = (layer.lora_A[name].weight, layer.lora_B[name].weight)
-        same = all(
-            held.shape == given.shape and torch.equal(held.detach().cpu(), given.to(held.dtype))
-            for held, given in zip(halves, adapter.tensors[path])
-        )
+        a, b = (half[name].weight.detach().cpu() for half in (layer.lora_A, layer.lora_B))
+        rank = adapter.ranks[path]
+        pairs = zip((a[:rank], b[:, :rank]), adapter.tensors[path])
+        same = all(held.shape == given.shape and torch.equal(held, given.to(held.dtype)) for held, given in pairs)
+        same = same and not (a[rank:].any() or b[:, rank:].any())
         if not same or layer.scaling[name] != 1.0 or name not in layer.active_adapters or layer.disable_adapters:
             wrong.append(path)
     if missing or extra or wrong:

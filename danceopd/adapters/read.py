@@ -62,9 +62,11 @@ def read_adapter(
     return adapter
 
 
-def adapter_shapes(path: str | os.PathLike, transformer: nn.Module | None = None, family: Any = None) -> Adapter:
+def adapter_shapes(
+    path: str | os.PathLike, transformer: nn.Module | None = None, family: Any = None, drop: Collection[str] = ()
+) -> Adapter:
     """`read_adapter` from the header alone: an Adapter on the meta device; the values are not checked."""
-    return _read(path, transformer, family, values=False)[0]
+    return _read(path, transformer, family, values=False, drop=drop)[0]
 
 
 def read_dora(
@@ -98,7 +100,7 @@ def _read(
     if values and header.assumed:
         _log.warning("%s: its alpha is taken from %s, where stock diffusers does not look", header.file, header.assumed)
     tensors, magnitudes = _rename(header, layers, transformer, family, leave_out)
-    adapter = Adapter(tensors)
+    adapter = Adapter(_unfilled(header, tensors))
     if not leave_out:
         _check_record(header, adapter, values)
     return adapter, magnitudes
@@ -298,6 +300,19 @@ def _tell_misread(file: os.PathLike, found: Pairs, names: ArchitectureNames) -> 
                 "(diffusers 0.42) exchanges them",
                 file, module,
             )  # fmt: skip
+
+
+def _unfilled(header: LoraHeader, tensors: Pairs) -> Pairs:
+    """The layers at the ranks that danceopd recorded, without the zeros that filled them up to one rank (`fill`)."""
+    ranks = header.record.get("ranks")
+    if not isinstance(ranks, dict):
+        return tensors
+    found = dict(tensors)
+    for name, (a, b) in tensors.items():
+        rank = ranks.get(name)
+        if isinstance(rank, int) and 0 < rank < a.shape[0] and (a.is_meta or not (a[rank:].any() or b[:, rank:].any())):
+            found[name] = a[:rank].contiguous(), b[:, :rank].contiguous()
+    return found
 
 
 def _check_record(header: LoraHeader, adapter: Adapter, values: bool) -> None:

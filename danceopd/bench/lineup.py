@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from danceopd.adapters.blend import blend, scaled
-from danceopd.adapters.blend_methods import METHODS
+from danceopd.adapters.blending.methods import METHODS
 from danceopd.adapters.header import adapter_file, inspect_adapter, is_checkpoint
 from danceopd.adapters.read import read_adapter
 from danceopd.common.files import sha256

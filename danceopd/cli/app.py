@@ -252,7 +252,8 @@ def extract(
     rank: Annotated[int, typer.Option("--rank", "-r", help="Rank of the LoRA; with --energy, the largest.")] = 64,
     output: Output = Path("extracted"),
     energy: Annotated[
-        float | None, typer.Option(help="Give each layer the smallest rank that keeps this share, such as 0.99.")
+        float | None,
+        typer.Option(help="Give each layer the smallest rank that keeps this share, such as 0.99 (diffusers 0.40 on)."),
     ] = None,
     device: Device = "auto",
     dtype: Annotated[
@@ -278,26 +279,47 @@ def blend(
     method: Annotated[
         str,
         typer.Option(
-            help="linear, slerp, task-arithmetic, ties, dare-linear, dare-ties, magnitude-prune, breadcrumbs or sce."
+            help="linear, slerp, task-arithmetic, ties, dare-linear, dare-ties, magnitude-prune, breadcrumbs, sce, "
+            "knots, tsv or iso-c (docs/blending.md)."
         ),
     ] = "linear",
     weights: Annotated[str, typer.Option(help="One for each, with commas; default: the method's own.")] = "",
     density: Annotated[float | None, typer.Option(help="Share of entries kept, where a method drops some.")] = None,
-    scale: Annotated[float, typer.Option(help="Strength of the whole.")] = 1.0,
+    scale: Annotated[str, typer.Option(help="Strength of the whole; auto: the LoRAs' mean energy.")] = "1",
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(help="REGEX=W multiplies the blend of these layers by W (0: left out); REGEX=W,W: their weights."),
+    ] = None,
+    blocks: Annotated[
+        list[str] | None, typer.Option(help="As --layers for blocks: 3-7=0.5, single_transformer_blocks.0-9=1,0.")
+    ] = None,
+    space: Annotated[str | None, typer.Option(help="core: run the method in the core space of the LoRAs.")] = None,
     rank: Annotated[int | None, typer.Option("--rank", "-r", help="Rank to end at; default: the sum of all.")] = None,
+    size: Annotated[str | None, typer.Option(help="Largest size of the file, such as 50MB: sets the rank.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     output: Output = Path("blend"),
     seed: Seed = 0,
     base: Base = None,
     drop: Drop = None,
+    report: Annotated[bool, typer.Option("--report", help="Also say and draw where the LoRAs fight.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what would be written; reads no weight.")] = False,
 ) -> None:
     """Merge LoRAs in weight space, without training, into one LoRA of any rank.
 
     Example: danceopd blend a.safetensors b.safetensors --method ties --weights 0.7,0.9 -o blend
     """
-    from danceopd.cli.blend import run, show, summary
+    from danceopd.adapters.blending.layers import parse_blocks, parse_layers
+    from danceopd.cli.blend import Request, planned, run, show, summary
 
-    shares = [number(word, "--weights") for word in words(weights)] or None
-    file, found = run(adapters, output, method, shares, rank, density, scale, seed, base, drop or ())
+    request = Request(
+        adapters, output, method, [number(word, "--weights") for word in words(weights)] or None, rank, density,
+        scale if scale == "auto" else number(scale, "--scale"), seed, base, drop or (),
+        (*parse_layers(layers or ()), *parse_blocks(blocks or ())), space, size, dtype
+    )  # fmt: skip
+    if plan:
+        echo(planned(request))
+        return
+    file, found = run(request, echo if report else None)
     show(found)
     echo(summary(found))
     echo(f"LoRA: {file.parent}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from danceopd.adapters.blend import blend_with_residual, scaled
-from danceopd.adapters.blend_methods import METHODS
+from danceopd.adapters.blending.methods import METHODS
 from danceopd.models.lora import Adapter
 
 if TYPE_CHECKING:

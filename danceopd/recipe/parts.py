@@ -55,8 +55,11 @@ BlendMethod = Literal[
     "magnitude-prune",
     "breadcrumbs",
     "sce",
+    "knots",
+    "tsv",
+    "iso-c",
 ]
-"""The names of `blend_methods.METHODS`, which a recipe may say before torch is there."""
+"""The names of `blending.methods.METHODS`, which a recipe may say before torch is there."""
 
 
 MICRO_BATCH = {"anyOf": [{"type": "integer", "minimum": 1, "maximum": 2**14}, {"const": "auto"}, {"type": "null"}]}

@@ -57,7 +57,13 @@ def test_a_format_reads_back_as_the_same_adapter(made, tmp_path, format):
     assert read_adapter(done.file, pipe.transformer).sha256 == adapter.sha256
     if format == "peft":
         read_adapter(tmp_path, pipe.transformer)
-    assert inspect_adapter(done.file).record["base"] == str(folder / "base")
+    header = inspect_adapter(done.file)
+    assert header.record["base"] == str(folder / "base")
+    if format in ("diffusers", "peft"):  # loaders that know one rank and one alpha take these for every layer
+        assert set(header.ranks.values()) == {3}
+    if format == "peft":
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (3, 3, {}, {})
     if stock_reads(pipe, format):
         assert done.stock is True, done.note
 
@@ -379,7 +385,7 @@ def test_inspect_a_lora_that_does_not_say_its_base(made, tmp_path):
     from danceopd.cli.inspect import describe
 
     pipe, adapter, _ = made
-    write_adapter(adapter, tmp_path)
+    write_adapter(adapter, tmp_path, one_rank=False)
     facts = describe(tmp_path)
     family = next(name for name, family in FAMILIES.items() if family.generation == type(pipe).__name__)
     assert family in facts["family"] and facts["transformer"] == [type(pipe.transformer).__name__]

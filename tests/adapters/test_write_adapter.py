@@ -12,7 +12,8 @@ from safetensors import safe_open
 from tiny import random_adapter
 
 from danceopd.adapters.header import WEIGHTS, inspect_adapter
-from danceopd.adapters.read import read_adapter
+from danceopd.adapters.load import load_student
+from danceopd.adapters.read import adapter_shapes, read_adapter
 from danceopd.adapters.write import write_adapter
 from danceopd.errors import UserError
 from danceopd.models.lora import Adapter
@@ -35,9 +36,14 @@ def test_round_trip_through_the_stock_pipeline(base, transformer, adapter, tmp_p
 def test_ranks_may_differ_between_modules(base, transformer, tmp_path):
     pairs = random_adapter(transformer, rank=4).tensors
     mixed = Adapter({name: (a[: 1 + i % 4], b[:, : 1 + i % 4]) for i, (name, (a, b)) in enumerate(pairs.items())})
-    write_adapter(mixed, tmp_path)
-    assert read_adapter(tmp_path, transformer).ranks == mixed.ranks
-    torch.testing.assert_close(stock(base, tmp_path), merged(transformer, mixed), rtol=1e-5, atol=1e-5)
+    write_adapter(mixed, tmp_path / "one")
+    write_adapter(mixed, tmp_path / "own", one_rank=False)
+    for folder, ranks in (("one", {4}), ("own", {1, 2, 3, 4})):
+        assert set(inspect_adapter(tmp_path / folder).ranks.values()) == ranks
+        assert read_adapter(tmp_path / folder, transformer).sha256 == mixed.sha256
+        assert adapter_shapes(tmp_path / folder, transformer).ranks == mixed.ranks
+        torch.testing.assert_close(stock(base, tmp_path / folder), merged(transformer, mixed), rtol=1e-5, atol=1e-5)
+        load_student(tmp_path / folder, base)  # compares every layer
 
 
 def test_same_adapter_same_bytes(adapter, tmp_path):

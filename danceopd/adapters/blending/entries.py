@@ -1,79 +1,23 @@
-"""The methods of `blend`: functions that merge the deltas of several adapters on one weight, each with its paper.
+"""Blending entry by entry: the deltas of several adapters on one weight go in, the merged delta comes out.
 
-τ_i (out, in) is what adapter i adds to a weight, w_i its weight, d the density: the share of entries that stays.
-An exact method is a weighted sum of the τ_i, so it stays in factors; a dense one decides entry by entry. An
-adapter without the module takes part with τ = 0. Densities are counted within one module.
+τ_i is what adapter i adds to a weight, w_i its weight, d the density: the share of entries that stays. An adapter
+without the module takes part with τ = 0. Densities are counted within one matrix. In another space than the weight's
+own (`subspace.py`) the entries are those of the matrices there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from danceopd.adapters.svd import Factors
 
 Deltas = Sequence[Tensor]
 Weights = Sequence[float]
 
 OUTLIERS = 0.007
 """The share of largest entries that `breadcrumbs` leaves out (its paper's γ = 99.3 %)."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to blend. Exact methods have `coefficients` of a weighted sum, dense ones have `merge`."""
-
-    name: str
-    density: float | None = None  # the default density; None: the method keeps every entry
-    mean: bool = True  # weights that are not given are 1/N each; False: 1 each
-    random: bool = False  # whether the result depends on the seed
-    adapters: int | None = None  # the number of adapters it takes; None: any
-    coefficients: Callable[[Sequence[Factors | None], Weights], list[float]] | None = None
-    merge: Callable[[Deltas, Weights, float, Sequence[torch.Generator]], Tensor] | None = None
-
-    def weights(self, adapters: int) -> list[float]:
-        """The default weights."""
-        return [1 / adapters if self.mean else 1.0] * adapters
-
-
-# Exact: coefficients of a sum
-
-
-def weighted(pairs: Sequence[Factors | None], weights: Weights) -> list[float]:
-    """Σ w_i τ_i: as `linear` the mean of the models, as `task-arithmetic` (arXiv 2212.04089) the sum of task vectors.
-
-    The paper's one coefficient λ is `scale`.
-    """
-    return list(weights)
-
-
-def slerp(pairs: Sequence[Factors | None], weights: Weights) -> list[float]:
-    """Along the arc between two deltas (Shoemake, SIGGRAPH 1985), at t = w_2 / (w_1 + w_2).
-
-    sin((1−t)Ω)/sin Ω · τ_1 + sin(tΩ)/sin Ω · τ_2 with Ω the angle between them, from the factors alone:
-    ⟨B_1 A_1, B_2 A_2⟩ = Σ (B_1ᵀB_2) ∘ (A_1 A_2ᵀ). Parallel, opposite or missing deltas are interpolated linearly.
-    """
-    t = weights[1] / (weights[0] + weights[1])
-    first, second = pairs
-    if first is None or second is None:
-        return [1 - t, t]
-    size = math.sqrt(_inner(first, first) * _inner(second, second))
-    omega = math.acos(max(-1.0, min(1.0, _inner(first, second) / size))) if size else 0.0
-    if math.sin(omega) < 1e-4:
-        return [1 - t, t]
-    return [math.sin((1 - t) * omega) / math.sin(omega), math.sin(t * omega) / math.sin(omega)]
-
-
-def _inner(one: Factors, other: Factors) -> float:
-    (a1, b1), (a2, b2) = one, other
-    return float(((b1.double().T @ b2.double()) * (a1.double() @ a2.double().T)).sum())
-
-
-# Dense: entry by entry
 
 
 def ties(deltas: Deltas, weights: Weights, density: float, draws: Sequence[torch.Generator]) -> Tensor:
@@ -162,19 +106,3 @@ def _agreeing(deltas: Deltas, weights: Weights) -> Tensor:
     agree = (stack.sign() == elected) & (elected != 0)
     amount = stack.new_tensor([abs(weight) for weight in weights])[:, None, None] * agree
     return (stack * agree).sum(dim=0) / amount.sum(dim=0).clamp_min(torch.finfo(stack.dtype).tiny)
-
-
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method("linear", coefficients=weighted),
-        Method("slerp", coefficients=slerp, adapters=2),
-        Method("task-arithmetic", coefficients=weighted, mean=False),
-        Method("ties", density=0.2, merge=ties),
-        Method("dare-linear", density=0.5, random=True, merge=dare_linear),
-        Method("dare-ties", density=0.5, random=True, merge=dare_ties),
-        Method("magnitude-prune", density=0.2, merge=magnitude_prune),
-        Method("breadcrumbs", density=0.143, mean=False, merge=breadcrumbs),
-        Method("sce", density=0.1, merge=sce),
-    )
-}
