@@ -155,16 +155,21 @@ def blend_parts(
     return found
 
 
-def blend_ranks(adapters: Sequence[Adapter], parts: dict[str, LayerParts], how: Method, rank: int | None) -> dict[
-    str, int
-]:  # fmt: skip
-    """The rank of each layer of the blend, at most: two of its adapters may share directions."""
+def blend_ranks(
+    adapters: Sequence[Adapter], parts: dict[str, LayerParts], how: Method, rank: int | None, space: str | None = None
+) -> dict[str, int]:
+    """The rank of each layer of the blend, at most: in a small space adapters may share directions."""
     ranks = {}
     for name, (active, _, _) in parts.items():
         held = [adapters[i].tensors[name] for i in active if name in adapters[i].tensors]
-        full = sum(a.shape[0] for a, _ in held)
-        most = full if how.coefficients is not None else min(full, held[0][0].shape[1], held[0][1].shape[0])
-        ranks[name] = min(most, rank or most)
+        total = sum(a.shape[0] for a, _ in held)
+        shape = held[0][0].shape[1], held[0][1].shape[0]
+        if how.coefficients is not None:
+            ranks[name] = min(total, rank or total)
+        elif (space or how.space) == "full":
+            ranks[name] = min(rank or total, *shape)
+        else:
+            ranks[name] = min(total, rank or total, *shape)
     return ranks
 
 

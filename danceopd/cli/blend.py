@@ -89,7 +89,7 @@ class Request:
         weights = list(how.weights(len(adapters)) if self.weights is None else self.weights)
         parts = blend_parts(adapters, weights, how, self.layers)
         if self.size is None:
-            return weights, self.rank, blend_ranks(adapters, parts, how, self.rank)
+            return weights, self.rank, blend_ranks(adapters, parts, how, self.rank, self.space)
         cost, rest = _bytes(adapters, parts, self.dtype)
         rank = int((_size(self.size) - rest) // cost)
         if rank < 1:
@@ -98,7 +98,7 @@ class Request:
                 "1; give more, or leave layers out"
             )
         rank = min(rank, self.rank or rank)
-        return weights, rank, blend_ranks(adapters, parts, how, rank)
+        return weights, rank, blend_ranks(adapters, parts, how, rank, self.space)
 
 
 def run(request: Request, tell: Callable[[str], None] | None = None) -> tuple[Path, BlendResult]:
