@@ -154,7 +154,7 @@ def planned(request: Request) -> str:
             f"layers: {len(ranks)}" + (f", {left_out} left out" if left_out else ""),
             f"rank: {_ranks(ranks)}",
             f"dtype: {request.dtype}",
-            f"size: {size / 1e6:.2f} MB",
+            f"size: about {size / 1e6:.3g} MB",
             f"blend: {request.method} of {parts}",
             f"base: {record.get('base', 'not named by the files')}",
             f"memory: about {memory / 1e6:.0f} MB",
@@ -184,7 +184,7 @@ def report(adapters: Sequence[Adapter], names: Sequence[str], picture: Path, tel
             row += [f"{cosines[worst]:.2f}", f"{block.conflict(worst) or 0:.0%}"]
             row += [" and ".join(names[i] for i in worst)] if len(pairs) > 1 else []
         table.add_row(*row, *["–"] * (len(heads) - len(row)))
-    wide_console().print(table, highlight=False)
+    wide_console(least=sum(24 + len(head) for head in heads)).print(table, highlight=False)
     for sentence in sentences(blocks, names):
         tell(sentence)
     if pairs:
