@@ -296,7 +296,7 @@ def blend(
     space: Annotated[str | None, typer.Option(help="core: run the method in the core space of the LoRAs.")] = None,
     rank: Annotated[int | None, typer.Option("--rank", "-r", help="Rank to end at; default: the sum of all.")] = None,
     size: Annotated[str | None, typer.Option(help="Largest size of the file, such as 50MB: sets the rank.")] = None,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.", autocompletion=DTYPES)] = "fp32",
     output: Output = Path("blend"),
     seed: Seed = 0,
     base: Base = None,
