@@ -80,6 +80,7 @@ def real_merge(bench: Any, smoke: bool, folder: Path | None) -> None:
         sizes = (64,) if smoke else (512, 1024)
         for name, own in VARIANTS.items() if fields else ():
             if own.get("base_dtype") and importlib.util.find_spec("bitsandbytes") is None:
+                bench.failures.append(f"{name}: bitsandbytes is not installed")
                 continue
             for side in sizes if name == "stock modules" else sizes[-1:]:
                 if not bench.late:

@@ -124,6 +124,11 @@ def audit(
         if isinstance(part, OwnReward):
             find(name)
     base = base_folder(recipe.base)
+    if recipe.base_dtype is not None or recipe.offload != "none":
+        raise UserError(
+            "an audit has the whole base on the device, as it is stored; leave base_dtype and offload out of a copy of "
+            "the recipe, and audit that"
+        )
     check_output(folder)
     session = _session(options.judge, folder)
     teachers = check_teachers(recipe.teachers, base)

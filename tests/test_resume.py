@@ -270,6 +270,7 @@ def test_a_new_run_starts_at_an_old_student(project: Path, tmp_path: Path, caplo
     card = (tmp_path / "new" / "README.md").read_text()
     assert "The student started as the EMA of the run 'old' after step 2, of rank 8, exactly." in card
     more = wanted.model_copy(update={"steps": 2})
+    assert start_from(more, old).student.init == started.student.init  # what has begun needs the old run no more
     shutil.copytree(project / "run", old)
     (old / WEIGHTS).unlink()
     from_checkpoint = start_from(of_project(project, output=tmp_path / "third"), old)
@@ -280,19 +281,20 @@ def test_a_new_run_starts_at_an_old_student(project: Path, tmp_path: Path, caplo
     steps = []
     merge(start_from(more, old), lambda metrics, total: steps.append(metrics.step))
     assert steps == [2] and not caplog.records  # it goes on
+    fresh = more.replaced({"output": tmp_path / "fourth"})
     for broken, words in (
-        (more.replaced({"student.rank": 4}), "has rank 8 and student.rank is 4; set student.rank 8"),
+        (fresh.replaced({"student.rank": 4}), "has rank 8 and student.rank is 4; set student.rank 8"),
         (more.replaced({"output": old}), "is the output folder itself"),
         (more.replaced({"output": project / "run"}), "holds a run that began without --from"),
     ):
         with pytest.raises(UserError, match=words):
             start_from(broken, old)
     with pytest.raises(UserError, match="no run with a student or a checkpoint"):
-        start_from(more, project / "base")
+        start_from(fresh, project / "base")
     other = tiny_klein(tmp_path / "base2", seed=1)
     assert other is not None
     with pytest.raises(UserError, match="was trained on another base than"):
-        start_from(more.replaced({"base": str(tmp_path / "base2")}), old)
+        start_from(fresh.replaced({"base": str(tmp_path / "base2")}), old)
 
 
 def test_advice_after_nan_can_be_followed_in_the_same_folder(project: Path, tmp_path: Path, monkeypatch) -> None:

@@ -22,6 +22,7 @@ from danceopd.models.backbone import Backbone, may_copy_weights
 from danceopd.models.base import load_base, stored_dtype
 from danceopd.models.checkpoint import open_checkpoint
 from danceopd.models.fields import VelocityField
+from danceopd.models.storage import computes_in, kept_as
 from danceopd.pipelines import GenerationPipeline, family_of
 from danceopd.pipelines.condition import Condition
 
@@ -34,6 +35,7 @@ class ModelHost:
         self.folder = lineup.folder
         dtype = torch.float32 if device == "cpu" else stored_dtype(lineup.folder)
         self.pipe = load_base(lineup.folder, dtype).to(device)
+        computes_in(self.pipe.transformer, dtype)
         self.pipe.set_progress_bar_config(disable=True)
         self.family = family_of(self.pipe, lineup.family)
         self.device, self._lineup = device, lineup
@@ -74,7 +76,8 @@ class ModelHost:
         if model.checkpoint is not None:
             backbone = self._backbone_of(model.checkpoint)
         elif model.adapter is not None:
-            copies = may_copy_weights(backbone.transformer)
+            packed = any(map(kept_as, backbone.transformer.modules()))
+            copies = may_copy_weights(backbone.transformer) and not packed
             how = backbone.merged(model.name) if copies else backbone.acting_as(model.name)
         with torch.no_grad(), how:
             yield backbone.velocity

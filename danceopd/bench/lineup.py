@@ -21,12 +21,16 @@ from danceopd.adapters.header import adapter_file, inspect_adapter, is_checkpoin
 from danceopd.adapters.read import read_adapter
 from danceopd.common.files import sha256
 from danceopd.common.messages import did_you_mean
+from danceopd.common.parse import read_json
 from danceopd.common.shipped import SHIPPED, portable, shipped
 from danceopd.errors import UserError
-from danceopd.models.base import base_fingerprint, base_folder, empty_transformer
+from danceopd.models.base import base_fingerprints, base_folder, empty_transformer
+from danceopd.models.checkpoint import open_checkpoint
 from danceopd.models.lora import Adapter
+from danceopd.recipe.parts import Teacher
 from danceopd.recipe.recipe import Recipe
 from danceopd.recipe.recorded import recorded_recipe
+from danceopd.run.directory import TEACHERS
 
 RESERVED = ("source", "target", "mask")
 """Folders below images/ that belong to no model."""
@@ -179,7 +183,7 @@ class _Builder:
         """The LoRA of a file; UserError if it does not belong to the base."""
         if file not in self._adapters:
             trained_on = inspect_adapter(file).record.get("base_sha256")
-            if trained_on and trained_on != base_fingerprint(self.folder):
+            if trained_on and trained_on not in base_fingerprints(self.folder, self.recipe.gguf):
                 raise UserError(
                     f"{file} was trained on another base than {self.folder} (their fingerprints differ); "
                     "give models of one base"
@@ -214,10 +218,23 @@ class _Builder:
             model = replace(self.base, name=name, label=f"{name} (base)", role="teacher")
         else:
             model = self.from_path(Path(teacher.adapter), name, "teacher")
+            self._refuse_other(teacher, model)
         if teacher.scale != 1.0 and model.adapter is not None:
             at_scale = scaled(model.adapter, teacher.scale)
             model = replace(model, adapter=at_scale, sha256=at_scale.sha256, label=f"{name} x{teacher.scale:g}")
         return replace(model, guidance=teacher.guidance, negative=teacher.negative, capability=teacher.capability)
+
+    def _refuse_other(self, teacher: Teacher, model: Model) -> None:
+        """UserError for a teacher that is not the one that a run recorded, as where a project was moved in part."""
+        record = self.path / TEACHERS
+        learnt = read_json(record, "the record of the teachers").get("teachers", {}) if record.is_file() else {}
+        known = (learnt.get(teacher.name) or {}).get("sha256")
+        mine = open_checkpoint(model.checkpoint).sha256 if model.checkpoint else model.adapter and model.adapter.sha256
+        if known and mine and known != mine:
+            raise UserError(
+                f"teacher {teacher.name!r} in {teacher.adapter} is not what the student in {self.path} learnt from "
+                f"(sha256 {str(known)[:12]} then, {mine[:12]} now); put the old weights back"
+            )
 
     def blend(self, word: str, method: str = "linear") -> Model:
         """The teachers' LoRAs merged in weight space, by one method."""

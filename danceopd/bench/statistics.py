@@ -60,7 +60,7 @@ EXACT: dict[str, Any] = {"share": True, "scale": (0.0, 1.0)}
 def exact_rows(rows: Iterable[Mapping[str, Any]], capability: str) -> list[dict[str, Any]]:
     """The rows of a capability with another score: 1 for full marks (`correct`), else 0; None where there is none."""
     return [
-        {**row, "score": None if score_of(row) is None else float(bool(row.get("correct")))}
+        {**row, "score": None if score_of(row) is None or row.get("correct") is None else float(bool(row["correct"]))}
         for row in rows
         if row["capability"] == capability
     ]

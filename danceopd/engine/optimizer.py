@@ -113,7 +113,7 @@ class StudentOptimizer:
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Put a saved `state_dict` back."""
-        self.skipped = int(state.get("skipped", torch.tensor(0)))
+        self.skipped = self.idle = int(state.get("skipped", torch.tensor(0)))
         scaler = {k.removeprefix("scaler."): v.item() for k, v in state.items() if k.startswith("scaler.")}
         if scaler:
             self.scaler.load_state_dict(scaler | {k: int(scaler[k]) for k in ("growth_interval", "_growth_tracker")})

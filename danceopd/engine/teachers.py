@@ -25,7 +25,7 @@ from danceopd.common.console import progress_bar
 from danceopd.data.dataset import Dataset
 from danceopd.errors import UserError
 from danceopd.models.backbone import Backbone
-from danceopd.models.base import base_fingerprint, empty_transformer
+from danceopd.models.base import base_fingerprints, empty_transformer
 from danceopd.models.checkpoint import Checkpoint, component_difference, open_checkpoint, scheduler_difference
 from danceopd.models.fields import AdapterField, GuidedField, MergedField, VelocityField
 from danceopd.models.lora import Adapter
@@ -100,10 +100,11 @@ def _check(teacher: Teacher, base: Path, values: bool) -> TeacherWeights:
         return TeacherWeights(teacher)
     if not is_checkpoint(teacher.adapter):
         recorded = inspect_adapter(teacher.adapter).record.get("base_sha256")
-        if recorded and "base" not in teacher.accept and recorded != base_fingerprint(base):
+        mine = base_fingerprints(base)  # none where a GGUF stands in for the base's weights
+        if recorded and mine and "base" not in teacher.accept and recorded not in mine:
             raise UserError(
                 f"teacher {teacher.name!r} ({teacher.adapter}) was trained on another base than {base}: their "
-                f"fingerprints differ ({recorded[:12]} and {base_fingerprint(base)[:12]}); give the base it was "
+                f"fingerprints differ ({recorded[:12]} and {min(mine)[:12]}); give the base it was "
                 "trained on, or `accept: [base]` on the teacher"
             )
         adapter = (read_adapter if values else adapter_shapes)(teacher.adapter, empty_transformer(base))

@@ -159,6 +159,13 @@ def base_fingerprint(base: str | Path, gguf: str | None = None) -> str:
     return transformer_fingerprint(base_folder(base) / "transformer")
 
 
+def base_fingerprints(base: str | Path, gguf: str | None = None) -> set[str]:
+    """Every fingerprint that weights trained on this base may record: of the `gguf`, and of the folder's own weights.
+    """
+    own = any((base_folder(base) / "transformer").glob("*.safetensors"))
+    return {base_fingerprint(base, one) for one in ([None] if own else []) + ([gguf] if gguf else [])}
+
+
 def transformer_fingerprint(folder: Path) -> str:
     """sha256 over a transformer folder's safetensors files and its configuration.
 

@@ -141,6 +141,8 @@ def outline(recipe: Recipe, folder: Path, teachers: Sequence[TeacherWeights]) ->
     checks.check_encoders(folder, family)
     if recipe.rollout.cache_source:
         check_source_cache(family)
+    streamed = [replace(one, streamed=True) for one in teachers if one.checkpoint and one.teacher.residual == 0]
+    checks.check_streamed(recipe, streamed, sharded=False)
     call = pipeline_call(folder, recipe.call, family)
     check_rewards(recipe.nft)
     adapters = {one.teacher.name: _shapes(one, transformer) for one in teachers}

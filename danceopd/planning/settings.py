@@ -33,6 +33,8 @@ SIDES = (768, 512)
 """Sides of smaller pictures that are offered, in pixels."""
 RANKS = (32, 16)
 """Smaller ranks that are offered."""
+OFFLOADED = {"rollout.merged": False, "gradient_checkpointing": True}
+"""What an offloaded base works with."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class Change(NamedTuple):
 
     values: dict[str, Any]
     words: str
+
+    @property
+    def kind(self) -> str:
+        """Changes of one kind take each other's place."""
+        return "offload" if "offload" in self.values else next(iter(self.values))
 
 
 def prepare(
@@ -74,7 +81,9 @@ def prepare(
         return Prepared(recipe.replaced({key: value for key, value in kept.items() if _is_auto(recipe, key)}), None, [])
     run = outline(recipe, folder, teachers)
     if run.saved == "nf4" and not card.cuda:
-        raise UserError(f"{folder} was saved in 4 bits, which diffusers loads on a GPU alone; take the model in bf16")
+        raise UserError(
+            f"{folder} was saved quantised to 4 bits, which diffusers loads on a GPU alone; take the model in bf16"
+        )
     settled = settle(recipe, run, card, kept, world)
     refused = run.refused or unfit(settled, run, card, world)
     if room and refused:
@@ -94,7 +103,9 @@ def settle(
     recipe: Recipe, run: Outline, card: Card, kept: Mapping[str, Any] | None = None, world: int = 1
 ) -> Recipe:
     """The recipe with values in place of `auto`: those in `kept`, else the fastest that fit, else the leanest."""
-    kept = kept or {}
+    kept = dict(kept or {})
+    if recipe.offload == "blocks":  # may be new since the run began, and works with nothing else
+        kept |= {key: value for key, value in OFFLOADED.items() if key in kept}
     begun = {key: kept[key] for key in AUTO if _is_auto(recipe, key) and kept.get(key, "auto") != "auto"}
     recipe = recipe.replaced({key: value for key, value in begun.items() if key == "dtype"})
     if recipe.dtype == "auto":
@@ -146,7 +157,7 @@ def _changes(recipe: Recipe, run: Outline, card: Card, world: int) -> tuple[list
 
     taken: list[Change] = []
     for change in offered:
-        taken = [one for one in taken if one.values.keys() != change.values.keys()] + [change]
+        taken = [one for one in taken if one.kind != change.kind] + [change]
         if need(taken) <= card.memory:
             break
     else:
@@ -171,15 +182,22 @@ def _offered(recipe: Recipe, run: Outline, card: Card) -> Iterator[Change]:
         yield Change({"rollout.merged": False}, "rollout.merged: false")
     plain = run.kept(recipe) is None and recipe.offload == "none" and recipe.parallel != "fsdp" and not recipe.compile
     if plain and card.cuda and recipe.objective != "flowopd":
-        yield Change({"base_dtype": "nf4", "offload": "none"}, "base_dtype: nf4")
+        also = {"rollout.merged": False} if recipe.rollout.merged else {}
+        yield Change({"base_dtype": "nf4", "offload": "none", **also}, _also("base_dtype: nf4", also))
     if plain and card.cuda:
-        yield Change({"base_dtype": None, "offload": "blocks"}, "offload: blocks")
+        also = {key: value for key, value in OFFLOADED.items() if recipe.value(key) != value}
+        yield Change({"base_dtype": None, "offload": "blocks", **also}, _also("offload: blocks", also))
     for side in SIDES:
         if max(p.size[0] * p.size[1] for p in run.pictures) > side * side:
             yield Change({"call.height": side, "call.width": side}, f"call: {{height: {side}, width: {side}}}")
     for rank in RANKS:
         if rank < recipe.student.rank:
             yield Change({"student.rank": rank}, f"student: {{rank: {rank}}}")
+
+
+def _also(words: str, values: Mapping[str, Any]) -> str:
+    """A change in words, with what it needs besides."""
+    return ", ".join([words, *(f"{key}: {str(value).lower()}" for key, value in values.items())])
 
 
 def _cost(recipe: Recipe, run: Outline, change: Change) -> str:

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from danceopd.common.messages import read_yaml
+from danceopd.errors import UserError
 
 
 def recorded_recipe(folder: Path) -> dict[str, Any]:
     """The recipe in `folder/recipe.yaml` as plain data, with paths that moved together with the folder as they are
     now."""
     fields, now = read_yaml(folder / "recipe.yaml", "recipe"), folder.absolute()
+    if not fields:
+        raise UserError(f"{folder / 'recipe.yaml'} is empty, so nobody knows what this run is; restore it")
     was = fields.get("output")
     if not isinstance(was, str) or not os.path.isabs(was) or Path(was) == now:
         return fields

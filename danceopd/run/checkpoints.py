@@ -178,7 +178,9 @@ class Checkpoints(Callback):
             return error
         saved = self.run.diverged(error.last, lr)
         goes_on = f"goes on after step {saved}" if saved else "starts anew"
-        return UserError(f"{error}; the same command with that mended in the recipe {goes_on}")
+        return UserError(
+            f"{error}; with a lower optimizer.lr the same command {goes_on}, for other teachers choose another --output"
+        )
 
     def restore(self, trainer: Trainer, good: bool = False) -> dict[str, Any] | None:
         """Bring back the newest whole one, or the last good one; its facts, if it is there.

@@ -48,7 +48,7 @@ OLD_NAMES = {"gap.json": "validation.json", "gap.png": "validation.png", "watch.
              "watch.jsonl": "monitor.jsonl"}  # fmt: skip
 """Files of earlier versions, which take their new names when a run is continued."""
 _PLACES = {
-    r"base|editing_base|teachers\.\d+\.adapter": TEACHERS, r"data\.(generation|editing)|teachers\.\d+\.data": DATA,
+    r"base|editing_base|gguf|teachers\.\d+\.adapter": TEACHERS, r"data\.(generation|editing)|teachers\.\d+\.data": DATA,
     r"student\.init": TEACHERS,
 }  # fmt: skip
 """Keys that say where something is, and the record of what it is: with that it may lie elsewhere."""
@@ -114,6 +114,9 @@ class RunDirectory:
         """Drops what came of update `step`, whose state gives NaN, and notes the learning rate: from the checkpoint
         before, whose step is returned (0: none), the run may go on with another `optimizer`."""
         self.forget(step - 1)
+        for folder in numbered_folders(self.path / "checkpoints", "good"):
+            if int(folder.name.removeprefix("good-")) >= step:
+                shutil.rmtree(folder, ignore_errors=True)
         saved = numbered_folders(self.path / "checkpoints", "step")
         last = int(saved[-1].name.removeprefix("step-")) if saved else 0
         write_json(self.path / DIVERGED, {"notes": [*_notes(self.path), {"step": step, "from": last, "lr": lr}]})
@@ -125,7 +128,7 @@ class RunDirectory:
         rates = [*(note["lr"] for note in notes[1:]), self.recipe.optimizer.lr]
         return [
             f"After step {note['step']} the loss was not finite with optimizer.lr {note['lr']:g}; the run went on from "
-            f"step {note['from']} with {lr:g}."
+            f"step {note['from']} with {f'{lr:g}' if lr != note['lr'] else 'other settings of the optimizer'}."
             for note, lr in zip(notes, rates)
         ]
 
@@ -229,12 +232,12 @@ def _placed(there: Any, here: Any, folder: Path, key: str = "") -> Any:
     known = read_json(folder / record, "the record") if (folder / record).is_file() else {}
     if key == "student.init":
         return here if known.get("init") == init_sha256(here) else there
-    return here if known.get("encoders" if key == "editing_base" else "teachers") else there
+    return here if known.get("encoders" if key in ("base", "editing_base") else "teachers") else there
 
 
 def _is_place(key: str, value: Any) -> bool:
     """Whether a value of `_PLACES` says where something is, not what: "scenes" and the bare base are no places."""
-    named = key == "base" or (key.endswith(".adapter") and value != "base")
+    named = key in ("base", "gguf") or (key.endswith(".adapter") and value != "base")
     return isinstance(value, str) and (named or os.path.isabs(value))
 
 

@@ -27,13 +27,15 @@ from danceopd.adapters.write import write_adapter
 from danceopd.common.distributed import Processes
 from danceopd.common.files import disk_errors, partial_path
 from danceopd.common.shipped import portable
+from danceopd.common.system import out_of_memory
 from danceopd.common.tensors import DTYPES
 from danceopd.data.dataset import of_one_layout
 from danceopd.engine.teachers import RoutedTeacher
 from danceopd.engine.trainer import Trainer
+from danceopd.errors import UserError
 from danceopd.kernels import uninstall
 from danceopd.models.backbone import Backbone
-from danceopd.models.base import base_fingerprint, base_folder, load_base, pipeline_index
+from danceopd.models.base import base_fingerprint, base_folder, empty_transformer, load_base, pipeline_index
 from danceopd.models.checkpoint import open_checkpoint
 from danceopd.models.compile import eager_blocks
 from danceopd.models.fields import BaseField, VelocityField
@@ -85,7 +87,7 @@ def write_student(
     with processes.main_first():
         if run is None:
             return
-        facts = {"steps": str(step), "seed": str(recipe.seed)}
+        facts = {"steps": str(step), "seed": str(recipe.seed), "base_sha256": origin.fingerprint}
         load: Callable[[], Any] = partial(load_base, origin.base, stock_dtype(recipe.dtype))
         if pipe is None:
             probes = [probe.to(torch.device("cpu")) for probe in probes]
@@ -132,7 +134,7 @@ def _with_own_transformer(pipe: Any, transformer: nn.Module, origin: Origin, rec
     if recipe.gguf is not None or origin.saved:
         return pipe
     stored, dtype = open_checkpoint(origin.base), DTYPES[recipe.dtype]
-    for name in stored.shapes:
+    for name in empty_transformer(origin.base).state_dict():
         path, _, leaf = name.rpartition(".")
         module: Any = transformer.get_submodule(path)
         held, given = getattr(module, leaf), stored.tensor(name)
@@ -154,30 +156,45 @@ def _on_the_whole_base(file: Path, probes: Sequence[Probe], recipe: Recipe, orig
     if origin.saved or not any((origin.base / "transformer").glob("*.safetensors")):
         said.append("the export is proven on the quantised base alone: the base in full precision is not at hand")
     else:
-        listed = pipeline_index(origin.base).items()
-        rest = [name for name, value in listed if isinstance(value, list) and name not in ("transformer", "scheduler")]
-        pipe = load_base(origin.base, stock_dtype(recipe.dtype), **dict.fromkeys(rest))
-        backbone = Backbone(pipe.transformer, FAMILIES[probes[0].condition.family])
-        if probes[0].x.device.type == "cuda":
-            offload(backbone, probes[0].x.device)
-        bare = [probe.velocity_of(pipe.transformer) for probe in probes]
-        load_lora(pipe, file, read_adapter(file, pipe.transformer))
-        pairs = zip(probes, bare, [probe.velocity_of(pipe.transformer) for probe in probes])
-        moved, away = 0.0, 0.0
-        for probe, base, loaded in pairs:
-            change = (probe.velocity - probe.bare).float() if probe.bare is not None else loaded - base
-            moved, away = moved + float(change.square().sum()), away + float((loaded - base - change).square().sum())
-            if not loaded.isfinite().all() or torch.equal(loaded, base):
-                raise ExportError(
-                    "the exported LoRA changes nothing on the base in full precision, or gives NaN there, though it "
-                    "works on the quantised one; report this with your diffusers and peft versions"
-                )
-        share = (away / moved) ** 0.5
-        said.append(
-            f"the export is proven on the quantised base; on the base in full precision its change of the velocity is "
-            f"{share:.1%} of its size away from that"
-        )
+        try:
+            said.append(_away_from_the_whole_base(file, probes, recipe, origin))
+        except ExportError:
+            raise
+        except Exception as error:  # the file is proven already: this only says more of it
+            if not (isinstance(error, UserError) or out_of_memory(error)):
+                raise
+            said.append(
+                "the export is proven on the quantised base alone: the base in full precision could not be compared "
+                f"({(str(error).splitlines() or [type(error).__name__])[0][:160]})"
+            )
     print(said[-1], file=sys.stderr, flush=True)
+
+
+def _away_from_the_whole_base(file: Path, probes: Sequence[Probe], recipe: Recipe, origin: Origin) -> str:
+    """How far from the quantised base's the change is that a file makes on the base in full precision, in words."""
+    listed = pipeline_index(origin.base).items()
+    rest = [name for name, value in listed if isinstance(value, list) and name not in ("transformer", "scheduler")]
+    pipe = load_base(origin.base, stock_dtype(recipe.dtype), **dict.fromkeys(rest))
+    backbone = Backbone(pipe.transformer, FAMILIES[probes[0].condition.family])
+    if probes[0].x.device.type == "cuda":
+        offload(backbone, probes[0].x.device, pin=False)  # a few forwards, for which no copy of the base is locked
+    bare = [probe.velocity_of(pipe.transformer) for probe in probes]
+    load_lora(pipe, file, read_adapter(file, pipe.transformer))
+    pairs = zip(probes, bare, [probe.velocity_of(pipe.transformer) for probe in probes])
+    moved, away = 0.0, 0.0
+    for probe, base, loaded in pairs:
+        change = (probe.velocity - probe.bare).float() if probe.bare is not None else loaded - base
+        moved, away = moved + float(change.square().sum()), away + float((loaded - base - change).square().sum())
+        if not loaded.isfinite().all() or torch.equal(loaded, base):
+            raise ExportError(
+                "the exported LoRA changes nothing on the base in full precision, or gives NaN there, though it "
+                "works on the quantised one; report this with your diffusers and peft versions"
+            )
+    share = (away / moved) ** 0.5
+    return (
+        f"the export is proven on the quantised base; on the base in full precision its change of the velocity is "
+        f"{share:.1%} of its size away from that"
+    )
 
 
 @dataclass(frozen=True)
@@ -215,7 +232,7 @@ def export(
     `base` goes into the file with its fingerprint. `load` returns a stock pipeline of it without a LoRA and is called
     once (default: `base` in fp32; for a bf16 backbone give one in bf16; leave out what the probes do not need). The
     reloaded velocities may differ from the probes' by `tolerance` of the change the student makes, plus the
-    rounding of the backbone's dtype. `also` is called with the proven file before it stays.
+    rounding of the backbone's dtype. `also` is called with the proven file, which its ExportError takes away again.
 
     Returns the file's path. Raises ExportError when the file changes nothing or something else, or the
     student equals its base; UserError when it cannot be written.
@@ -238,10 +255,14 @@ def export(
         load_lora(pipe, file, read_adapter(file, pipe.transformer))
         loaded = [probe.velocity_of(pipe.transformer) for probe in probes]
         _compare(probes, bare, loaded, computed, tolerance)
-        if also is not None:
-            also(file)
         with disk_errors(folder / WEIGHTS):
             os.replace(file, folder / WEIGHTS)
+        if also is not None:
+            try:
+                also(folder / WEIGHTS)
+            except ExportError:
+                (folder / WEIGHTS).unlink()
+                raise
     finally:
         shutil.rmtree(trial, ignore_errors=True)
     return folder / WEIGHTS

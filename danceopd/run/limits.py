@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import time
 
+import torch
+
 from danceopd.common.distributed import Processes
 from danceopd.common.signals import Interrupts
 from danceopd.engine.callbacks import Callback
@@ -43,7 +45,8 @@ def memory_error(error: BaseException, recipe: Recipe, run: RunDirectory | None)
         less.append("gradient_checkpointing: true")
     if recipe.rollout.merged:
         less.append("rollout: {merged: false}")
-    if recipe.base_dtype is None and recipe.offload == "none" and not recipe.compile:
+    plain = recipe.base_dtype is None and recipe.offload == "none" and recipe.parallel != "fsdp" and not recipe.compile
+    if plain and torch.cuda.is_available() and recipe.device != "cpu":
         less.append("offload: blocks")
     advice = f"set {' or '.join(less)} in the recipe" if less else "take smaller pictures (call.height, call.width)"
     saved = None if run is None else run.checkpoints.latest()

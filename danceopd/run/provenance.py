@@ -34,7 +34,7 @@ from danceopd.data.images import ImageSource
 from danceopd.data.sources import Edits, Prompts
 from danceopd.engine.teachers import TeacherWeights
 from danceopd.errors import UserError
-from danceopd.models.base import base_fingerprint, base_folder, empty_transformer
+from danceopd.models.base import base_fingerprint, base_fingerprints, base_folder, empty_transformer
 from danceopd.models.lora import Adapter
 from danceopd.recipe.recipe import Recipe
 from danceopd.run.checkpoints import CheckpointStore
@@ -200,9 +200,17 @@ def start_from(recipe: Recipe, run: Path) -> Recipe:
     """
     if run.resolve() == recipe.output.resolve():
         raise UserError(f"--from {run} is the output folder itself, which goes on without it; name another --output")
+    folder = recipe.output.absolute() / START
+    started = recipe.replaced({"student.init": str(folder)})
+    if begun_recipe(recipe.output, started) is not None:
+        if not (folder / WEIGHTS).is_file():
+            raise UserError(
+                f"output folder {recipe.output} holds a run that began without --from; choose another --output"
+            )
+        return started
     base = base_folder(recipe.base)
     adapter, step, trained_on = _learnt(run, base)
-    if trained_on != base_fingerprint(base):
+    if trained_on not in base_fingerprints(base, recipe.gguf):
         raise UserError(f"--from {run} was trained on another base than {base}; give its base, or another run")
     if adapter.rank > recipe.student.rank:
         raise UserError(
@@ -210,18 +218,10 @@ def start_from(recipe: Recipe, run: Path) -> Recipe:
             f"{adapter.rank}, or leave --from out and write student.init: {run} to start at what rank "
             f"{recipe.student.rank} keeps of it"
         )
-    folder = recipe.output.absolute() / START
-    started = recipe.replaced({"student.init": str(folder)})
-    if begun_recipe(recipe.output, started) is None:
-        check_directory(recipe.output, started)
-        words = f"the EMA of the run {run.resolve().name!r} after step {step}"
-        facts = {"base": portable(str(base)), "base_sha256": trained_on, "steps": str(step), "started": words}
-        write_adapter(adapter, folder, metadata=facts)
-    elif not (folder / WEIGHTS).is_file():
-        raise UserError(f"output folder {recipe.output} holds a run that began without --from; choose another --output")
-    elif inspect_adapter(folder).record.get("sha256") != adapter.sha256:
-        _log.warning("the run in %s began at another student than %s has now, and goes on from where it is",
-                     recipe.output, run)  # fmt: skip
+    check_directory(recipe.output, started)
+    words = f"the EMA of the run {run.resolve().name!r} after step {step}"
+    facts = {"base": portable(str(base)), "base_sha256": trained_on, "steps": str(step), "started": words}
+    write_adapter(adapter, folder, metadata=facts)
     return started
 
 
@@ -248,7 +248,7 @@ def _learnt(run: Path, base: Path) -> tuple[Adapter, int, str]:
 def shared_facts(recipe: Recipe) -> dict[str, Any]:
     """What several processes must have been given alike: all but where things are on their machines."""
     given = recipe.resolved()
-    for place in ("output", "device", "base", "editing_base", "data"):
+    for place in ("output", "device", "base", "editing_base", "gguf", "data"):
         del given[place]
     given["teachers"] = [{k: v for k, v in one.items() if k not in ("adapter", "data")} for one in given["teachers"]]
     return {**given, "rows": recipe.data.rows}

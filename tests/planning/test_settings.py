@@ -13,10 +13,14 @@ from header_only import MODELS, header_only, header_only_lora, sparse
 from PIL import Image
 from tiny_merge import tiny_recipe
 
+from danceopd.engine.teachers import check_teachers
 from danceopd.errors import UserError
 from danceopd.merge import merge
+from danceopd.models.base import base_folder
 from danceopd.plan import plan
 from danceopd.planning.cards import CARDS, Card, card_named
+from danceopd.planning.outline import outline
+from danceopd.planning.settings import settle
 from danceopd.recipe.recipe import Recipe
 
 MERGE = import_module("danceopd.merge")  # the package's attribute of that name is its function
@@ -116,8 +120,20 @@ def test_advice_fits_when_it_is_followed(large: Path, tmp_path: Path) -> None:
     assert smaller and "base_dtype: nf4 (" in smaller
     larger = plan(recipe(large, "qwen-image", tmp_path / "run"), tflops=100.0, gpu="24GB")["refused"]
     assert larger and "offload: blocks (" in larger
+    written = plan(recipe(large, "qwen-image", tmp_path / "run", **rigid), tflops=100.0, gpu="24GB")["refused"]
+    assert written and "offload: blocks, rollout.merged: false, gradient_checkpointing: true (" in written
     none = plan(recipe(large, "qwen-image", tmp_path / "run"), tflops=100.0, gpu="12GB")["refused"]
     assert none and "take a card of" in none
+
+
+def test_a_run_that_was_merged_goes_on_with_an_offloaded_base(large: Path, tmp_path: Path) -> None:
+    """What it kept of `auto` and an offloaded base cannot have is settled anew."""
+    made = recipe(large, "klein-4b", tmp_path / "run", offload="blocks")
+    folder = base_folder(made.base)
+    run = outline(made, folder, check_teachers(made.teachers, folder, values=False))
+    kept = {"dtype": "bf16", "micro_batch": 1, "gradient_checkpointing": False, "rollout.merged": True}
+    settled = settle(made, run, card_named("24GB"), kept)
+    assert settled.rollout.merged is False and settled.gradient_checkpointing is True and settled.micro_batch == 1
 
 
 def test_a_base_in_fp32_stays_so_on_a_gpu_and_a_cpu_computes_in_fp32(large: Path, tmp_path: Path) -> None:
