@@ -87,7 +87,7 @@ def write_student(
     with processes.main_first():
         if run is None:
             return
-        facts = {"steps": str(step), "seed": str(recipe.seed), "base_sha256": origin.fingerprint}
+        facts = {"steps": str(step), "seed": str(recipe.seed)}
         load: Callable[[], Any] = partial(load_base, origin.base, stock_dtype(recipe.dtype))
         if pipe is None:
             probes = [probe.to(torch.device("cpu")) for probe in probes]

@@ -26,6 +26,7 @@ from danceopd.adapters.write import write_adapter
 from danceopd.common.cache import cache_key
 from danceopd.common.distributed import Processes
 from danceopd.common.files import write_json
+from danceopd.common.parse import read_json
 from danceopd.common.shipped import portable
 from danceopd.data.dataset import TeacherData, sampled_rows
 from danceopd.data.encode import encoders_fingerprint
@@ -229,8 +230,11 @@ def _learnt(run: Path, base: Path) -> tuple[Adapter, int, str]:
     """What a run has learnt, after how many steps, and the fingerprint of its base."""
     if (run / WEIGHTS).is_file():
         record = inspect_adapter(run / WEIGHTS).record
-        if "steps" in record and "base_sha256" in record:
-            return read_adapter(run / WEIGHTS, empty_transformer(base)), int(record["steps"]), record["base_sha256"]
+        trained_on = record.get("base_sha256")
+        if trained_on is None and (run / TEACHERS).is_file():  # on a GGUF
+            trained_on = read_json(run / TEACHERS, "the record of the teachers").get("base")
+        if "steps" in record and trained_on is not None:
+            return read_adapter(run / WEIGHTS, empty_transformer(base)), int(record["steps"]), trained_on
     saved = CheckpointStore(run / "checkpoints", 1).load() if (run / "checkpoints").is_dir() else None
     if saved is None:
         raise UserError(f"--from {run} is no run with a student or a checkpoint; give a run's folder (for a LoRA, "

@@ -228,7 +228,7 @@ def test_a_backend_that_ran_out_of_memory_is_measured_again_by_the_next_process(
 
     race(a=(0.5, greedy))
     assert attention._select(call()) == "sdpa" and "CUDA out of memory" in attention.choices()[KEY].reason
-    assert not list(tmp_path.rglob("cores-*.json"))
+    assert not list(tmp_path.rglob("attention-*.json"))
 
 
 def test_hidden_rows_are_not_compared(race):
@@ -257,7 +257,7 @@ def test_measured_once_and_kept(race, tmp_path, monkeypatch):
     monkeypatch.setattr(attention, "_chosen", {})  # another process
     monkeypatch.setattr(attention, "measure", lambda *a: pytest.fail("measured twice"))
     assert attention._select(call()) == "a"
-    (file,) = tmp_path.rglob("cores-*.json")
+    (file,) = tmp_path.rglob("attention-*.json")
     assert set(json.loads(file.read_text())) == {
         KEY,
         "dense 2x128x2x8 float32 no gradient",

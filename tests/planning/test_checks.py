@@ -105,7 +105,7 @@ def contrast_of_one_prompt(place: Path) -> dict[str, Any]:
 
 
 CASES: dict[Change, str] = {
-    quantised_config: "was saved in 4 bits, which diffusers loads on a GPU alone",
+    quantised_config: "was saved quantised to 4 bits, which diffusers loads on a GPU alone",
     quantised_otherwise: r"stored quantised \('quanto'\), and of such a base only",
     quantised_numbers: r"holds quantised weights \(F8_E4M3\)",
     quantised_encoder: "saved quantised by nopackage, which is not installed",
