@@ -28,7 +28,7 @@ from danceopd.common.signals import Stopped, end_on_signals
 from danceopd.common.system import OUT_OF_MEMORY
 from danceopd.errors import UserError
 
-CONTINUED = ("merge", "bench", "compare", "teach")
+CONTINUED = ("audit", "merge", "bench", "compare", "teach")
 """Commands that, run again, go on where they were stopped."""
 LONGEST = 400
 """Characters of a sentence, at most."""

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "plan": (["plan", "r.yaml"], ""),
     "sample": (["sample", "generation", "a red circle", "-n", "10000", "-o", "out"], "out/*.png"),
     "bench": (["bench", "generation", "--against", "none", "-o", "out"], "out/images"),
+    "audit": (["audit", "-o", "out"], "out/questions.jsonl"),
     "compare": (["compare", "a", "b", "-o", "out", "--judge", f"cmd:{sys.executable} judge.py"], "out/judge.jsonl"),
     "teach": (["teach", "editing", "--steps", "100000", "-o", "out"], "out/.training"),
     "extract": (["extract", "base", "./other", "-o", "out"], ""),
@@ -92,7 +93,7 @@ def test_while_it_is_imported(tmp_path: Path, number: int) -> None:
 def test_while_it_works(tmp_path: Path, name: str, number: int) -> None:
     (tmp_path / "r.yaml").write_text(SHORT)
     arguments, there = COMMANDS[name]
-    again = name in ("merge", "bench", "compare", "teach")
+    again = name in ("audit", "merge", "bench", "compare", "teach")
     if name == "extract":
         shutil.copytree(shipped("base"), tmp_path / "other")
     if name == "compare":
