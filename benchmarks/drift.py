@@ -27,7 +27,7 @@ import torch
 import typer
 from past import Scored, TestEvaluator, overall
 from PIL import Image
-from quality import CurveTrainer, _Started, _started, curve_trainer, merging, read_lines
+from quality import CurveTrainer, Started, curve_trainer, merging, named, read_lines, started
 from rich.console import Console
 
 from danceopd.adapters.read import read_adapter
@@ -159,11 +159,11 @@ class World:
             if not (place / "editing.jsonl").is_file():
                 write_pool(place)
         self.scorer = TestEvaluator(self.base, items, "val")
-        with tempfile.TemporaryDirectory() as temporary, curve_trainer(False), suppress(_Started):
+        with tempfile.TemporaryDirectory() as temporary, curve_trainer(False), suppress(Started):
             changes = {"teachers": _firsts(), "monitor": {"every": 10**6, "prompts": 48}}
             changes["data"] = {c: str(probes / f"{c}.jsonl") for c in FIRST}
             recipe = self.recipe(changes, 0, 10**6, Path(temporary) / "run")
-            merging.merge(recipe, _started)
+            merging.merge(recipe, started)
         self.trainer = CurveTrainer.latest
         monitor = next(one for one in self.trainer.callbacks if isinstance(one, MonitorCallback)).monitor
         assert monitor is not None
@@ -356,9 +356,7 @@ def main(
 ) -> None:
     """Train and measure the generations that are not done yet, and write the page."""
     torch.set_num_threads(1)
-    chosen = [arm.strip() for arm in arms.split(";")]
-    if odd := next((arm for arm in chosen if arm not in ARMS), None):
-        raise typer.BadParameter(f"{odd!r} is none of {'; '.join(ARMS)}")
+    chosen = named(arms, ARMS)
     RESULTS.mkdir(exist_ok=True)
     path, world = RESULTS / f"{name}.jsonl", World(folder.resolve(), items)
     for seed, arm in itertools.product(range(seeds), chosen):

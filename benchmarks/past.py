@@ -24,7 +24,17 @@ import numpy as np
 import torch
 import typer
 import yaml
-from quality import CAPABILITIES, CurveTrainer, ImageEvaluator, _Started, _started, curve_trainer, merging, read_lines
+from quality import (
+    CAPABILITIES,
+    CurveTrainer,
+    ImageEvaluator,
+    Started,
+    curve_trainer,
+    merging,
+    named,
+    read_lines,
+    started,
+)
 from rich.console import Console
 from step import medians
 
@@ -147,8 +157,8 @@ def steps_of(plain: Mapping[str, Any], arms: list[str], repeats: int) -> dict[st
     updates = {}
     with tempfile.TemporaryDirectory() as folder:
         for arm in ("plain", *(arm for arm in arms if arm != "plain")):
-            with curve_trainer(False), suppress(_Started):
-                merging.merge(recipe_of(plain, arm, steps=10**6, output=Path(folder) / arm), _started)
+            with curve_trainer(False), suppress(Started):
+                merging.merge(recipe_of(plain, arm, steps=10**6, output=Path(folder) / arm), started)
             updates[arm] = CurveTrainer.latest.update
         seconds = medians(updates, repeats)
     return {arm: max(1, round(plain["steps"] * seconds["plain"] / seconds[arm])) for arm in arms}
@@ -217,9 +227,7 @@ def main(
 ) -> None:
     """Make and score the runs that are not finished yet, and write the table."""
     torch.set_num_threads(1)
-    chosen = [arm.strip() for arm in arms.split(";")]
-    if odd := next((arm for arm in chosen if arm not in ARMS), None):
-        raise typer.BadParameter(f"{odd!r} is none of {'; '.join(ARMS)}")
+    chosen = named(arms, ARMS)
     RESULTS.mkdir(exist_ok=True)
     path, facts_file = RESULTS / f"{name}.jsonl", RESULTS / f"{name}.json"
     facts: dict[str, Any] = json.loads(facts_file.read_text()) if facts_file.is_file() else {}

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -217,12 +217,12 @@ def points_of(
     return points
 
 
-class _Started(Exception):
+class Started(Exception):
     """A run has made its first update; the others are timed here."""
 
 
-def _started(metrics: StepMetrics, steps: int) -> None:
-    raise _Started
+def started(metrics: StepMetrics, steps: int) -> None:
+    raise Started
 
 
 def update_seconds(rows: int, repeats: int) -> dict[str, float]:
@@ -236,10 +236,18 @@ def update_seconds(rows: int, repeats: int) -> dict[str, float]:
                 continue
             curve = CURVES[line.curve]
             recipe = recipe_of(curve, 0, repeats + 2, rows, Path(folder) / name)
-            with curve_trainer(curve.bf16), suppress(_Started):
-                merging.merge(recipe, _started)
+            with curve_trainer(curve.bf16), suppress(Started):
+                merging.merge(recipe, started)
             updates[name] = CurveTrainer.latest.update
     return medians(updates, repeats)
+
+
+def named(text: str, known: Collection[str]) -> list[str]:
+    """Names separated by semicolons; BadParameter for one that is not known."""
+    found = [name.strip() for name in text.split(";")]
+    if odd := next((name for name in found if name not in known), None):
+        raise typer.BadParameter(f"{odd!r} is none of {'; '.join(known)}")
+    return found
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -270,9 +278,7 @@ def main(
 ) -> None:
     """Make and score the runs that are not finished yet, or time the updates, and write the table."""
     torch.set_num_threads(1)
-    chosen = [curve.strip() for curve in curves.split(";")]
-    if odd := next((curve for curve in chosen if curve not in CURVES), None):
-        raise typer.BadParameter(f"{odd!r} is none of {'; '.join(CURVES)}")
+    chosen = named(curves, CURVES)
     path, facts_file = RESULTS / f"{name}.jsonl", RESULTS / f"{name}.json"
     facts: dict[str, Any] = json.loads(facts_file.read_text()) if facts_file.is_file() else {}
     settings = {"rows": rows, "items": items, "schedule": FALLING if lengths else CONSTANT}

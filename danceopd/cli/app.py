@@ -311,6 +311,8 @@ def blend(
     from danceopd.adapters.blending.layers import parse_blocks, parse_layers
     from danceopd.cli.blend import Request, planned, run, show, summary
 
+    if plan and report:
+        raise UserError("--plan reads no weight, so it has no --report; leave one of the two out")
     request = Request(
         adapters, output, method, [number(word, "--weights") for word in words(weights)] or None, rank, density,
         scale if scale == "auto" else number(scale, "--scale"), seed, base, drop or (),

@@ -1,6 +1,6 @@
 """`danceopd blend`: write several LoRAs of one base as one, and print what its rank lost, layer by layer.
 
-Before that, on request: what would be written (`planned`), and where the LoRAs fight (`report`).
+On request: what would be written, before (`planned`), and where the LoRAs fight, after (`report`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from danceopd.adapters.blend import (
     blend_with_residual,
     check_blend,
     delta_norm,
-    scaled,
 )
 from danceopd.adapters.blending.conflict import Block, measure, sentences
 from danceopd.adapters.blending.layers import LayerRule
@@ -125,11 +124,21 @@ def run(request: Request, tell: Callable[[str], None] | None = None) -> tuple[Pa
     record["residual"] = f"{found.residual:.6f}"
     if request.layers:
         record["layers"] = ", ".join(rule.given for rule in request.layers)
-    if request.scale == "auto":
+    if found.scale != 1:
         record["scale"] = f"{found.scale:.6g}"
+    drawn = request.seed if METHODS[request.method].random else None
+    for key, value in (("space", request.space), ("density", request.density), ("seed", drawn)):
+        if value is not None:
+            record[key] = str(value)
     file = write_adapter(found.adapter, request.file.parent, DTYPES[request.dtype], record)
     if tell is not None:
-        report([scaled(part, w) for part, w in zip(adapters, weights)], names, file.with_name(PICTURE), tell)
+        parts = blend_parts(adapters, weights, METHODS[request.method], request.layers)
+        entering = []
+        for i, adapter in enumerate(adapters):
+            strengths = {n: p.factor * dict(zip(p.adapters, p.weights)).get(i, 0.0) for n, p in parts.items()}
+            pairs = adapter.tensors.items()
+            entering.append(Adapter({n: (a, strengths[n] * b) for n, (a, b) in pairs if strengths.get(n)}))
+        report(entering, names, file.with_name(PICTURE), tell)
     return file, found
 
 

@@ -6,8 +6,9 @@ reference, and the monitor of confident mistakes.
     contrast: {generation: {reference: others, weight: 1.0}}
     monitor: {every: 100, judge: path/to/clip, rollback: plain}
 
-`true` is a gate with its defaults, `false` is none. With none on, a run is plain DanceOPD. docs/labelfree.md has the
-equations; a key here is a letter there. The monitor changes nothing that an update computes until an alarm.
+`true` is a gate with its defaults, `false` is none. With none on, a run is plain DanceOPD. docs/labelfree.md and
+docs/gates.md have the equations; a key here is a letter there. The monitor changes nothing that an update computes
+until an alarm.
 """
 
 from __future__ import annotations

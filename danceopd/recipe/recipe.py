@@ -187,7 +187,7 @@ class Recipe(Part):
     guidance: Guidance = Guidance()
     """Rows without a prompt."""
     gates: Gates = Gates()
-    """Weights of rows and tokens, off unless given (docs/labelfree.md)."""
+    """Weights of rows and tokens, off unless given (docs/gates.md)."""
     contrast: dict[str, Contrast] = Field({}, examples=[{"generation": {"reference": "others"}}])
     """Targets that go past a teacher, by the teacher's name or capability (docs/labelfree.md)."""
     data: Data = Data()
