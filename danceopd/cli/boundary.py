@@ -73,6 +73,8 @@ class Commands(TyperGroup):
         try:
             _check_surroundings()
             status = super().main(args, prog_name, complete_var, False, **how) or 0
+            if status == 128 + signal.SIGINT:  # typer's answer to a Ctrl-C before there is a command: without a word
+                status = explained(KeyboardInterrupt(), "")
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
             if isinstance(end.__context__, BrokenPipeError):  # rich and typer say 1
