@@ -126,6 +126,7 @@ def merge(recipe: Recipe, report: Report | None = None) -> Student:
 
 def _merge(recipe: Recipe, report: Report | None, processes: Processes, began: float) -> Student:
     run: RunDirectory | None = None
+    offers = True
     precision = torch.get_float32_matmul_precision()
     sharded = recipe.parallel == "fsdp" and processes.world_size > 1
     refuse_unequal(processes, shared_facts(recipe), "recipe")
@@ -137,7 +138,7 @@ def _merge(recipe: Recipe, report: Report | None, processes: Processes, began: f
             base = base_folder(recipe.base)
             teachers = check_teachers(recipe.teachers, base)
             prepared = prepare(recipe, base, teachers, card, processes.world_size)
-            recipe = prepared.recipe
+            recipe, offers = prepared.recipe, prepared.run is None or prepared.run.may_be_stored_otherwise
             whole = any(one.checkpoint is not None for one in teachers)  # its difference is taken in the run folder
             init = None if whole else _init(recipe, teachers, base)
             if processes.is_main:
@@ -175,7 +176,7 @@ def _merge(recipe: Recipe, report: Report | None, processes: Processes, began: f
     except Exception as error:
         if not out_of_memory(error):
             raise
-        raise memory_error(error, recipe, run) from None
+        raise memory_error(error, recipe, run, offers) from None
     finally:
         torch.set_float32_matmul_precision(precision)
         if run is not None:

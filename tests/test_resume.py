@@ -271,6 +271,10 @@ def test_a_new_run_starts_at_an_old_student(project: Path, tmp_path: Path, caplo
     assert "The student started as the EMA of the run 'old' after step 2, of rank 8, exactly." in card
     more = wanted.model_copy(update={"steps": 2})
     assert start_from(more, old).student.init == started.student.init  # what has begun needs the old run no more
+    assert not caplog.records
+    start_from(more, project / "other")
+    assert "is not read" in caplog.text and "the run 'old'" in caplog.text
+    caplog.clear()
     shutil.copytree(project / "run", old)
     (old / WEIGHTS).unlink()
     from_checkpoint = start_from(of_project(project, output=tmp_path / "third"), old)

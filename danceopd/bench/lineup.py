@@ -166,7 +166,7 @@ class _Builder:
 
     def __init__(self, student: str | Path, recipe: Recipe | None) -> None:
         self.path = _path_of(str(student), "the student")
-        self.recipe = recipe or _recipe_of(self.path)
+        self.recipe, self._own = recipe or _recipe_of(self.path), recipe is None
         self.folder = base_folder(self.recipe.base)
         self.teachers = {t.name: t for t in self.recipe.teachers}
         self._like = empty_transformer(self.folder)
@@ -183,7 +183,8 @@ class _Builder:
         """The LoRA of a file; UserError if it does not belong to the base."""
         if file not in self._adapters:
             trained_on = inspect_adapter(file).record.get("base_sha256")
-            if trained_on and trained_on not in base_fingerprints(self.folder, self.recipe.gguf):
+            known = base_fingerprints(self.folder)
+            if trained_on and known and trained_on not in known:
                 raise UserError(
                     f"{file} was trained on another base than {self.folder} (their fingerprints differ); "
                     "give models of one base"
@@ -226,11 +227,17 @@ class _Builder:
 
     def _refuse_other(self, teacher: Teacher, model: Model) -> None:
         """UserError for a teacher that is not the one that a run recorded, as where a project was moved in part."""
-        record = self.path / TEACHERS
+        if not self._own:
+            return
+        record = (self.path if self.path.is_dir() else self.path.parent) / TEACHERS
         learnt = read_json(record, "the record of the teachers").get("teachers", {}) if record.is_file() else {}
         known = (learnt.get(teacher.name) or {}).get("sha256")
-        mine = open_checkpoint(model.checkpoint).sha256 if model.checkpoint else model.adapter and model.adapter.sha256
-        if known and mine and known != mine:
+        if not known:
+            return
+        mine = None if model.adapter is None else model.adapter.sha256
+        if model.checkpoint is not None:
+            mine = open_checkpoint(model.checkpoint, open_checkpoint(self.folder)).sha256
+        if mine and known != mine:
             raise UserError(
                 f"teacher {teacher.name!r} in {teacher.adapter} is not what the student in {self.path} learnt from "
                 f"(sha256 {str(known)[:12]} then, {mine[:12]} now); put the old weights back"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,7 +172,8 @@ def offload(backbone: Any, device: torch.device, pin: bool = True) -> str:
     """
     transformer, moved, pin = backbone.transformer, 0, pin and device.type == "cuda"
     if pin:  # torch locks powers of two by default, up to twice as much as is asked for
-        torch._C._accelerator_setAllocatorSettings("pinned_max_round_threshold_mb:1")
+        with suppress(AttributeError, RuntimeError, ValueError):  # a torch that has no such setting
+            torch._C._accelerator_setAllocatorSettings("pinned_max_round_threshold_mb:1")
     inside = {id(p) for path in block_paths(transformer) for p in transformer.get_submodule(path).parameters()}
     ours = {id(p) for name in backbone.adapters for p in backbone.parameters(name)}
     for module in transformer.modules():

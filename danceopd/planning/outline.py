@@ -83,6 +83,11 @@ class Outline:
     refused: str | None = None  # why a merge would refuse it, though it can be outlined
     _schedules: dict[tuple[Size, int], Tensor] = field(default_factory=dict)
 
+    @property
+    def may_be_stored_otherwise(self) -> bool:
+        """Whether the base could be quantised or offloaded: it was not saved quantised, and no teacher is streamed."""
+        return self.saved is None and not any(one.checkpoint and one.teacher.residual == 0 for one in self.teachers)
+
     def kept(self, recipe: Recipe) -> str | None:
         """In which kind the base is quantised; None where it is not."""
         return self.saved or recipe.base_dtype

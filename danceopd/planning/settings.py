@@ -180,7 +180,8 @@ def _offered(recipe: Recipe, run: Outline, card: Card) -> Iterator[Change]:
         yield Change({"gradient_checkpointing": True}, "gradient_checkpointing: true")
     if recipe.rollout.merged:
         yield Change({"rollout.merged": False}, "rollout.merged: false")
-    plain = run.kept(recipe) is None and recipe.offload == "none" and recipe.parallel != "fsdp" and not recipe.compile
+    plain = run.may_be_stored_otherwise and run.kept(recipe) is None
+    plain = plain and recipe.offload == "none" and recipe.parallel != "fsdp" and not recipe.compile
     if plain and card.cuda and recipe.objective != "flowopd":
         also = {"rollout.merged": False} if recipe.rollout.merged else {}
         yield Change({"base_dtype": "nf4", "offload": "none", **also}, _also("base_dtype: nf4", also))

@@ -232,7 +232,7 @@ def export(
     `base` goes into the file with its fingerprint. `load` returns a stock pipeline of it without a LoRA and is called
     once (default: `base` in fp32; for a bf16 backbone give one in bf16; leave out what the probes do not need). The
     reloaded velocities may differ from the probes' by `tolerance` of the change the student makes, plus the
-    rounding of the backbone's dtype. `also` is called with the proven file, which its ExportError takes away again.
+    rounding of the backbone's dtype. `also` is called with the proven file before it stays.
 
     Returns the file's path. Raises ExportError when the file changes nothing or something else, or the
     student equals its base; UserError when it cannot be written.
@@ -255,14 +255,10 @@ def export(
         load_lora(pipe, file, read_adapter(file, pipe.transformer))
         loaded = [probe.velocity_of(pipe.transformer) for probe in probes]
         _compare(probes, bare, loaded, computed, tolerance)
+        if also is not None:  # its ExportError leaves what stood there before
+            also(file)
         with disk_errors(folder / WEIGHTS):
             os.replace(file, folder / WEIGHTS)
-        if also is not None:
-            try:
-                also(folder / WEIGHTS)
-            except ExportError:
-                (folder / WEIGHTS).unlink()
-                raise
     finally:
         shutil.rmtree(trial, ignore_errors=True)
     return folder / WEIGHTS

@@ -35,8 +35,11 @@ class Limits(Callback):
         trainer.should_stop |= bool(stop or self.signal)
 
 
-def memory_error(error: BaseException, recipe: Recipe, run: RunDirectory | None) -> UserError:
-    """What to say where memory ran out: what was asked for, what takes less, and from where the run continues."""
+def memory_error(error: BaseException, recipe: Recipe, run: RunDirectory | None, offers: bool = True) -> UserError:
+    """What to say where memory ran out: what was asked for, what takes less, and from where the run continues.
+
+    `offers`: whether the base could be offloaded (it was not saved quantised, no teacher is streamed).
+    """
     said = (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
     rows, less = recipe.micro_batch, []
     if (rows if isinstance(rows, int) else recipe.batch) > recipe.group_size:
@@ -45,7 +48,8 @@ def memory_error(error: BaseException, recipe: Recipe, run: RunDirectory | None)
         less.append("gradient_checkpointing: true")
     if recipe.rollout.merged:
         less.append("rollout: {merged: false}")
-    plain = recipe.base_dtype is None and recipe.offload == "none" and recipe.parallel != "fsdp" and not recipe.compile
+    plain = offers and recipe.base_dtype is None and recipe.offload == "none"
+    plain = plain and recipe.parallel != "fsdp" and not recipe.compile
     if plain and torch.cuda.is_available() and recipe.device != "cpu":
         less.append("offload: blocks")
     advice = f"set {' or '.join(less)} in the recipe" if less else "take smaller pictures (call.height, call.width)"

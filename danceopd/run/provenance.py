@@ -208,6 +208,10 @@ def start_from(recipe: Recipe, run: Path) -> Recipe:
             raise UserError(
                 f"output folder {recipe.output} holds a run that began without --from; choose another --output"
             )
+        begun = inspect_adapter(folder).record.get("started", "another student")
+        if f"run {run.resolve().name!r} " not in begun:
+            _log.warning("the run in %s began at %s and goes on from where it is; --from %s is not read",
+                         recipe.output, begun, run)  # fmt: skip
         return started
     base = base_folder(recipe.base)
     adapter, step, trained_on = _learnt(run, base)
@@ -221,7 +225,9 @@ def start_from(recipe: Recipe, run: Path) -> Recipe:
         )
     check_directory(recipe.output, started)
     words = f"the EMA of the run {run.resolve().name!r} after step {step}"
-    facts = {"base": portable(str(base)), "base_sha256": trained_on, "steps": str(step), "started": words}
+    facts = {"base": portable(str(base)), "steps": str(step), "started": words}
+    if trained_on in base_fingerprints(base):  # not of a GGUF, whose LoRAs fit the base in full precision
+        facts["base_sha256"] = trained_on
     write_adapter(adapter, folder, metadata=facts)
     return started
 
