@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tinies import KLEIN
 from tiny_merge import WEIGHTS, family_recipe, run
 
+from danceopd.adapters.header import inspect_adapter
 from danceopd.adapters.load import ExportError, load_student
 from danceopd.engine.trainer import Trainer
 from danceopd.errors import UserError
@@ -23,6 +24,7 @@ from danceopd.merge import merge
 from danceopd.models import storage
 from danceopd.plan import plan
 from danceopd.recipe.recipe import Recipe
+from danceopd.run.provenance import start_from
 
 CASES = {"flux2-klein": (KLEIN, "nf4"), "flux1": (tiny_flux1.TINY, "int8"), "sd3": (tiny_sd3.TINY, "fp8")}
 FAST = {"validation": {"every": 0}, "monitor": {"every": 0}}
@@ -160,6 +162,8 @@ def test_a_gguf_in_place_of_the_transformer(klein, tmp_path, capsys):
     plan(recipe, tflops=1.0)
     merge(recipe, lambda *_: None)
     assert "proven on the quantised base alone" in capsys.readouterr().err
+    more = start_from(Recipe(**{**own, "output": str(tmp_path / "next")}), tmp_path / "run")
+    assert "base_sha256" not in inspect_adapter(more.student.init).record  # it fits the base in full precision, too
     student = load_student(tmp_path / "run", base=folder / "base")  # the base in full precision
     assert student.transformer.peft_config
     (tmp_path / "other.gguf").write_bytes(b"nothing")

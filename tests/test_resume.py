@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -18,12 +19,14 @@ from tiny_merge import WEIGHTS, Killed, tiny_recipe
 
 from danceopd.adapters.load import load_student
 from danceopd.adapters.write import write_adapter
+from danceopd.bench.lineup import build_lineup
 from danceopd.data.dataset import open_datasets
 from danceopd.engine.metrics import StepMetrics
 from danceopd.engine.optimizer import StudentOptimizer
 from danceopd.errors import UserError
 from danceopd.merge import merge
 from danceopd.recipe.recipe import Recipe
+from danceopd.run.directory import RunDirectory
 from danceopd.run.provenance import check_data, start_from
 
 STEPS = 24
@@ -301,6 +304,22 @@ def test_a_new_run_starts_at_an_old_student(project: Path, tmp_path: Path, caplo
         start_from(fresh.replaced({"base": str(tmp_path / "base2")}), old)
 
 
+def test_a_bench_takes_the_teachers_that_a_run_learnt_from(project: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(project / "run", tmp_path / "run"))
+    for student in (run, run / WEIGHTS):
+        assert build_lineup(student, ["teachers"]).names("teacher")
+    known = json.loads((run / "teachers.json").read_text())
+    name = next(name for name, one in known["teachers"].items() if one["sha256"])
+    known["teachers"][name]["sha256"] = "0" * 64
+    (run / "teachers.json").write_text(json.dumps(known))
+    for student in (run, run / WEIGHTS):
+        with pytest.raises(UserError, match=f"teacher '{name}' in .* is not what the student in .* learnt from"):
+            build_lineup(student, ["teachers"])
+    (run / "recipe.yaml").write_text("")
+    with pytest.raises(UserError, match="recipe.yaml is empty"):
+        build_lineup(run, ["teachers"])
+
+
 def test_advice_after_nan_can_be_followed_in_the_same_folder(project: Path, tmp_path: Path, monkeypatch) -> None:
     """The run goes on from the last checkpoint whose state gave no NaN, with another rate and nothing else."""
     measured = StudentOptimizer.step
@@ -316,6 +335,11 @@ def test_advice_after_nan_can_be_followed_in_the_same_folder(project: Path, tmp_
     with pytest.raises(UserError, match="5 updates in a row at step 8; lower optimizer.lr .*goes on after step 2"):
         merge(wanted, silent)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+    with RunDirectory(tmp_path / "good", of_project(project, output=tmp_path / "good")) as run:
+        for number in (1, 3):  # states that a monitor called good, the second of which gives NaN
+            (run.path / "checkpoints" / f"good-00000{number}").mkdir(parents=True)
+        run.diverged(3, 1e-3)
+        assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["good-000001"]
     with pytest.raises(UserError, match="holds another run .seed is 0 there"):
         merge(wanted.model_copy(update={"seed": 1}), silent)
     lower, steps = wanted.replaced({"optimizer.lr": 1e-5}), []
