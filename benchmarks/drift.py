@@ -34,6 +34,7 @@ from danceopd.adapters.read import read_adapter
 from danceopd.bench.suites.scenes import render_image
 from danceopd.common.shipped import shipped
 from danceopd.engine.rollout import rollout
+from danceopd.labelfree.audit.figures import concordance, figure
 from danceopd.labelfree.monitor import Monitor, MonitorCallback
 from danceopd.labelfree.rewards import Group, Reward, likelihood
 from danceopd.models.base import base_folder, empty_transformer
@@ -207,7 +208,7 @@ class World:
         folder.mkdir(parents=True, exist_ok=True)
         for capability, pictures in drawn.items():
             path = folder / f"{capability}.jsonl"
-            rows = read(path) if path.is_file() else []
+            rows = [row for row in (read(path) if path.is_file() else []) if f"-{tag}-" not in row["target"]]
             asked = read(self.pool / f"{capability}.jsonl")
             for number, (row, picture) in enumerate(zip(asked, pictures, strict=True)):
                 name = f"{capability}-{tag}-{number:03}.png"
@@ -234,6 +235,7 @@ class World:
         believed = self.reward(groups).numpy()
         if self.limit is None:  # of generation 0: the signal then believes as many pictures as are right
             self.limit = float(np.quantile(believed, 1 - right.mean()))
+        ranked = figure(concordance(believed, right.astype(float)))
         open_factors = suite.summarise(scores)["generation"]["diversity"]
         return {
             "generation": overall(scored["generation"]),
@@ -243,20 +245,10 @@ class World:
             "pass@8": float(right.any(1).mean()),
             "diversity": self.scorer.diversity(adapter),
             "total variation": float(np.mean([found["distance"] for found in open_factors.values()])),
-            "AUC": auc(believed, right),
+            "AUC": None if ranked is None else ranked["mean"],
             "confidence - accuracy": float((believed >= self.limit).mean() - right.mean()),
             "limit": self.limit,
         }
-
-
-def auc(scores: np.ndarray, right: np.ndarray) -> float | None:
-    """How often a right sample has the higher score, within questions (Q, G) that have right and wrong ones."""
-    found = []
-    for score, good in zip(scores, right, strict=True):
-        if good.any() and not good.all():
-            above = np.sign(score[good][:, None] - score[~good][None])
-            found.append(float((above.mean() + 1) / 2))
-    return float(np.mean(found)) if found else None
 
 
 def run_arm(world: World, arm: str, seed: int, generations: int, steps: int, folder: Path, path: Path) -> None:
@@ -282,8 +274,7 @@ def run_arm(world: World, arm: str, seed: int, generations: int, steps: int, fol
                     world.add_pictures(own, firsts, "first")
                 mine = _adapter(world, before)
                 tag, noise = f"{generation:02}", 1000 * seed + generation
-                if not (own / f"editing-{tag}-{POOL - 1:03}.png").is_file():
-                    world.add_pictures(own, {c: world.draw(mine, c, noise) for c in FIRST}, tag)
+                world.add_pictures(own, {c: world.draw(mine, c, noise) for c in FIRST}, tag)
             changes = ARMS[arm](before, own) | {"student": {"rank": 80, "init": str(before)}}
             merging.merge(
                 world.recipe(changes, 100 * seed + generation, steps, output), lambda metrics, steps: None
@@ -311,32 +302,32 @@ FIGURES = ("generation", "editing", "exact", "worst category", "pass@8", "divers
            "confidence - accuracy")  # fmt: skip
 
 
-def page(lines: list[dict[str, Any]], folder: Path) -> str:
+def page(lines: list[dict[str, Any]], folder: Path, name: str) -> str:
     """Markdown: the last generation against the first, when the score turned and when the monitor rang; curves."""
     out = [
         "| arm | seeds | " + " | ".join(FIGURES) + " | best generation | first alarm |",
         "|---|--:|" + "--:|" * (len(FIGURES) + 2),
     ]
-    series: dict[str, dict[str, list[float]]] = {figure: {} for figure in FIGURES}
+    series: dict[str, dict[str, list[float]]] = {kind: {} for kind in FIGURES}
     for arm in dict.fromkeys(line["arm"] for line in lines):
         mine = [line for line in lines if line["arm"] == arm]
         by = {seed: sorted((one for one in mine if one["seed"] == seed), key=lambda one: one["round"])
               for seed in dict.fromkeys(one["seed"] for one in mine)}  # fmt: skip
         last = min(run[-1]["round"] for run in by.values())
         cells = []
-        for figure in FIGURES:
-            values = [[run[g][figure] for run in by.values() if run[g][figure] is not None] for g in range(last + 1)]
+        for kind in FIGURES:
+            values = [[run[g][kind] for run in by.values() if run[g][kind] is not None] for g in range(last + 1)]
             means = [float(np.mean(one)) if one else float("nan") for one in values]
-            series[figure][arm] = means
+            series[kind][arm] = means
             cells.append(f"{means[0]:.3f} → {means[-1]:.3f}")
         best = ", ".join(str(int(np.argmax([turning(line) for line in run]))) for run in by.values())
         rung = ", ".join(str(next((one["round"] for one in run if one["alarms"]), "-")) for run in by.values())
         out.append(f"| {arm} | {len(by)} | {' | '.join(cells)} | {best} | {rung} |")
-    for figure, found in series.items():
+    for kind, found in series.items():
         length = min(map(len, found.values()))
         shown = {arm: values[:length] for arm, values in found.items()}
-        picture = curves(list(range(length)), shown, caption=f"generation of self-training; {figure}", log=False)
-        (folder / f"drift-{figure.replace(' ', '').replace('@', '')}.png").write_bytes(picture)
+        picture = curves(list(range(length)), shown, caption=f"generation of self-training; {kind}", log=False)
+        (folder / f"{name}-{kind.replace(' ', '').replace('@', '')}.png").write_bytes(picture)
     return "\n".join(out) + "\n"
 
 
@@ -361,7 +352,7 @@ def main(
     path, world = RESULTS / f"{name}.jsonl", World(folder.resolve(), items)
     for seed, arm in itertools.product(range(seeds), chosen):
         run_arm(world, arm, seed, generations, steps, folder.resolve(), path)
-        (RESULTS / f"{name}.md").write_text(page(read_lines(path), RESULTS))
+        (RESULTS / f"{name}.md").write_text(page(read_lines(path), RESULTS, name))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How far past its teachers a student is: the arms of a recipe side by side at equal seconds, on the test split.
 
     python benchmarks/past.py                                          # the demo's recipe: 5 seeds of every arm
-    python benchmarks/past.py checkpoints/full.yaml --name past_full --arms "plain;both"
+    python benchmarks/past.py checkpoints/full.yaml --name past_full --arms "plain;contrast"
 
 An arm is the recipe with some changes. Its steps are as many as take the plain recipe's processor seconds; seconds of
 an update are measured first, the arms in turn. Every run is scored item by item on the same test prompts and edits from

@@ -155,7 +155,8 @@ def test_a_reward_that_does_not_rank_is_refused_unless_told_otherwise(done, tmp_
     recipe = done[0].model_copy(update={"output": tmp_path / "student"})
     folder = audit_folder(recipe.output)
     asked = audited(folder, recipe, done[1], 0.55)
-    assert check_audit(*asked) == f"every reward ranks better than chance by the audit in {folder}"
+    by = done[1]["by"]
+    assert check_audit(*asked) == f"every reward ranks better than chance by the audit in {folder}, of samples by {by}"
     audited(folder, recipe, done[1], 0.45)
     words = "likelihood is no better than chance for teacher 'generation': AUC 0.50 \\[0.45 to 0.55\\] over 30 "
     with pytest.raises(UserError, match=words):

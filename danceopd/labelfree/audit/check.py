@@ -41,7 +41,7 @@ def check_audit(recipe: Recipe, part: NFT, base: str, teachers: Mapping[str, str
         raise UserError(f"nft.audit {named} is of another {other}; run `danceopd audit` again, or leave it out")
     if unknown:
         return f"the audit in {path.parent} cannot tell whether these rewards rank: {', '.join(unknown)}"
-    return f"every reward ranks better than chance by the audit in {path.parent}"
+    return f"every reward ranks better than chance by the audit in {path.parent}, of samples by {facts['by']}"
 
 
 def _unknown(recipe: Recipe, part: NFT, facts: Mapping[str, Any], path: Path) -> list[str]:

@@ -41,18 +41,19 @@ def signals_of(
     `teachers` have the fields that the recipe's rewards may ask, `null` is the null prompt of the teacher's capability.
     """
     field, found = unguided(teacher.field), dict[str, Signal]()
+    source = "base" if getattr(field, "name", "") is None else teacher.name  # a teacher may be the bare base
     own = rewards_of(rewards, teachers, base, rows)[teacher.name]
     for name in rewards.applying(capability):
         part = rewards.rewards[name]
         count, kind = 0, name if isinstance(part, parts.OwnReward) else SAMPLES
         if isinstance(part, parts.Likelihood):
-            count, kind = len(part.levels) * part.draws, loss_of(part.teacher or teacher.name)
+            count, kind = len(part.levels) * part.draws, loss_of(part.teacher or source)
         found[f"reward {name}"] = Signal(own[name], kind, count, asked=True)
     for level in levels:
         one = likelihood(field, (level,), DRAWS, rows)
-        found[f"likelihood at {level:g}"] = Signal(one, loss_of(teacher.name), DRAWS)
+        found[f"likelihood at {level:g}"] = Signal(one, loss_of(source), DRAWS)
     if null is not None:
-        found["null contrast"] = Signal(null_contrast(field, null, rows), loss_of(teacher.name), 2 * len(HIGH))
+        found["null contrast"] = Signal(null_contrast(field, null, rows), loss_of(source), 2 * len(HIGH))
     found["likelihood of the base"] = Signal(likelihood(base, HIGH, 1, rows), loss_of("base"), len(HIGH))
     for name in parts.EDITING_ONLY if capability == "editing" else ():
         if name not in rewards.rewards:

@@ -27,6 +27,7 @@ def own(name: str, options: Mapping[str, Any] | None = None) -> Reward:
         shape = (len(groups), len(groups[0].clean))
         if not isinstance(found, Tensor) or tuple(found.shape) != shape or bool(found.isinf().any()):
             what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            what = "an infinite number" if what == f"shape {shape}" else what
             raise UserError(
                 f"reward {name} returned {what}; let it return a tensor of shape {shape}, a finite number (or NaN, for "
                 "nothing to say) for each sample of each group"
