@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from danceopd.assembly import build_backbone, initial_student, teacher_weights
 from danceopd.bench.judges.registry import load_judge
 from danceopd.bench.judges.session import JudgeSession
 from danceopd.bench.options import JudgeOptions
@@ -49,7 +50,6 @@ from danceopd.labelfree.audit.summary import RESULT, audit_folder, summary
 from danceopd.labelfree.audit.table import markdown
 from danceopd.labelfree.rewards import Group
 from danceopd.labelfree.rewards.own import find
-from danceopd.merge import _backbone, _init, _load
 from danceopd.models.base import base_fingerprint, base_folder, load_base, pipeline_call
 from danceopd.models.fields import AdapterField, BaseField, MergedField, VelocityField, acting
 from danceopd.pipelines.condition import Condition
@@ -232,8 +232,8 @@ class _Model:
         options: Options, rewards: NFT,
     ) -> None:  # fmt: skip
         self.recipe, self.questions, self.device = recipe, questions, resolve_device(recipe.device)
-        weights = [_load(recipe, one, base, self.device) for one in weights]
-        init = _init(recipe, list(weights), base) if options.draws == "student" else None
+        weights = [teacher_weights(recipe, one, base, self.device) for one in weights]
+        init = initial_student(recipe, list(weights), base) if options.draws == "student" else None
         fingerprint = base_fingerprint(base)
         pipe = load_base(base, stock_dtype(recipe.dtype))
         transformer = pipe.transformer
@@ -243,7 +243,7 @@ class _Model:
         call = pipeline_call(base, recipe.call, family)
         capabilities = [t.capability for t in recipe.teachers]
         pipelines = open_pipelines(pipe, family, call, capabilities, recipe.editing_base)
-        backbone = _backbone(recipe, transformer, family)
+        backbone = build_backbone(recipe, transformer, family)
         self.encoder = Encoder(base, family, pipelines, recipe.editing_base)
         self.datasets: dict[str, CachedConditions] = {}
         self.teachers: dict[str, RoutedTeacher] = {}

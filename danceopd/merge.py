@@ -19,39 +19,31 @@ from typing import Any
 
 import torch
 
-from danceopd.adapters.header import inspect_adapter
 from danceopd.adapters.load import load_student
-from danceopd.adapters.read import read_adapter
+from danceopd.assembly import build_backbone, initial_student, routed_teacher, teacher_weights, warn_of_scenes
 from danceopd.common.console import progress_bar
 from danceopd.common.distributed import Processes
-from danceopd.common.shipped import SHIPPED
 from danceopd.common.signals import Interrupts
 from danceopd.common.system import out_of_memory
 from danceopd.common.tensors import DTYPES
 from danceopd.data.dataset import TeacherData, open_datasets
 from danceopd.data.encode import Encoder, free_encoders, open_pipelines, park_components
-from danceopd.data.null_prompt import contrast_null, null_condition
 from danceopd.engine.callbacks import Callback
 from danceopd.engine.metrics import StepMetrics
 from danceopd.engine.optimizer import Diverged
-from danceopd.engine.teachers import RoutedTeacher, TeacherWeights, check_teachers, load_teacher
+from danceopd.engine.teachers import TeacherWeights, check_teachers
 from danceopd.engine.trainer import STUDENT, Trainer
-from danceopd.engine.warm_start import StudentInit, student_init
-from danceopd.kernels import install
+from danceopd.engine.warm_start import StudentInit
 from danceopd.kernels.autotune import install_if_faster
 from danceopd.labelfree.audit.check import check_audit
 from danceopd.labelfree.contrast import contrasted
-from danceopd.labelfree.gates.variants import KEEP, unchanged
 from danceopd.labelfree.hooks import query_hook
 from danceopd.labelfree.monitor import MonitorCallback, Rollback
 from danceopd.labelfree.probes import FrozenFields, probe_sets
-from danceopd.models.backbone import Backbone
-from danceopd.models.base import base_fingerprint, base_folder, empty_transformer, load_base, pipeline_call
-from danceopd.models.compile import compile_blocks
+from danceopd.models.base import base_fingerprint, base_folder, load_base, pipeline_call
 from danceopd.models.cuda_graphs import with_cuda_graphs
 from danceopd.models.fields import AdapterField, BaseField, MergedField
 from danceopd.models.fsdp import ShardedForwards, shard
-from danceopd.models.lora import Adapter
 from danceopd.models.storage import computes_in, load_gguf, offload, quantise
 from danceopd.pipelines.record import empty_module
 from danceopd.pipelines.registry import family_of
@@ -140,7 +132,7 @@ def _merge(recipe: Recipe, report: Report | None, processes: Processes, began: f
             prepared = prepare(recipe, base, teachers, card, processes.world_size)
             recipe, offers = prepared.recipe, prepared.run is None or prepared.run.may_be_stored_otherwise
             whole = any(one.checkpoint is not None for one in teachers)  # its difference is taken in the run folder
-            init = None if whole else _init(recipe, teachers, base)
+            init = None if whole else initial_student(recipe, teachers, base)
             if processes.is_main:
                 run = RunDirectory(recipe.output, recipe)
             if run is not None and run.moved and prepared.run is None:  # ended; what it is asked for may be another
@@ -151,9 +143,9 @@ def _merge(recipe: Recipe, report: Report | None, processes: Processes, began: f
                 datasets = prepared.run.datasets
                 if run is not None:
                     check_data(run.path, recipe, datasets)
-                teachers = [_load(recipe, one, base, processes.device) for one in teachers]
+                teachers = [teacher_weights(recipe, one, base, processes.device) for one in teachers]
                 check_streamed(recipe, teachers, sharded)
-                init = init or _init(recipe, teachers, base)
+                init = init or initial_student(recipe, teachers, base)
         if processes.broadcast(prepared.run is None):
             return Student(recipe.output, recipe.steps, 0.0, processes.is_main)
         assert init is not None and prepared.run is not None
@@ -194,7 +186,7 @@ def _train(opened: _Opened, report: Report) -> Student:
         if run is not None:
             weights = check_weights(run.path, recipe, opened.base, opened.teachers)
             run.settle()
-            _warn_of_scenes(recipe)
+            warn_of_scenes(recipe)
             if recipe.objective == "nft":
                 _say(check_audit(recipe, recipe.nft, fingerprint, hashes), processes)
 
@@ -209,7 +201,7 @@ def _train(opened: _Opened, report: Report) -> Student:
     call = pipeline_call(opened.base, recipe.call, family)
     capabilities = [teacher.capability for teacher in recipe.teachers]
     pipelines = open_pipelines(pipe, family, call, capabilities, recipe.editing_base)
-    backbone = _backbone(recipe, transformer, family)
+    backbone = build_backbone(recipe, transformer, family)
     if sharded:
         shard(transformer, processes)
         recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"merged": False})})
@@ -220,7 +212,7 @@ def _train(opened: _Opened, report: Report) -> Student:
     with processes.main_first():
         encoder = Encoder(opened.base, family, pipelines, recipe.editing_base)
         teachers = [
-            _routed(recipe, one, opened.datasets[one.teacher.name], encoder, backbone, fingerprint, device)
+            routed_teacher(recipe, one, opened.datasets[one.teacher.name], encoder, backbone, fingerprint, device)
             for one in opened.teachers
         ]
         fields, bare = {t.name: t.field for t in teachers}, BaseField(backbone)
@@ -309,72 +301,6 @@ def _train(opened: _Opened, report: Report) -> Student:
             trainer.step, seconds=round(seconds, 1), stopped=rollback.ended, exported=step, patience=patience
         )
     return Student(recipe.output, trainer.step, seconds, processes.is_main)
-
-
-def _backbone(recipe: Recipe, transformer: Any, family: Any) -> Backbone:
-    backbone = Backbone(transformer, family)
-    if recipe.gradient_checkpointing:
-        backbone.checkpoint_gradients()
-    if recipe.kernels is True:
-        install(transformer)
-    if recipe.compile:
-        compile_blocks(transformer)
-    return backbone
-
-
-def _load(recipe: Recipe, teacher: TeacherWeights, base: Path, device: torch.device) -> TeacherWeights:
-    """Decide how a whole model is kept; where the student starts from it, its low-rank difference is needed."""
-    wanted = recipe.student.init in ("blend", teacher.teacher.name)
-    return load_teacher(teacher, base, recipe.output / "cache", device, wanted)
-
-
-def _init(recipe: Recipe, teachers: list[TeacherWeights], base: Path) -> StudentInit:
-    """What the student starts as, as `student.init` says."""
-    adapters = {one.teacher.name: (one.adapter, one.teacher.scale) for one in teachers}
-    student = recipe.student
-    if student.init == "blend" and all(one.adapter is None for one in teachers):
-        student = student.model_copy(update={"init": "base"})
-
-    def read(path: str) -> tuple[Adapter, str]:
-        return read_adapter(path, empty_transformer(base)), inspect_adapter(path).record.get("started", "a LoRA")
-
-    init = student_init(student, adapters, read, seed=recipe.seed)
-    _log.info(init.sentence)
-    return init
-
-
-def _routed(
-    recipe: Recipe, weights: TeacherWeights, data: TeacherData, encoder: Encoder, backbone: Backbone,
-    fingerprint: str, device: torch.device,
-) -> RoutedTeacher:  # fmt: skip
-    """Put a teacher on the backbone and encode its rows, its null prompt, and the variants that gates need."""
-    teacher, pipeline, null = weights.teacher, encoder.pipelines[weights.teacher.capability], None
-    unconditional = recipe.guidance.unconditional > 0 or recipe.rollout.guidance != 1  # the student meets it, too
-    contrast = recipe.contrast_of(teacher)
-    if unconditional or (contrast is not None and contrast.reference == "null") or teacher.guidance is not None:
-        null = null_condition(pipeline, teacher, fingerprint, recipe.output / "cache").to(device)
-    field = weights.attach(backbone, null, recipe.rollout.merged and not recipe.compile)
-    steps, variants = recipe.rollout.steps, dict(data.variants)
-    dataset = encoder.encode(teacher.capability, data.data, data.rows, steps, targets=recipe.needs_targets)
-    if null is None and recipe.gates.needs_null(teacher.capability):
-        null = contrast_null(pipeline, teacher)
-        if null is None:
-            variants[KEEP] = unchanged(data.data, data.rows)
-        else:
-            null = null.to(device)
-    encoded = {name: encoder.encode(teacher.capability, *variant, steps) for name, variant in variants.items()}
-    return RoutedTeacher(teacher.name, field, dataset, null, encoded)
-
-
-def _warn_of_scenes(recipe: Recipe) -> None:
-    """The built-in scenes suit the shipped base; another one deserves data of its own."""
-    if recipe.resolved()["base"] in SHIPPED:
-        return
-    for key in sorted({t.capability for t in recipe.teachers if recipe.data_source(t).startswith("scenes")}):
-        _log.warning(
-            "data.%s is the built-in synthetic scenes (64-pixel shapes); name your own prompts or pairs for this base",
-            key,
-        )
 
 
 def _say(line: str, processes: Processes) -> None:

@@ -11,12 +11,12 @@ from danceopd.common.parse import parse_json
 from danceopd.errors import UserError
 
 from .condition import Condition
+from .families.flux1 import FLUX1
+from .families.flux2 import FLUX2_DEV, FLUX2_KLEIN, FLUX2_KLEIN_KV
+from .families.qwen import QWEN_IMAGE
+from .families.sd3 import SD3
+from .families.zimage import Z_IMAGE
 from .family import Family
-from .flux1 import FLUX1
-from .flux2 import FLUX2_DEV, FLUX2_KLEIN, FLUX2_KLEIN_KV
-from .qwen import QWEN_IMAGE
-from .sd3 import SD3
-from .zimage import Z_IMAGE
 
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (FLUX2_KLEIN, FLUX2_KLEIN_KV, FLUX2_DEV, FLUX1, QWEN_IMAGE, Z_IMAGE, SD3)

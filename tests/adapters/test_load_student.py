@@ -21,7 +21,7 @@ from danceopd.models.backbone import Backbone
 from danceopd.models.base import base_fingerprint, empty_transformer, load_base, stored_dtype
 from danceopd.models.lora import Adapter
 from danceopd.pipelines.condition import Condition
-from danceopd.pipelines.flux2 import FLUX2_KLEIN
+from danceopd.pipelines.families.flux2 import FLUX2_KLEIN
 from danceopd.run.export import Probe, export
 
 PICTURE = {"height": 64, "width": 64, "num_inference_steps": 2, "max_sequence_length": 16, "guidance_scale": 1.0}

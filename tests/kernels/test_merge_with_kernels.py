@@ -21,7 +21,7 @@ def student(folder, **fields):
 
 
 def test_the_same_student(tmp_path, monkeypatch):
-    merge, installed = import_module("danceopd.merge"), []
+    merge, installed = import_module("danceopd.assembly"), []
     install = merge.install
     monkeypatch.setattr(merge, "install", lambda model: installed.append(install(model)))
     plain = student(tmp_path / "plain")
@@ -54,7 +54,7 @@ def test_a_trial_decides_unless_the_recipe_does(tmp_path, monkeypatch):
 
     monkeypatch.setattr(import_module("danceopd.merge"), "install_if_faster", decide)
     for name, fields in (("auto", {}), ("off", {"kernels": False}), ("compiled", {"compile": True})):
-        monkeypatch.setattr(import_module("danceopd.merge"), "compile_blocks", lambda transformer: None)
+        monkeypatch.setattr(import_module("danceopd.assembly"), "compile_blocks", lambda transformer: None)
         student(tmp_path / name, batch=3, **fields)
     assert trials == [(2, "flux2-klein", "cpu")]
 

@@ -18,7 +18,7 @@ from danceopd.errors import UserError
 from danceopd.models.backbone import Backbone
 from danceopd.models.fields import BaseField
 from danceopd.pipelines import EditingPipeline, GenerationPipeline, editing_pipe, family_of, generation_pipe, stack
-from danceopd.pipelines.qwen import QWEN_IMAGE
+from danceopd.pipelines.families.qwen import QWEN_IMAGE
 
 PROMPTS = ["a red circle", "two blue square on the left", "a white ring above"]
 

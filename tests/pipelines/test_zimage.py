@@ -26,7 +26,7 @@ from danceopd.pipelines import (
     record,
     stack,
 )
-from danceopd.pipelines.zimage import Z_IMAGE
+from danceopd.pipelines.families.zimage import Z_IMAGE
 
 STOCK = {"num_inference_steps": 4, "height": 64, "width": 64, "max_sequence_length": 100}
 PROMPT = "a red circle"

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from danceopd.common.tensors import compute_dtype
 
-from .condition import Condition
-from .family import Family, classifier_free
+from ..condition import Condition
+from ..family import Family, classifier_free
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from danceopd.common.tensors import compute_dtype
 
-from .condition import Condition
-from .family import Family, stock_limit
+from ..condition import Condition
+from ..family import Family, stock_limit
 
 if TYPE_CHECKING:
     from PIL.Image import Image

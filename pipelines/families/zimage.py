@@ -23,8 +23,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from danceopd.errors import UserError
 
-from .condition import Condition
-from .family import Family
+from ..condition import Condition
+from ..family import Family
 
 if TYPE_CHECKING:
     from PIL.Image import Image

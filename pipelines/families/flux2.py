@@ -18,8 +18,8 @@ from torch import Tensor
 from danceopd.common.tensors import compute_dtype
 from danceopd.errors import UserError
 
-from .condition import Condition
-from .family import Family, grid_from_ids
+from ..condition import Condition
+from ..family import Family, grid_from_ids
 
 if TYPE_CHECKING:
     from PIL.Image import Image
