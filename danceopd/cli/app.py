@@ -222,6 +222,7 @@ def teach(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: checkpoints/STAGE.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; default: the stage's own.")] = None,
     base: Annotated[str, typer.Option(help="Base of a teacher: a folder or a shipped name.")] = "base",
+    init: Annotated[str | None, typer.Option(help="LoRA that a teacher starts from; default: zero.")] = None,
     seed: Seed = 0,
 ) -> None:
     """Train one of the shipped checkpoints from scratch. Running it again continues it.
@@ -237,7 +238,7 @@ def teach(
 
     with progress_bar(stage, ends=True) as bar:
         folder = run(
-            stage, output=output, steps=steps, seed=seed, base=base,
+            stage, output=output, steps=steps, seed=seed, base=base, init=init,
             report=lambda step, total, loss: bar(step, total, f"loss {loss:.4f}"),
         )  # fmt: skip
     echo(f"{stage}: {folder}")

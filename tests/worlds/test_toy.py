@@ -2,13 +2,15 @@
 
 import functools
 import hashlib
+import json
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from danceopd.adapters.read import read_adapter
+from danceopd.common.files import sha256
 from danceopd.errors import UserError
 from danceopd.worlds.scenes.edits import TASKS, edits
 from danceopd.worlds.scenes.grammar import HELDOUT_OPERATIONS, has_heldout_binding
@@ -224,6 +226,21 @@ def test_stages_run_and_continue_to_the_same_bytes(tmp_path, monkeypatch):
     assert (cut / name).read_bytes() == (whole / name).read_bytes() and (base / "base.json").read_bytes() == before
     adapter = read_adapter(cut)
     assert adapter.rank == 40 and len(adapter) == 32
+    at = []
+    again = teach("editing", tmp_path / "again", steps=1, base=base, init=cut, report=lambda *step: at.append(step))
+    new = read_adapter(again).tensors
+    moved = [(a - b).abs().max() for m, pair in adapter.tensors.items() for a, b in zip(pair, new[m])]
+    assert all(0 < float(change) < 0.01 for change in moved) and at  # it started there and has made one step
+    assert json.loads((again / "editing.json").read_text())["init_sha256"] == sha256(cut / name)
+    with pytest.raises(UserError, match="another init_sha256"):
+        teach("editing", tmp_path / "again", steps=2, base=base)
+    half = {k: (v[:20] if ".lora_A" in k else v[:, :20]).contiguous() for k, v in load_file(cut / name).items()}
+    save_file(half, tmp_path / "half.safetensors")
+    with pytest.raises(UserError, match="half.safetensors is not of rank 40 in every layer"):
+        teach("editing", tmp_path / "other", base=base, init=tmp_path / "half.safetensors")
+    with pytest.raises(UserError, match="trains a whole model.*leave --init out"):
+        teach("base", tmp_path / "other", init=cut)
+    assert not (tmp_path / "other").exists()
     assert {t.dtype for t in load_file(cut / name).values()} == {torch.bfloat16}
     assert (base / "base.json").is_file() and (base / "autoencoder.json").is_file()
 

@@ -19,6 +19,7 @@ from diffusers import Flux2Transformer2DModel
 from torch import Tensor, nn
 
 from danceopd.common.signals import Interrupts
+from danceopd.errors import UserError
 from danceopd.models.lora import Adapter
 from danceopd.worlds.toy.batches import Batch, Batches
 from danceopd.worlds.toy.small import SHIFT
@@ -140,6 +141,15 @@ class LoraTransformer(nn.Module):
                 linear: Any = self.transformer.get_submodule(module)
                 weights[f"{module}.weight"] = torch.addmm(linear.weight, self.factors[f"{module}.lora_B"], a)
         return torch.func.functional_call(self.transformer, weights, kwargs=call)
+
+    @torch.no_grad()
+    def start(self, adapter: Adapter) -> None:
+        """Take the values of a LoRA of the same layers and rank; UserError for one of other layers."""
+        if missing := {name.rpartition(".")[0] for name in self.factors} ^ set(adapter.tensors):
+            raise UserError(f"the LoRA to start from has other layers ({min(missing)}); give one that this stage wrote")
+        for module, (a, b) in adapter.tensors.items():
+            self.factors[f"{module}.lora_A"].copy_(a)
+            self.factors[f"{module}.lora_B"].copy_(b)
 
     @staticmethod
     def adapter(factors: dict[str, Tensor]) -> Adapter:

@@ -6,17 +6,21 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKLFlux2
 
+from danceopd.adapters.header import adapter_file
+from danceopd.adapters.read import read_adapter
 from danceopd.adapters.write import write_adapter
-from danceopd.common.files import disk_errors, is_partial, lock_file, write_json
+from danceopd.common.files import disk_errors, is_partial, lock_file, sha256, write_json
 from danceopd.common.messages import did_you_mean
-from danceopd.common.shipped import portable
+from danceopd.common.shipped import portable, resolve
 from danceopd.common.system import describe_machine
 from danceopd.errors import UserError
-from danceopd.models.base import base_fingerprint, base_folder, load_base
+from danceopd.models.base import base_fingerprint, base_folder, empty_transformer, load_base
+from danceopd.models.lora import Adapter
 from danceopd.pipelines.registry import family_of
 from danceopd.worlds.scenes.edits import GLOBAL, LOCAL, TASKS
 from danceopd.worlds.scenes.prompts import TAGS
@@ -45,19 +49,21 @@ def _even(names: tuple[str, ...]) -> dict[str, float]:
     return dict.fromkeys(names, 1.0)
 
 
-HARD = {"single_object": 0.4, "two_object": 1.5, "counting": 2.0, "colors": 0.4, "position": 5.0, "color_attr": 2.0}
+HARD = {"single_object": 0.4, "two_object": 2.0, "counting": 3.0, "colors": 0.4, "position": 5.0, "color_attr": 2.0}
 """The data of the generation teacher: mostly counting, position and binding."""
 PIPELINE = ("autoencoder", "base")
 """Stages that train the parts of one pipeline, in one folder."""
 EDITS = (2.3, 1.2)
 """The noise levels of edits: nearer to pure noise, where the source alone says what an edit leaves unchanged."""
+PICTURES = (2.0, 1.2)
+"""The noise levels of generation: how many and where is decided near pure noise."""
 RANK = 40
 """Rank of the shipped teachers: 1.4 MB each in bfloat16."""
 
 STAGES: dict[str, Stage] = {
     "autoencoder": Stage(steps=10000, batch=24),
     "base": Stage(steps=4000, mix=Mix(_even(TAGS), _even(TASKS), 0.6)),
-    "generation": Stage(steps=11000, mix=Mix(HARD, {}, 1.0), rank=RANK, guidance=2.0),
+    "generation": Stage(steps=11000, mix=Mix(HARD, {}, 1.0), rank=RANK, guidance=2.0, noise=PICTURES),
     "editing": Stage(steps=7500, mix=Mix({}, _even(TASKS) | dict.fromkeys(LOCAL, 2.0), 0.0), rank=RANK, noise=EDITS),
     "local-edit": Stage(steps=2000, mix=Mix({}, _even(LOCAL), 0.0), rank=RANK),
     "global-edit": Stage(steps=300, mix=Mix({}, _even(GLOBAL), 0.0), rank=RANK),
@@ -70,12 +76,14 @@ def teach(
     steps: int | None = None,
     seed: int = 0,
     base: str | Path = "base",
+    init: str | Path | None = None,
     report: Callable[[int, int, float], None] | None = None,
 ) -> Path:
     """Train one stage and write it; returns its folder.
 
-    ``output`` is the pipeline's folder for ``autoencoder`` and ``base`` (in either order) and the LoRA's for the
-    teachers; default ``checkpoints/<stage>``. Training state is kept in ``<output>/.training``, from which the same
+    ``init`` is a LoRA of the stage's rank that a teacher starts from. ``output`` is the pipeline's folder for
+    ``autoencoder`` and ``base`` (in either order) and the LoRA's for the teachers; default ``checkpoints/<stage>``.
+    Training state is kept in ``<output>/.training``, from which the same
     call continues. ``report(step, steps, loss)`` is called after every step. A signal ends the step at
     hand, saves, and ends. UserError for an unknown stage, for steps below 1, for a folder that cannot be written, holds
     something else, or is in use.
@@ -89,8 +97,12 @@ def teach(
     if not 0 <= seed < 2**32:
         raise UserError(f"the seed is {seed}; give a whole number from 0, below 2**32")
     pipeline = stage in PIPELINE
+    start = None
     if not pipeline:
-        base_folder(base)
+        place = base_folder(base)
+        start = None if init is None else _start(plan, Path(resolve(init, "LoRA to start from")), place)
+    elif init is not None:
+        raise UserError(f"stage {stage} trains a whole model, and --init names a LoRA; leave --init out")
     folder = Path(output) if output is not None else Path("checkpoints") / ("base" if pipeline else stage)
     state = folder / ".training" / stage
     with disk_errors(folder):  # now, not after hours of training
@@ -98,14 +110,30 @@ def teach(
         state.mkdir(parents=True, exist_ok=True)
         lock = lock_file(folder / ".lock")
     try:
-        _train(stage, folder, state, total, seed, base, report)
+        _train(stage, folder, state, total, seed, base, start, report)
         machine = f"{describe_machine()}, torch {torch.__version__}"
         note = {"stage": stage, "seed": seed, "steps": total, "machine": machine}
+        if start is not None:
+            note["init_sha256"] = start.sha256
         write_json(folder / f"{stage}.json", note)
     finally:
         if lock is not None:
             lock.close()
     return folder
+
+
+class Start(NamedTuple):
+    """A LoRA that a teacher starts from, and the sha256 of its file."""
+
+    adapter: Adapter
+    sha256: str
+
+
+def _start(plan: Stage, path: Path, base: Path) -> Start:
+    adapter = read_adapter(path, empty_transformer(base))
+    if any(len(a) != plan.rank for a, _ in adapter.tensors.values()):
+        raise UserError(f"the LoRA in {path} is not of rank {plan.rank} in every layer; give one that this stage wrote")
+    return Start(adapter, sha256(adapter_file(path)))
 
 
 def _refuse_foreign(folder: Path, stage: str) -> None:
@@ -123,7 +151,7 @@ def _refuse_foreign(folder: Path, stage: str) -> None:
 
 
 def _train(
-    stage: str, folder: Path, state: Path, total: int, seed: int, base: str | Path,
+    stage: str, folder: Path, state: Path, total: int, seed: int, base: str | Path, start: Start | None,
     report: Callable[[int, int, float], None] | None,
 ) -> None:  # fmt: skip
     plan = STAGES[stage]
@@ -147,7 +175,7 @@ def _train(
         transformer.load_state_dict(average)
         _write_pipeline(folder, seed, transformer=transformer)
     else:
-        _teach_lora(plan, base, folder, state, total, seed, on_step)
+        _teach_lora(plan, base, start, folder, state, total, seed, on_step)
 
 
 def _autoencoder(folder: Path | None, seed: int) -> AutoencoderKLFlux2:
@@ -173,6 +201,7 @@ def _write_pipeline(folder: Path, seed: int, vae=None, transformer=None) -> None
 def _teach_lora(
     plan: Stage,
     base: str | Path,
+    start: Start | None,
     folder: Path,
     state: Path,
     total: int,
@@ -185,9 +214,13 @@ def _teach_lora(
     modules = [n for n, m in pipe.transformer.named_modules() if hasattr(m, "weight") and re.fullmatch(targets, n)]
     assert plan.mix is not None and plan.rank is not None
     model = LoraTransformer(pipe.transformer, modules, plan.rank, seed)
+    fingerprint = base_fingerprint(place)
+    facts = {"base": fingerprint, "init_sha256": None if start is None else start.sha256}
+    if start is not None:
+        model.start(start.adapter)
     batches = Batches(pipe, CellTable(pipe.vae), plan.mix, plan.batch, seed)
     schedule = Schedule(total, muon=plan.muon, guidance=plan.guidance, noise=plan.noise)
-    origin = {"base": portable(str(place)), "base_sha256": base_fingerprint(place)}
-    trainer = FlowTrainer(model, model.factors, batches, schedule, state, base=origin["base_sha256"])
+    origin = {"base": portable(str(place)), "base_sha256": fingerprint}
+    trainer = FlowTrainer(model, model.factors, batches, schedule, state, **facts)
     average = trainer.run(on_step)
     write_adapter(model.adapter(average), folder, torch.bfloat16, origin)

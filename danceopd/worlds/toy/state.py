@@ -67,6 +67,7 @@ def load_state(
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it to begin this training anew") from None
     now = json.loads(json.dumps(meta))
+    before.setdefault("init_sha256", None)  # a state of before there was --init
     for key in before.keys() & now.keys():
         if before[key] != now[key]:
             raise UserError(
