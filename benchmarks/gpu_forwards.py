@@ -14,8 +14,9 @@ from rich.console import Console
 from torch import nn
 
 from danceopd.kernels import install, uninstall
+from danceopd.kernels.capture import CudaGraphs
 from danceopd.models.backbone import Backbone
-from danceopd.models.cuda_graphs import CapturedField, CudaGraphs
+from danceopd.models.cuda_graphs import CapturedField
 from danceopd.models.fields import AdapterField, MergedField
 from danceopd.pipelines.registry import FAMILIES
 

@@ -235,10 +235,14 @@ def _train(opened: _Opened, report: Report) -> Student:
         _say(offload(backbone, device), processes)
     elif not sharded:
         transformer.to(device)
+    rolled, verdict = recipe.rollout, None
+    tried_graphs = rolled.cuda_graphs == "auto" and rolled.merged and not rolled.cache_source
+    tried_graphs = bool(tried_graphs) and recipe.offload == "none"
     if recipe.kernels == "auto" and not (sharded or recipe.compile):
         with processes.main_first():
             tried = teachers[0].dataset.rows([0] * min(recipe.batch, 2))
-            install_if_faster(transformer, tried, device, lambda line: _say(line, processes))
+            verdict = install_if_faster(transformer, tried, device, lambda line: _say(line, processes), tried_graphs)
+    graphs = rolled.cuda_graphs is True or (tried_graphs and verdict is not None and verdict.graphs)
     backbone.new_student(STUDENT, recipe.student.rank, recipe.seed, opened.init.adapter)
     all_reduce = processes.all_reduce
     if sharded:
@@ -247,7 +251,7 @@ def _train(opened: _Opened, report: Report) -> Student:
     # the trainer and its callbacks, in their order
     field = with_cuda_graphs(
         (MergedField if recipe.rollout.merged else AdapterField)(backbone, STUDENT), device,
-        enabled=recipe.rollout.cuda_graphs, compiled=recipe.compile, source_cached=recipe.rollout.cache_source,
+        enabled=graphs, compiled=recipe.compile, source_cached=rolled.cache_source,
     )  # fmt: skip
     hook, beside = query_hook(recipe, backbone, teachers, device, None if run is None else run.path)
     validation = EarlyStopping(recipe.validation, processes, error, run)

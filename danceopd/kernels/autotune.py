@@ -3,7 +3,8 @@
 `install_if_faster` runs a trial, once: a process of its own builds the model's class with at most two blocks of a kind
 and random weights, and computes what the merge will compute (forward; forward and backward), with the stock modules
 and with the fused ones. Right: velocity and gradient at most `MAX_ERROR_RATIO` times as far from float64 as the stock
-modules' in the same dtype. Faster: at least `MIN_SPEEDUP` in the mixture of an update. A kernel that crashes ends only
+modules' in the same dtype. Faster: at least `MIN_SPEEDUP` in the mixture of an update. Then it finds out whether a
+forward replayed as a CUDA graph is right and faster, too (`rollout.cuda_graphs: auto`). A kernel that crashes ends only
 that process. The verdict is kept in the cache folder under a hash of the device's name, the sources of this
 package, the versions of torch and diffusers, `DANCEOPD_KERNELS`, the model's configuration and the condition's shapes.
 """
@@ -42,6 +43,7 @@ from danceopd.common.files import write_json
 from danceopd.common.tensors import compute_dtype
 from danceopd.errors import UserError
 from danceopd.kernels import backend, install, installed
+from danceopd.kernels.capture import CudaGraphs, GraphCapture, NotCapturable, capture_forward, first_line
 from danceopd.pipelines.condition import Condition
 from danceopd.pipelines.registry import FAMILIES
 
@@ -55,23 +57,32 @@ ROLLOUT_FORWARDS = 10
 TIMEOUT = 300.0
 """Seconds that a trial may take."""
 MAX_ERROR_RATIO = 1.5
+TURNS = 12
+"""How often each way is timed; the first two times do not count."""
 
 
 class Verdict(NamedTuple):
-    """`fused`: whether to install the fused kernels. `reason`: a sentence. `speedup`: if it was measured."""
+    """`fused`: whether to install the fused kernels. `reason`: a sentence. `speedup`: if it was measured.
+
+    `graphs`, `graphs_reason`: the same of forwards replayed as CUDA graphs, with the modules that were chosen.
+    """
 
     fused: bool
     reason: str
     speedup: float | None = None
+    graphs: bool = False
+    graphs_reason: str = "eager rollouts: CUDA graphs were not tested"
 
 
 def install_if_faster(
-    transformer: nn.Module, condition: Condition, device: torch.device, report: Callable[[str], None]
-) -> Verdict | None:
+    transformer: nn.Module, condition: Condition, device: torch.device, report: Callable[[str], None],
+    graphs: bool = False,
+) -> Verdict | None:  # fmt: skip
     """Install the fused kernels if a trial on `device` finds them right and faster; returns the verdict.
 
-    `condition`: a few rows like those that the transformer will get. `report` gets each line for the user. None, and no
-    line, where there is nothing to try: on a CPU, or if the only kernel backend is torch.
+    `condition`: a few rows like those that the transformer will get. `report` gets each line for the user; with
+    `graphs` one about CUDA graphs, too. None, and no line, where there is nothing to try: on a CPU, or if the only
+    kernel backend is torch.
     """
     if device.type != "cuda" or backend.active("cuda") == "torch":
         return None
@@ -87,6 +98,8 @@ def install_if_faster(
     if verdict.fused:
         install(transformer)
     report(f"kernels: {verdict.reason}")
+    if graphs:
+        report(f"rollout.cuda_graphs: {verdict.graphs_reason}")
     return verdict
 
 
@@ -121,12 +134,13 @@ def run_trial(transformer: nn.Module, condition: Condition) -> tuple[Verdict, bo
         save_file(condition.to("cpu").state(), place / "condition.safetensors")
         (place / "model.json").write_text(json.dumps(model_spec(transformer)))
         command = [sys.executable, "-m", __spec__.name, folder]
-        try:
+        run = None
+        with suppress(subprocess.TimeoutExpired):
             run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=_environment())
-        except subprocess.TimeoutExpired:
-            return _rejected(f"the test of the fused kernels took over {TIMEOUT:.0f} s"), True
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):  # written before CUDA graphs are tested, which may end the process
             return Verdict(*json.loads((place / "verdict.json").read_text())), True
+        if run is None:
+            return _rejected(f"the test of the fused kernels took over {TIMEOUT:.0f} s"), True
         signalled = signal.strsignal(-run.returncode) if run.returncode < 0 else None
         last = signalled or (run.stderr.strip().splitlines() or [f"status {run.returncode}"])[-1][:200]
         memory = "out of memory" in last.lower() or run.returncode == -signal.SIGKILL
@@ -182,8 +196,13 @@ def main(folder: Path) -> None:
     diffusers.utils.logging.set_verbosity_error()
     spec = json.loads((folder / "model.json").read_text())
     condition = Condition.from_state(load_file(folder / "condition.safetensors")).to(spec["device"])
-    verdict = evaluate(build_model(spec), condition, getattr(torch, spec["dtype"]))
-    (folder / "verdict.json").write_text(json.dumps(verdict))
+    device = torch.device(spec["device"])
+
+    def write(verdict: Verdict) -> None:
+        (folder / "verdict.json").write_text(json.dumps(verdict))
+
+    graphs = CudaGraphs(device) if device.type == "cuda" else None
+    write(evaluate(build_model(spec), condition, getattr(torch, spec["dtype"]), graphs, write))
 
 
 @torch.no_grad()
@@ -202,46 +221,103 @@ def build_model(spec: dict[str, Any]) -> nn.Module:
     return model
 
 
-def evaluate(model: nn.Module, condition: Condition, dtype: torch.dtype) -> Verdict:
-    """Compare stock and fused modules of `model` (in fp32), run in `dtype`: errors against float64, then speed."""
-    family, rows = FAMILIES[condition.family], len(condition)
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(1)
-    x = torch.randn(rows, *condition.shape, generator=generator, device=device)
-    sigma = torch.linspace(0.9, 0.4, rows, device=device)
+def evaluate(
+    model: nn.Module, condition: Condition, dtype: torch.dtype, graphs: GraphCapture | None = None,
+    report: Callable[[Verdict], None] = lambda verdict: None,
+) -> Verdict:  # fmt: skip
+    """Compare stock and fused modules of `model` (in fp32), run in `dtype`: errors against float64, then speed.
 
-    def forward_backward(kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    With `graphs` a captured forward is compared with an eager one, too; `report` gets the verdict before that, since a
+    capture that fails may end the process.
+    """
+    trial = Trial(model, condition, dtype)
+    verdict = trial.kernels()
+    if graphs is None:
+        return verdict
+    report(verdict._replace(graphs_reason="eager rollouts: the test of CUDA graphs ended its process"))
+    with installed(model) if verdict.fused else nullcontext():
+        worked, reason = trial.graphs(graphs)
+    return verdict._replace(graphs=worked, graphs_reason=reason)
+
+
+class Trial:
+    """`model` in `dtype` on random latents under `condition`, with what float64 gives for its velocity and gradient."""
+
+    def __init__(self, model: nn.Module, condition: Condition, dtype: torch.dtype) -> None:
+        self.model, self.condition, self.dtype = model, condition, dtype
+        self.family, rows = FAMILIES[condition.family], len(condition)
+        self.device = next(model.parameters()).device
+        generator = torch.Generator(self.device).manual_seed(1)
+        self.x = torch.randn(rows, *condition.shape, generator=generator, device=self.device)
+        self.sigma = torch.linspace(0.9, 0.4, rows, device=self.device)
+        model.to(dtype).double()  # the weights that both will have
+        with ChunkedAttention():
+            self.exact = self.forward_backward(torch.float64)
+        model.to(dtype)
+
+    def forward_backward(self, kind: torch.dtype) -> tuple[Tensor, Tensor]:
         """The velocity, and the gradient of half its squared norm to the latents."""
-        leaf = x.clone().requires_grad_()
-        velocity = family.velocity(model, leaf, sigma, _cast(condition, kind))
+        leaf = self.x.clone().requires_grad_()
+        velocity = self.family.velocity(self.model, leaf, self.sigma, _cast(self.condition, kind))
         (0.5 * velocity.float().square().sum()).backward()
         return velocity.detach().double(), leaf.grad.double()  # type: ignore[union-attr]
 
-    model.to(dtype).double()  # the weights that both will have
-    with ChunkedAttention():
-        exact = forward_backward(torch.float64)
-    model.to(dtype)
-    errors = {}
-    for fused in (False, True):
-        with installed(model) if fused else nullcontext():
-            found = forward_backward(dtype)
-        errors[fused] = [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
-    floor = torch.finfo(dtype).eps / 8
-    for what, stock, error in zip(("velocity", "gradient"), *errors.values(), strict=True):
-        if not error <= MAX_ERROR_RATIO * max(stock, floor):
-            detail = f"their {what} is {error:.2g} from float64, the stock modules' {stock:.2g}"
-            return _rejected(f"the fused kernels are wrong here ({detail})")
+    @torch.no_grad()
+    def velocity(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """A forward as a rollout makes it."""
+        return self.family.velocity(self.model, x, sigma, condition)
 
-    def forward() -> None:
-        with torch.no_grad():
-            family.velocity(model, x, sigma, _cast(condition, dtype))
+    def kernels(self) -> Verdict:
+        """Whether the fused modules are right and faster."""
+        errors = {}
+        for fused in (False, True):
+            with installed(self.model) if fused else nullcontext():
+                found = self.forward_backward(self.dtype)
+            errors[fused] = [_error(a, b) for a, b in zip(found, self.exact, strict=True)]
+        for what, stock, error in zip(("velocity", "gradient"), *errors.values(), strict=True):
+            if not error <= self._rounding(stock):
+                detail = f"their {what} is {error:.2g} from float64, the stock modules' {stock:.2g}"
+                return _rejected(f"the fused kernels are wrong here ({detail})")
+        cast = _cast(self.condition, self.dtype)
+        calls = [lambda: self.velocity(self.x, self.sigma, cast), lambda: self.forward_backward(self.dtype)]
+        seconds = _seconds(self.model, calls, self.device)
+        times = (ROLLOUT_FORWARDS * one + with_gradient for one, with_gradient in zip(*seconds, strict=True))
+        stock, fused = times
+        speedup = stock / fused
+        if speedup < MIN_SPEEDUP:
+            return _rejected(f"the fused kernels are {speedup:.2f} times as fast here", speedup)
+        how = f"the fused kernels are installed: {speedup:.2f} times as fast as the stock modules"
+        return Verdict(True, how, speedup)
 
-    seconds = _seconds(model, [forward, lambda: forward_backward(dtype)], device)
-    stock, fused = (ROLLOUT_FORWARDS * one + with_gradient for one, with_gradient in zip(*seconds, strict=True))
-    speedup = stock / fused
-    if speedup < MIN_SPEEDUP:
-        return _rejected(f"the fused kernels are {speedup:.2f} times as fast here", speedup)
-    return Verdict(True, f"the fused kernels are installed: {speedup:.2f} times as fast as the stock modules", speedup)
+    def graphs(self, graphs: GraphCapture) -> tuple[bool, str]:
+        """Whether a forward replayed as a CUDA graph is right and faster, and a sentence."""
+        condition = self.family.sync_free(_cast(self.condition, self.dtype))
+        try:
+            eager, call = capture_forward(self.velocity, graphs, self.x, self.sigma, condition)
+        except (NotCapturable, RuntimeError) as error:
+            return False, f"eager rollouts: a forward cannot be captured, because {first_line(error)}"
+
+        def replay() -> Tensor:
+            call.inputs.fill(self.x, self.sigma, condition)
+            return call.replay()
+
+        stock, captured = (_error(found.double(), self.exact[0]) for found in (eager, replay()))
+        if not captured <= self._rounding(stock):
+            detail = f"its velocity is {captured:.2g} from float64, an eager one's {stock:.2g}"
+            return False, f"eager rollouts: a CUDA graph is wrong here ({detail})"
+        times = _in_turn([lambda: self.velocity(self.x, self.sigma, condition), replay], self.device)
+        speedup = times[0] / times[1]
+        if speedup < MIN_SPEEDUP:
+            return False, f"eager rollouts: CUDA graphs are {speedup:.2f} times as fast here"
+        return True, f"rollouts are replayed as CUDA graphs: {speedup:.2f} times as fast as eager ones"
+
+    def _rounding(self, stock: float) -> float:
+        """The largest error that counts as rounding, where that of the stock modules is `stock`."""
+        return MAX_ERROR_RATIO * max(stock, torch.finfo(self.dtype).eps / 8)
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
 
 
 class ChunkedAttention(TorchFunctionMode):
@@ -290,23 +366,31 @@ def _cast(condition: Condition, dtype: torch.dtype) -> Condition:
 
 def _seconds(model: nn.Module, calls: list[Callable[[], object]], device: torch.device) -> list[list[float]]:
     """For each call, the median seconds with the stock modules and with the fused ones, which take turns."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     found: list[list[list[float]]] = [[[], []] for _ in calls]
-    for turn in range(12):
+    for turn in range(TURNS):
         for fused in (False, True):
             with installed(model) if fused else nullcontext():
                 for times, call in zip(found, calls, strict=True):
-                    wait()
-                    began = time.perf_counter()
-                    call()
-                    wait()
+                    took = _timed(call, device)
                     if turn > 1:  # after two turns kernels are compiled and attention backends chosen
-                        times[fused].append(time.perf_counter() - began)
+                        times[fused].append(took)
     return [[statistics.median(kind) for kind in times] for times in found]
+
+
+def _in_turn(calls: list[Callable[[], object]], device: torch.device) -> list[float]:
+    """The median seconds of each call; they take turns."""
+    turns = [[_timed(call, device) for call in calls] for _ in range(TURNS)]
+    return [statistics.median(times) for times in zip(*turns[2:], strict=True)]
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

@@ -167,7 +167,9 @@ def _activations(recipe: Recipe, run: Outline, card: Card, world: int, size: int
         Part("activations of a grid", min(recipe.samples.count, at_once) * forward, ["samples"], passing=True),
         Part("activations of the proof", min(PROOF_ROWS, at_once) * forward, ["export"], passing=True),
     ]
-    if card.cuda and recipe.rollout.cuda_graphs and recipe.rollout.merged and recipe.objective not in NO_ROLLOUT:
+    # of `auto` not counted: a graph that does not fit beside what the run needs is not captured
+    rolled = recipe.rollout
+    if card.cuda and rolled.cuda_graphs is True and rolled.merged and recipe.objective not in NO_ROLLOUT:
         graphs = min(MAX_GRAPHS, rows * len(run.pictures))
         inputs = graphs * rows * size * tokens.all * _width(transformer)
         parts.append(Part("CUDA graphs: their pool and inputs", rows * forward + inputs, RUNNING))

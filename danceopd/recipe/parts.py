@@ -198,8 +198,9 @@ class Rollout(Part):
     has room."""
     cache_source: bool = False
     """Compute the keys and values of a source picture once a rollout; flux2-klein-kv only."""
-    cuda_graphs: bool = False
-    """Run the rollout's forwards as CUDA graphs (docs/kernels.md)."""
+    cuda_graphs: Literal["auto", True, False] = "auto"
+    """Run the rollout's forwards as CUDA graphs (docs/kernels.md). `auto`: where the trial of `kernels: auto` finds
+    them right and faster."""
 
 
 class Query(Part):

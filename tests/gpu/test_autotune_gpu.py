@@ -10,6 +10,7 @@ import torch
 from rollout_cases import CASES, NAMES, rollout_case
 
 from danceopd.kernels import autotune
+from danceopd.kernels.capture import CudaGraphs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,8 +24,9 @@ def test_no_family_is_wrong(case, dtype):
     """Tiny models may be slower; head dim 16 runs in torch, `add_norm` as a kernel."""
     one = rollout_case(*case, device="cuda", dtype=dtype)
     model = autotune.build_model(autotune.model_spec(one.backbone.transformer))
-    verdict = autotune.evaluate(model, one.conditions(), dtype)
+    verdict = autotune.evaluate(model, one.conditions(), dtype, CudaGraphs(torch.device("cuda")))
     assert verdict.speedup is not None, verdict.reason
+    assert "wrong" not in verdict.graphs_reason and "captured" not in verdict.graphs_reason, verdict.graphs_reason
 
 
 def test_a_process_of_its_own_returns_a_verdict():

@@ -12,7 +12,8 @@ import torch
 from rollout_cases import CASES, NAMES, rollout_case, rollouts
 
 from danceopd.kernels import installed
-from danceopd.models.cuda_graphs import CapturedField, CudaGraphs
+from danceopd.kernels.capture import CudaGraphs
+from danceopd.models.cuda_graphs import CapturedField
 from danceopd.models.fields import MergedField
 from danceopd.pipelines.family import unchanged_condition
 from danceopd.pipelines.registry import FAMILIES

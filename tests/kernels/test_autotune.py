@@ -12,6 +12,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from rollout_cases import CASES, NAMES, rollout_case
+from tape import Tape
 from tinies import KLEIN
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -27,6 +28,7 @@ from danceopd.kernels.autotune import (
     source_files,
     verdict_file,
 )
+from danceopd.kernels.capture import NotCapturable
 from danceopd.kernels.processors import FusedProcessor
 
 CUDA = torch.device("cuda")
@@ -43,6 +45,7 @@ def klein():
 def at_once(monkeypatch):
     """The fused modules run as custom operators, and take half as long as the stock ones."""
     monkeypatch.setattr(autotune, "_seconds", lambda model, calls, device: [[2.0, 1.0], [4.0, 2.0]])
+    monkeypatch.setattr(autotune, "_in_turn", lambda calls, device: [3.0, 2.0])
     with backend.using("op"):
         yield
 
@@ -60,9 +63,12 @@ def test_every_family_is_evaluated(case, at_once):
     """Built from a specification that JSON can hold, with the condition that the merge has."""
     one = rollout_case(*case)
     spec = json.loads(json.dumps(autotune.model_spec(one.backbone.transformer)))
-    model = build_model(spec)
-    verdict = evaluate(model, one.conditions(), torch.float32)
-    assert verdict == Verdict(True, "the fused kernels are installed: 2.00 times as fast as the stock modules", 2.0)
+    model, before = build_model(spec), []
+    verdict = evaluate(model, one.conditions(), torch.float32, Tape(), before.append)
+    kernels = Verdict(True, "the fused kernels are installed: 2.00 times as fast as the stock modules", 2.0)
+    graphs = "rollouts are replayed as CUDA graphs: 1.50 times as fast as eager ones"
+    assert verdict == kernels._replace(graphs=True, graphs_reason=graphs)
+    assert [(one.fused, one.graphs) for one in before] == [(True, False)]
     assert not any(isinstance(getattr(module, "processor", None), FusedProcessor) for module in model.modules())
 
 
@@ -88,6 +94,51 @@ def test_a_wrong_kernel_is_rejected(wrong, at_once, klein, monkeypatch):
     monkeypatch.setattr(functional, "row_norm", lambda *args: tuple(Scaled.apply(out) for out in norm(*args)))
     verdict = evaluate(build_model(autotune.model_spec(klein[0])), klein[1], torch.float32)
     assert not verdict.fused and f"the fused kernels are wrong here (their {wrong} is" in verdict.reason
+
+
+class Refused:
+    """Captures nothing."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def capture(self, run):
+        raise self.error
+
+
+class Wrong(Tape):
+    """Replays something else."""
+
+    def capture(self, run):
+        replay = super().capture(run)
+        return lambda: replay() * 1.001
+
+
+@pytest.mark.parametrize(
+    ("graphs", "seconds", "words"),
+    [
+        (Tape(), [2.0, 1.99], "CUDA graphs are 1.01 times as fast here"),
+        (Wrong(), [2.0, 1.0], "a CUDA graph is wrong here (its velocity is"),
+        (Refused(NotCapturable("it waits")), [2.0, 1.0], "a forward cannot be captured, because it waits"),
+        (Refused(RuntimeError("CUDA error\nmore")), [2.0, 1.0], "a forward cannot be captured, because CUDA error"),
+    ],
+)
+def test_rollouts_stay_eager(graphs, seconds, words, at_once, klein, monkeypatch):
+    """Where a graph is no faster, wrong, or cannot be captured; the kernels are judged for themselves."""
+    monkeypatch.setattr(autotune, "_in_turn", lambda calls, device: seconds)
+    verdict = evaluate(build_model(autotune.model_spec(klein[0])), klein[1], torch.float32, graphs)
+    assert verdict.fused and not verdict.graphs and verdict.graphs_reason.startswith(f"eager rollouts: {words}")
+    assert "more" not in verdict.graphs_reason
+
+
+def test_a_process_that_graphs_end_has_judged_the_kernels(klein, monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    judged = json.dumps([True, "the fused kernels are installed: 2.00 times as fast", 2.0])
+    python.write_text(f"#!/bin/sh\necho '{judged}' > $3/verdict.json\nkill -SEGV $$\n")
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(sys, "executable", str(python))
+    verdict, kept = run_trial(*klein)
+    assert verdict.fused and kept and not verdict.graphs and verdict.graphs_reason.startswith("eager rollouts")
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -173,7 +224,9 @@ def test_a_trial_runs_once_and_its_verdict_is_kept(klein, monkeypatch, cuda):
         assert install_if_faster(model, condition, CUDA, lines.append).fused
         assert uninstall(model) > 0
     assert trials == [3] and cached_verdict(model, condition).speedup == 1.3
-    first, *others = [line.split(":")[1] for line in lines]
+    assert install_if_faster(model, condition, CUDA, lines.append, graphs=True).fused and uninstall(model) > 0
+    assert lines.pop() == "rollout.cuda_graphs: eager rollouts: CUDA graphs were not tested"
+    first, *others = [line.split(":")[1] for line in lines[:-1]]
     assert first.startswith(" testing the fused kernels") and others == [" the fused kernels are installed"] * 2
     assert install_if_faster(model, condition.rows(slice(0, 2)), CUDA, lines.append) and trials == [3, 2]
     uninstall(model)

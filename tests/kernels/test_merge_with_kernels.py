@@ -11,6 +11,7 @@ from tiny_merge import family_recipe
 
 import danceopd
 from danceopd.adapters.read import read_adapter
+from danceopd.kernels.autotune import Verdict
 
 
 def student(folder, **fields):
@@ -49,14 +50,31 @@ def test_a_trial_decides_unless_the_recipe_does(tmp_path, monkeypatch):
     assert recipe.kernels == "auto" and "kernels" not in recipe.identity()
     trials = []
 
-    def decide(transformer, condition, device, say):
-        trials.append((len(condition), condition.family, device.type))
+    def decide(transformer, condition, device, say, graphs):
+        trials.append((len(condition), condition.family, device.type, graphs))
+        return Verdict(False, "", graphs=True)
+
+    def captured(field, device, enabled, **how):
+        graphs.append(enabled)
+        return field
+
+    graphs = []
+    monkeypatch.setattr(import_module("danceopd.merge"), "with_cuda_graphs", captured)
 
     monkeypatch.setattr(import_module("danceopd.merge"), "install_if_faster", decide)
-    for name, fields in (("auto", {}), ("off", {"kernels": False}), ("compiled", {"compile": True})):
+    for name, fields in (
+        ("auto", {}),
+        ("off", {"kernels": False}),
+        ("compiled", {"compile": True}),
+        ("eager", {"rollout": {"steps": 4, "cuda_graphs": False}}),
+        ("kernels off, graphs on", {"kernels": False, "rollout": {"steps": 4, "cuda_graphs": True}}),
+        ("through LoRA layers", {"rollout": {"steps": 4, "merged": False}}),
+    ):
         monkeypatch.setattr(import_module("danceopd.assembly"), "compile_blocks", lambda transformer: None)
         student(tmp_path / name, batch=3, **fields)
-    assert trials == [(2, "flux2-klein", "cpu")]
+    tried = (2, "flux2-klein", "cpu")
+    assert trials == [(*tried, True), (*tried, False), (*tried, False)]
+    assert graphs == [True, False, False, False, True, False]
 
 
 def test_the_command_says_how(danceopd):

@@ -20,17 +20,10 @@ from danceopd.data.dataset import ConditionDataset
 from danceopd.engine.teachers import RoutedTeacher
 from danceopd.engine.trainer import STUDENT, Trainer
 from danceopd.kernels import installed, using
+from danceopd.kernels.capture import ConstantInputs, CudaGraphs, NotCapturable, StoragesRead
 from danceopd.models import cuda_graphs
 from danceopd.models.backbone import Backbone
-from danceopd.models.cuda_graphs import (
-    CapturedField,
-    ConstantInputs,
-    CudaGraphs,
-    NotCapturable,
-    StoragesRead,
-    padded_rows,
-    with_cuda_graphs,
-)
+from danceopd.models.cuda_graphs import CapturedField, padded_rows, with_cuda_graphs
 from danceopd.models.fields import AdapterField, GuidedField, MergedField
 from danceopd.pipelines.family import unchanged_condition
 from danceopd.pipelines.generation import GenerationPipeline
@@ -293,7 +286,7 @@ def test_when_rollouts_are_captured(klein, monkeypatch, caplog):
 
 def test_the_key(files):
     recipe = Recipe(**files, rollout={"cuda_graphs": True})
-    assert recipe.rollout.cuda_graphs is True and Recipe(**files).rollout.cuda_graphs is False
+    assert recipe.rollout.cuda_graphs is True and Recipe(**files).rollout.cuda_graphs == "auto"
     assert recipe.identity() == Recipe(**files).identity() and recipe.resolved() != Recipe(**files).resolved()
 
 
