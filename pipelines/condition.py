@@ -23,9 +23,12 @@ class Condition:
     """What a transformer call gets besides the noisy latents and the time: prompt states, source tokens, positions.
 
     `family` is a key of `FAMILIES`, `shape` the shape of one row's latents (e.g. `(16, 32)`), `kwargs` the
-    transformer arguments that have a row for each picture (batch dimension 0), `context` the source tokens
-    `(B, m, C)` that follow the latents, or None without a source image. `shared` are tensors that all rows use alike
-    (position tables without a batch dimension), `fixed` plain values that JSON can hold (such as image shapes).
+    transformer arguments that have a row for each picture (batch dimension 0), `context` the tokens `(B, m, C)` of
+    the source pictures in their order, or None without one; they stand before or after the latents, as the family's
+    `velocity` puts them. `shared` are tensors that all rows use alike (position tables without a batch dimension),
+    `fixed` plain values that JSON can hold (such as image shapes; `references` where an edit has several sources).
+    Prompt states of several layers are one tensor (B, tokens, layers, C), see `joined_layers`. A cache that the stock
+    call fills while it runs is no part of a condition.
     `ragged` names the kwargs whose dimension 1 counts text tokens: rows of different lengths are padded with
     zeros (False) when they are stacked, so they need a mask or a length among the kwargs.
     """
@@ -131,6 +134,22 @@ def stack(conditions: Sequence[Condition]) -> Condition:
         kwargs[key] = None if value is None else torch.cat(_padded(parts) if key in first.ragged else parts)  # type: ignore[arg-type]
     context = None if first.context is None else torch.cat([c.context for c in conditions])  # type: ignore[misc]
     return replace(first, kwargs=kwargs, context=context)
+
+
+def joined_layers(layers: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """A list of prompt states (B, tokens, C) as one tensor (B, tokens, layers, C) for a condition's `kwargs`.
+
+    Stock pipelines give the last layers again and again: each tensor is kept once, and the list says which of them
+    stands at each place, for `fixed`. `split_layers` is the inverse.
+    """
+    once = list({id(layer): layer for layer in layers}.values())
+    return torch.stack(once, dim=2), [next(i for i, one in enumerate(once) if one is layer) for layer in layers]
+
+
+def split_layers(joined: Tensor, places: Sequence[int]) -> list[Tensor]:
+    """The list of prompt states (B, tokens, C) that `joined_layers` was given."""
+    layers = joined.unbind(2)
+    return [layers[place] for place in places]
 
 
 def _padded(parts: Sequence[Tensor]) -> list[Tensor]:

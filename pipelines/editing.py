@@ -2,12 +2,14 @@
 
 Stock editing pipelines read a list of images as several references of ONE prompt, so they cannot batch
 edits. Here the instructions are encoded in batches by the stock `encode_prompt`, each row is recorded with
-its own source image, and the rows are stacked; the rest is `GenerationPipeline`.
+its own source images, and the rows are stacked; the rest is `GenerationPipeline`.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,28 +40,41 @@ class EditingPipeline(GenerationPipeline):
         self.generation_pipe = generation_pipe(pipe, family)  # the same noise and schedule, without a source image
 
     @torch.no_grad()
-    def conditions(self, prompts: list[str], images: list[Image]) -> Condition:  # type: ignore[override]
+    def conditions(  # type: ignore[override]
+        self, prompts: list[str], images: Sequence[Image | Sequence[Image]]
+    ) -> Condition:
         """Conditions of the edits `(prompts[i], images[i])`, one row each, in order.
 
+        `images[i]` is the source, or several in their order where the stock pipeline takes several references.
         UserError when prompts and images differ in number, for an empty or truncated prompt, for a source that
-        `check_image` refuses, and for sources of unequal sizes.
+        `check_image` refuses, for more sources than the family takes, and for sources of unequal sizes or number.
         """
         if len(prompts) != len(images):
             raise UserError(
                 f"there are {len(prompts)} prompts and {len(images)} source images; give one image for each prompt"
             )
         check_prompts(self.pipe, self.family, prompts, self.call)
-        for number, image in enumerate(images, start=1):
-            check_image(image, self.family, f"source image {number} of {len(images)}")
+        given = [list(one) if isinstance(one, list | tuple) else [one] for one in images]
+        for number, each in enumerate(given, start=1):
+            name = f"source image {number} of {len(images)}"
+            check_references(len(each), self.pipe, self.family, name)
+            for image in each:
+                check_image(image, self.family, name)
+        if len(counts := {len(each) for each in given}) > 1:
+            raise UserError(f"a batch has edits of {min(counts)} and of {max(counts)} sources; give all as many")
         rows = []
         for start in range(0, len(prompts), self.chunk):
-            texts, sources = prompts[start : start + self.chunk], images[start : start + self.chunk]
+            texts, sources = prompts[start : start + self.chunk], given[start : start + self.chunk]
             calls = self.family.encode_prompts(self.pipe, texts, sources, **self.call)
-            rows += [
-                record(self.pipe, self.family, **{**self.call, "image": image, **call})[0]
-                for image, call in zip(sources, calls, strict=True)
-            ]
+            rows += [self.recorded(each, call) for each, call in zip(sources, calls, strict=True)]
         return stack(rows)
+
+    def recorded(self, sources: Sequence[Image], prompt: dict[str, Any]) -> Condition:
+        """The condition of one edit, of what `encode_prompts` made of its prompt."""
+        image = sources[0] if len(sources) == 1 else list(sources)
+        found = record(self.pipe, self.family, **{**self.call, "image": image, **prompt})[0]
+        several = {"references": len(sources)} if len(sources) > 1 else {}
+        return replace(found, fixed={**found.fixed, **several})
 
 
 def editing_pipe(pipe: Any, components: str | Path | None = None, family: Family | None = None) -> Any:
@@ -143,14 +158,29 @@ def _components(place: str | Path, names: list[str], like: torch.nn.Module) -> d
     return {k: v.to(weights.device).eval() if isinstance(v, torch.nn.Module) else v for k, v in found.items()}
 
 
+def check_references(count: int, pipe: Any, family: Family, name: str) -> None:
+    """UserError for an edit without a source, or with more than its stock pipeline `pipe` takes.
+
+    `name` is how the message names the edit.
+    """
+    most = family.references(pipe)
+    if count == 0:
+        raise UserError(f"{name} is an empty list; give the picture to edit")
+    if count > most:
+        takes = "one picture" if most == 1 else f"at most {most} pictures"
+        raise UserError(f"{name} has {count} pictures, and {type(pipe).__name__} takes {takes}; leave some out")
+
+
 def check_image(image: Image, family: Family, name: str = "the source image") -> None:
-    """UserError for a source that is no PIL image, has an alpha channel, is too small or too narrow.
+    """UserError for a source that is no PIL image, has an alpha channel that the family does not read, is too small or
+    too narrow.
 
     `name` is how the message names the image, such as its path.
     """
     if not isinstance(image, Image):
         raise UserError(f"{name} is a {type(image).__name__}, not a PIL image; open it with PIL.Image.open")
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+    alpha = {"A", "a"} & set(image.getbands()) or "transparency" in image.info
+    if alpha and not family.alpha:
         raise UserError(f"{name} has an alpha channel; flatten it, for example with image.convert('RGB')")
     width, height = image.size
     if min(width, height) < family.smallest_source:

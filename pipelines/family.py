@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,9 +41,12 @@ def never(pipe: Any) -> bool:
 
 
 def stock_limit(pipe: Any, call: dict[str, Any]) -> int:
-    """Default of `prompt_limit`: `max_sequence_length` of the call, else the stock pipeline's default."""
-    stock = inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
-    return call.get("max_sequence_length") or stock
+    """Default of `prompt_limit`: `max_sequence_length` of the call, else the stock pipeline's default.
+
+    A stock pipeline that has no such setting cuts nothing.
+    """
+    stock = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
+    return sys.maxsize if stock is None else call.get("max_sequence_length") or stock.default
 
 
 def no_extra(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +65,19 @@ def source_size(pipe: Any, image: Image, call: dict[str, Any]) -> tuple[int, int
     return max(side, height // side * side), max(side, width // side * side)
 
 
-def prompts_as_text(pipe: Any, prompts: list[str], images: Sequence[Image] | None, **call: Any) -> list[dict[str, Any]]:
+def one_source(pipe: Any) -> int:
+    """Default of `references`: an edit has one source picture."""
+    return 1
+
+
+def latent_pairs(pipe: Any) -> int:
+    """Default of `token_side`: a token is two by two latents."""
+    return 2 * pipe.vae_scale_factor
+
+
+def prompts_as_text(
+    pipe: Any, prompts: list[str], images: Sequence[Sequence[Image]] | None, **call: Any
+) -> list[dict[str, Any]]:
     """Default of `encode_prompts`: the pipeline encodes each prompt itself when its row is recorded."""
     return [{"prompt": prompt} for prompt in prompts]
 
@@ -104,12 +120,13 @@ class Family:
     split: Callable[[dict[str, Any]], tuple[Tensor, Condition]]  # a recorded call -> noisy latents, the rest
     velocity: Callable[[Any, Tensor, Tensor, Condition], Tensor]  # (transformer, x, sigma (B,), condition) -> v fp32
     decode: Callable[[Any, Tensor, int, int], list[Image]]  # (pipe, x, height, width) -> pictures
-    # (pipe, pixels (B, 3, height, width) in [-1, 1]) -> x0, the inverse of `decode`
+    # (pipe, pixels (B, 3, height, width) in [-1, 1]) -> x0, the inverse of `decode`; four channels where `alpha` is set
     encode_images: Callable[[Any, Tensor], Tensor]
     prompt_kwargs: tuple[str, ...]  # the Condition's kwargs that hold the prompt (guidance replaces these)
     prompt_lengths: Callable[[Any, list[str]], list[int]]  # (pipe, prompts) -> tokens each, untruncated
     prompt_limit: Callable[[Any, dict[str, Any]], int] = stock_limit  # (pipe, call) -> tokens before a prompt is cut
-    # (pipe, prompts, images, **call) -> the call kwargs of each row
+    # (pipe, prompts, sources, **call) -> the call kwargs of each row; `sources` are the pictures of each row, as many
+    # in every row, or None without any
     encode_prompts: Callable[..., list[dict[str, Any]]] = prompts_as_text
     guidance_on: Callable[[float], dict[str, Any]] | None = None  # scale -> call kwargs; None: it has no such guidance
     guide: Callable[[Tensor, Tensor, float], Tensor] = classifier_free  # (v, v_null, scale) -> the guided velocity
@@ -122,11 +139,16 @@ class Family:
     extra: Callable[[Any, dict[str, Any]], dict[str, Any]] = no_extra  # (pipe, call) -> more kwargs of the stock call
     # (pipe, source image, call) -> (height, width) of the edited picture
     size_of: Callable[[Any, Image, dict[str, Any]], tuple[int, int]] = source_size
+    references: Callable[[Any], int] = one_source  # (editing pipe) -> source pictures that one edit may have
+    shaped_by: int = 0  # which of several sources gives an edit its shape: 0 the first, -1 the last
+    alpha: bool = False  # pictures are RGBA: the alpha channel of a source is read, and the decoder draws one
     smallest_source: int = 64  # pixels a side
     source_text: int = 0  # text tokens that the encoder makes of a source image, at most
+    token_side: Callable[[Any], int] = latent_pairs  # (pipe) -> pixels a side of a picture's token
     grid: Callable[[Condition], tuple[int, int] | None] = image_grid  # rows and columns of a picture's latents
     # (transformer, condition) -> the same with its source's keys and values, computed once, in place of the source;
-    # None: source tokens attend to the noisy ones or depend on the time, or there are none
+    # None: source tokens attend to the noisy ones or depend on the time, or there are none. It holds what the stock
+    # pipeline keeps in a cache between steps
     cache_source: Callable[[Any, Condition], Condition] | None = None
     # condition -> the same with all in `fixed` that `velocity` would read back from the device (a host sync), so that a
     # CUDA graph can hold the forward; text may be padded to a round length where that changes nothing. The result is
@@ -138,6 +160,20 @@ class Family:
     def classes(self) -> tuple[str, ...]:
         """Every stock pipeline class of the family, the generation class first."""
         return tuple(dict.fromkeys(c for c in (self.generation, self.editing, *self.other_editing) if c))
+
+    @property
+    def loads_loras(self) -> bool:
+        """Whether the stock pipeline has `load_lora_weights`; its transformer has `load_lora_adapter` in any case."""
+        import diffusers
+
+        return hasattr(getattr(diffusers, self.generation), "load_lora_weights")
+
+    def edited_size(self, pipe: Any, shapes: Sequence[tuple[int, int]], call: dict[str, Any]) -> tuple[int, int]:
+        """(height, width) of an edit of sources of (width, height) `shapes`, as `size_of` says of the one that counts.
+        """
+        from PIL import Image
+
+        return self.size_of(pipe, Image.new("1", shapes[self.shaped_by]), call)
 
     def stock_call(self) -> dict[str, Any]:
         """Size, steps and settings that the generation class uses when it is called with a prompt alone."""

@@ -112,6 +112,8 @@ class GenerationPipeline:
     def images(self, x: Tensor) -> list[Image]:
         """Pictures of the clean latents `x (B, …)`, decoded as the stock pipeline does, about a megapixel at once.
 
+        RGBA where the family's decoder draws an alpha channel.
+
         A VAE that is kept elsewhere is on the device of `x` meanwhile.
         """
         vae, found = self.pipe.vae, list[Image]()
@@ -132,7 +134,7 @@ class GenerationPipeline:
         """
         size, pipe, parts = self._per_megapixel, self.generation_pipe, []
         for start in range(0, len(pictures), size):
-            part = pictures[start : start + size]
+            part = [one.convert("RGBA" if self.family.alpha else "RGB") for one in pictures[start : start + size]]
             pixels = pipe.image_processor.preprocess(part, height=self.height, width=self.width)
             parts.append(self.family.encode_images(pipe, pixels.to(pipe.vae.device, pipe.vae.dtype)))
         return torch.cat(parts)

@@ -87,13 +87,15 @@ def record(pipe: Any, family: Family, **call: Any) -> tuple[Condition, Tensor]:
 
 
 def empty_module(module: nn.Module, like: Tensor) -> Any:
-    """A copy of `module` without children, buffers or forward pre-hooks, and with one empty parameter like `like`.
+    """A copy of `module` without layers, buffers or forward pre-hooks, and with one empty parameter like `like`.
 
-    Stands in for a model that is not to run: pipelines read its config, and dtype and device from its parameters. The
-    module given is left as it is.
+    Stands in for a model that is not to run: pipelines read its config, dtype and device from its parameters, and how
+    many blocks it has (they make a cache for each). The module given is left as it is.
     """
-    empty = copy.copy(module)
-    empty._modules, empty._buffers, empty._forward_pre_hooks = {}, {}, OrderedDict()
+    empty, block = copy.copy(module), nn.Identity()
+    lists = {name: part for name, part in module._modules.items() if isinstance(part, nn.ModuleList)}
+    empty._modules = {name: nn.ModuleList([block] * len(part)) for name, part in lists.items()}
+    empty._buffers, empty._forward_pre_hooks = {}, OrderedDict()
     empty._forward_pre_hooks_with_kwargs = OrderedDict()
     empty._parameters = {"like": nn.Parameter(like.new_empty(0), requires_grad=False)}
     return empty

@@ -42,10 +42,12 @@ def family_of(pipe_or_folder: Any, name: str | None = None) -> Family:
     for family in FAMILIES.values():
         if known_as in family.classes:
             return family
-    known = sorted({c for family in FAMILIES.values() for c in family.classes})
-    near = difflib.get_close_matches(known_as, known, 1)
-    hint = f"did you mean a {near[0]}" if near else f"use one of {', '.join(known)}"
-    raise UserError(f"{where} is a {known_as}, which danceopd does not know; {hint}")
+    known = {name: family.name for family in FAMILIES.values() for name in family.classes}
+    near = max(known, key=lambda name: difflib.SequenceMatcher(None, known_as, name).ratio())
+    raise UserError(
+        f"{where} is a {known_as}, which danceopd does not know; the nearest family is {known[near]} ({near}): see "
+        "docs/bring-your-own-model.md for family: in a recipe, and for how to add a family"
+    )
 
 
 def class_name(folder: str | Path) -> str:

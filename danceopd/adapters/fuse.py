@@ -45,8 +45,9 @@ def fuse(
     adapter = read_adapter(header.file, pipe.transformer)
     weights = {name: pipe.transformer.get_submodule(name).weight for name in adapter.tensors}
     before = {name: weight.detach().clone() for name, weight in weights.items()}
-    pipe.fuse_lora(adapter_names=[ADAPTER_NAME])
-    pipe.unload_lora_weights()
+    has_loader = hasattr(pipe, "fuse_lora")  # else its transformer does it
+    (pipe if has_loader else pipe.transformer).fuse_lora(adapter_names=[ADAPTER_NAME])
+    pipe.unload_lora_weights() if has_loader else pipe.transformer.unload_lora()
     _check_fused(pipe.transformer, adapter, before)
     trial = partial_path(output)
     try:

@@ -1,6 +1,7 @@
 """`load_student`: a run's folder or a LoRA file goes in, the stock diffusers pipeline with that LoRA comes out.
 
-Stock `load_lora_weights` can silently do nothing. So after every load the LoRA layers in the transformer are read back
+Where the stock pipeline has no LoRA loader, its transformer's is used. Stock `load_lora_weights` can silently do
+nothing. So after every load the LoRA layers in the transformer are read back
 and must equal the file's, every layer and every number (`check_injected`).
 """
 
@@ -88,17 +89,22 @@ def _base_of(folder: Path, header: LoraHeader) -> str:
     return base
 
 
+def lora_loader(pipe: Any) -> Any:
+    """A stock pipeline's `load_lora_weights`, else `load_lora_adapter` of its transformer: takes a folder or a dict."""
+    return getattr(pipe, "load_lora_weights", None) or pipe.transformer.load_lora_adapter
+
+
 def load_lora(pipe: Any, source: Path | Adapter, adapter: Adapter) -> None:
-    """Stock `load_lora_weights` of a file (or of an adapter, as a diffusers state dict), then `check_injected`."""
+    """Stock loading of a file (or of an adapter, as a diffusers state dict), then `check_injected`."""
     if isinstance(source, Path):
-        pipe.load_lora_weights(source.parent, weight_name=source.name, adapter_name=ADAPTER_NAME)
+        lora_loader(pipe)(source.parent, weight_name=source.name, adapter_name=ADAPTER_NAME)
     else:
         halves = {
             f"transformer.{name}.lora_{half}.weight": tensor
             for name, pair in source.to().tensors.items()  # a copy: diffusers keeps the very tensors it is given
             for half, tensor in zip("AB", pair)
         }
-        pipe.load_lora_weights(halves, adapter_name=ADAPTER_NAME)
+        lora_loader(pipe)(halves, adapter_name=ADAPTER_NAME)
     check_injected(pipe.transformer, adapter)
 
 

@@ -5,15 +5,20 @@ scored, what it was merged from (each by its hash), and the recipe that makes it
 front matter. Nothing in it leaks a path of this machine: folders are named, not located.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from danceopd.common.files import disk_errors, write_atomic
 from danceopd.common.shipped import SHIPPED
+
+if TYPE_CHECKING:
+    from danceopd.pipelines.family import Family
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PAPER = "[DanceOPD](https://arxiv.org/abs/2606.27377)"
@@ -85,9 +90,12 @@ def add_results(
         write_atomic(path, f"---\n{front}---\n{before}{section if mark else ''}{mark}{after}".encode())
 
 
-def load_snippet(base: str, call: Mapping[str, Any] | None = None, fused: bool = False) -> str:
+def load_snippet(
+    base: str, call: Mapping[str, Any] | None = None, fused: bool = False, family: Family | None = None
+) -> str:
     """Python that loads the student with stock diffusers, then draws, then edits. `call` has the recipe's keys
-    (height, width, steps, max_sequence_length)."""
+    (height, width, steps, max_sequence_length). Of a `family` that edits with another class, or not at all, only what
+    draws."""
     call = {("num_inference_steps" if key == "steps" else key): value for key, value in (call or {}).items()}
     extra = "".join(f", {key}={value!r}" for key, value in call.items())
     load = ["from diffusers import DiffusionPipeline"]
@@ -96,15 +104,12 @@ def load_snippet(base: str, call: Mapping[str, Any] | None = None, fused: bool =
     else:
         where = base if _HUB.fullmatch(base) else f"path/to/{Path(base).name}"
         load.append(f'pipe = DiffusionPipeline.from_pretrained("{where}")')
-        load.append('pipe.load_lora_weights("path/to/this/folder")')
-    return "\n".join(
-        [
-            *load,
-            "",
-            f'drawn = pipe(prompt="a red circle above a blue square"{extra}).images[0]',
-            f'edited = pipe(image=drawn, prompt="make the circle green"{extra}).images[0]',
-        ]
-    )
+        loads = "load_lora_weights" if family is None or family.loads_loras else "transformer.load_lora_adapter"
+        load.append(f'pipe.{loads}("path/to/this/folder")')
+    uses = [f'drawn = pipe(prompt="a red circle above a blue square"{extra}).images[0]']
+    if family is None or family.editing == family.generation:
+        uses.append(f'edited = pipe(image=drawn, prompt="make the circle green"{extra}).images[0]')
+    return "\n".join([*load, "", *uses])
 
 
 def _front_matter(base: str, capabilities: set[str], fused: bool) -> str:

@@ -104,7 +104,7 @@ def write_student(
             run.path,
             recipe,
             hashes={**origin.hashes, "base": origin.fingerprint, "student": student.sha256},
-            snippet=load_snippet(str(recipe.resolved()["base"]), call),
+            snippet=load_snippet(str(recipe.resolved()["base"]), call, family=trainer.backbone.family),
             grid=grid if grid.exists() else None,
             init=origin.init,
             sentences=said,

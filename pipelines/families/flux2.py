@@ -95,6 +95,7 @@ FLUX2_KLEIN = Family(
     guidance_on=lambda scale: {"guidance_scale": scale},
     prompt_kwargs=("encoder_hidden_states", "txt_ids"),
     text_components=("text_encoder",),
+    references=lambda pipe: 10,
     smallest_source=64,
     grid=lambda condition: grid_from_ids(condition.kwargs["img_ids"][0], condition.shape[0]),  # type: ignore[index]
     prompt_lengths=_klein_lengths,

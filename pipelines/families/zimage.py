@@ -59,7 +59,7 @@ def _z_lengths(pipe: Any, prompts: list[str]) -> list[int]:
 def _z_encode_prompts(pipe: Any, prompts: list[str], images: Any = None, **call: Any) -> list[dict[str, Any]]:
     settings = {key: call[key] for key in ("max_sequence_length",) if key in call}
     if _is_omni(pipe):
-        settings["num_condition_images"] = 0 if images is None else 1
+        settings["num_condition_images"] = 0 if images is None else len(images[0])
     # A copy of the prompts: the stock method writes its templates into the caller's list.
     rows = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, **settings)[0]
     return [{"prompt_embeds": [row]} for row in rows]
@@ -209,6 +209,7 @@ Z_IMAGE = Family(
     optional=("siglip", "siglip_processor"),
     prepare_editing=_z_prepare_editing,
     editing_generates=_reads_siglip,
+    references=lambda pipe: 10,
     smallest_source=64,
     prompt_lengths=_z_lengths,
     encode_prompts=_z_encode_prompts,

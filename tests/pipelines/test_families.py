@@ -24,6 +24,7 @@ from tiny_parts import Tiny, recorded_steps
 from danceopd.adapters.load import check_injected
 from danceopd.adapters.read import read_adapter
 from danceopd.adapters.write import write_adapter
+from danceopd.errors import UserError
 from danceopd.models.backbone import Backbone
 from danceopd.models.fields import AdapterField, BaseField, GuidedField
 from danceopd.pipelines import Condition, EditingPipeline, GenerationPipeline, editing_pipe, family_of, record, stack
@@ -150,6 +151,35 @@ def test_a_stacked_batch_equals_its_rows(case):
         case.close(case.field(x[i : i + 1], sigma[i : i + 1], batch.rows([i])), alone)
     turned = case.field(x.flip(0), sigma.flip(0), batch.rows(torch.tensor([2, 1, 0])))
     case.close(turned.flip(0), together)
+
+
+def test_several_sources_are_read_as_the_stock_pipeline_reads_them_in_their_order(case):
+    if case.task == "generation":
+        pytest.skip("sources are for edits")
+    pair, most = [random_image(1), random_image(2, 96, 64)], case.family.references(case.pipe)
+    if most == 1:
+        with pytest.raises(UserError, match=r"source image 1 of 1 has 2 pictures, and \w+ takes one picture"):
+            case.ours.conditions(PROMPTS["editing"][:1], [pair])
+        return
+    call = {**case.stock_call(0), "image": list(pair), "output_type": "latent"}
+    _, steps = recorded_steps(case.pipe, **call, generator=torch.Generator().manual_seed(4))
+    condition = case.ours.conditions(PROMPTS["editing"][:2], [pair, pair[::-1][::-1]])
+    assert condition.fixed["references"] == 2 and len(condition) == 2
+    for sigma, (velocity, x, _) in zip(case.ours.sigmas(), steps, strict=False):
+        x = x.view(1, *condition.shape)
+        case.close(case.field(x, sigma.expand(1), condition.rows([0])), velocity.view(x.shape))
+    turned = case.ours.conditions(PROMPTS["editing"][:1], [pair[::-1]])
+    alone = case.ours.conditions(PROMPTS["editing"][:1], pair[:1])
+    x, sigma = case.ours.noise([4]), torch.tensor([0.7])
+    answers = [case.field(x, sigma, one) for one in (condition.rows([0]), turned, alone)]
+    gaps = [(a - b).abs().max().item() for i, a in enumerate(answers) for b in answers[:i]]
+    assert min(gaps) > 100 * case.tiny.tolerance, gaps
+    both = Condition.from_state(condition.state())
+    case.close(case.field(x.expand(2, *x.shape[1:]), sigma.expand(2), both)[:1], answers[0])
+    with pytest.raises(UserError, match="edits of 1 and of 2 sources"):
+        case.ours.conditions(PROMPTS["editing"][:2], [pair, pair[0]])
+    with pytest.raises(UserError, match="takes at most 10 pictures"):
+        case.ours.conditions(PROMPTS["editing"][:1], [pair[:1] * 11])
 
 
 def test_prompts_seeds_sources_and_noise_levels_matter(case):

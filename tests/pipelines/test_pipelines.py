@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -11,14 +12,19 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import CALL, random_image, tiny_klein
+from tiny import CALL, random_adapter, random_image, tiny_klein
 from tiny_parts import calls_of, close
 
+from danceopd.adapters.load import load_lora
+from danceopd.adapters.write import write_adapter
 from danceopd.errors import UserError
 from danceopd.models.backbone import Backbone
 from danceopd.models.fields import BaseField, GuidedField
 from danceopd.pipelines import Condition, EditingPipeline, GenerationPipeline, family_of, record, stack
+from danceopd.pipelines.condition import joined_layers, split_layers
 from danceopd.pipelines.generation import euler
+from danceopd.pipelines.record import empty_module
+from danceopd.run.card import load_snippet
 
 PROMPTS = ["a red circle", "two blue square on the left", "a white ring above a yellow star"]
 EDITS = ["make the circle red", "remove the star", "change the background to blue"]
@@ -232,6 +238,30 @@ def test_stack_refuses_unequal_layouts(edit, draw):
         stack([wide, tall])
 
 
+def test_a_list_of_prompt_states_is_one_tensor_that_holds_each_once():
+    layers = [torch.randn(2, 3, 4) for _ in range(3)]
+    given = [*layers, layers[-1], layers[-1], layers[0]]
+    joined, places = joined_layers(given)
+    assert joined.shape == (2, 3, 3, 4) and places == [0, 1, 2, 2, 2, 0]
+    assert all(torch.equal(a, b) for a, b in zip(split_layers(joined, places), given, strict=True))
+
+
+def test_a_pipeline_without_a_lora_loader_loads_through_its_transformer(pipe, tmp_path):
+    alone = SimpleNamespace(transformer=tiny_klein().transformer)
+    adapter = random_adapter(alone.transformer)
+    load_lora(alone, write_adapter(adapter, tmp_path), adapter)
+    assert family_of(pipe).loads_loras and "load_lora_weights" in load_snippet("base", family=family_of(pipe))
+    bare = replace(family_of(pipe), generation="LongCatImagePipeline", editing=None)
+    code = load_snippet("base", family=bare)
+    assert 'pipe.transformer.load_lora_adapter("path/to/this/folder")' in code and "edited" not in code
+
+
+def test_a_stand_in_for_a_transformer_has_its_number_of_blocks(pipe):
+    empty = empty_module(pipe.transformer, torch.empty(0))
+    assert len(empty.transformer_blocks) == len(pipe.transformer.transformer_blocks) == 2
+    assert len(list(empty.parameters())) == 1 and len(list(pipe.transformer.transformer_blocks[0].parameters())) > 1
+
+
 @pytest.mark.parametrize(
     ("prompts", "sentence"),
     [
@@ -284,9 +314,11 @@ def test_transparent_palette_and_counts(edit):
 def test_bad_families_and_calls(tmp_path, pipe):
     with pytest.raises(UserError, match="not a diffusers pipeline"):
         family_of(tmp_path)
-    (tmp_path / "model_index.json").write_text('{"_class_name": "Flux2KleinPipelin"}')
-    with pytest.raises(UserError, match="did you mean a Flux2KleinPipeline"):
-        family_of(tmp_path)
+    for name, family in (("Flux2KleinPipelin", "flux2-klein"), ("QwenImageLayeredPipeline", "qwen-image"), ("X", "")):
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+        said = rf"is a {name}, which danceopd does not know; the nearest family is {family}.*bring-your-own-model\.md"
+        with pytest.raises(UserError, match=said):
+            family_of(tmp_path)
     for content in ("{", "[]", "{}"):
         (tmp_path / "model_index.json").write_text(content)
         with pytest.raises(UserError, match="not a diffusers pipeline"):
