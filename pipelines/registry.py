@@ -13,13 +13,18 @@ from danceopd.errors import UserError
 from .condition import Condition
 from .families.flux1 import FLUX1
 from .families.flux2 import FLUX2_DEV, FLUX2_KLEIN, FLUX2_KLEIN_KV
+from .families.krea2 import KREA2
 from .families.qwen import QWEN_IMAGE
+from .families.qwen21 import QWEN_IMAGE_21
 from .families.sd3 import SD3
 from .families.zimage import Z_IMAGE
 from .family import Family
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (FLUX2_KLEIN, FLUX2_KLEIN_KV, FLUX2_DEV, FLUX1, QWEN_IMAGE, Z_IMAGE, SD3)
+    family.name: family
+    for family in (
+        FLUX2_KLEIN, FLUX2_KLEIN_KV, FLUX2_DEV, FLUX1, QWEN_IMAGE, QWEN_IMAGE_21, Z_IMAGE, KREA2, SD3,
+    )  # fmt: skip
 }
 
 

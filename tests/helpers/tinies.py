@@ -5,7 +5,9 @@ from __future__ import annotations
 import tiny_flux1
 import tiny_flux2_dev
 import tiny_klein_kv
+import tiny_krea2
 import tiny_qwen
+import tiny_qwen21
 import tiny_sd3
 import tiny_zimage
 from tiny import CALL, tiny_klein
@@ -21,5 +23,7 @@ TINYS: list[Tiny] = [
     tiny_qwen.PLUS,
     tiny_zimage.TINY,
     tiny_zimage.OMNI,
+    tiny_qwen21.TINY,
+    tiny_krea2.TINY,
     tiny_sd3.TINY,
 ]

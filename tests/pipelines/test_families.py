@@ -114,7 +114,7 @@ def test_velocities_rollout_and_picture_equal_the_stock_pipelines(case):
         case.close(state.x, x)
         case.close(after.x, stepped)
     ours = np.asarray(case.ours.images(states[-1].x)[0], int)
-    assert ours.shape == (case.tiny.call["height"], case.tiny.call["width"], 3)
+    assert ours.shape == (case.tiny.call["height"], case.tiny.call["width"], 4 if case.family.alpha else 3)
     assert np.abs(ours - np.asarray(pictures[0], int)).max() <= 1  # rounding to 8 bits may fall either way
     assert np.asarray(pictures[0]).std() > 1, "a flat picture would equal anything"
 
@@ -308,6 +308,7 @@ def test_clean_latents_are_what_the_autoencoder_is_handed_to_draw_them(case, mon
     handed, decode = [], plain.vae.decode
     monkeypatch.setattr(plain.vae, "decode", lambda z, **how: handed.append(z) or decode(z, **how))
     GenerationPipeline(plain, case.family, case.tiny.call).images(x)
+    pictures = [one.convert("RGBA" if case.family.alpha else "RGB") for one in pictures]
     pixels = plain.image_processor.preprocess(pictures, height=call["height"], width=call["width"]).to(plain.vae.dtype)
     with torch.no_grad():
         frames = pixels.unsqueeze(2) if torch.cat(handed).ndim == 5 else pixels
