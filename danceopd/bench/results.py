@@ -14,6 +14,7 @@ import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from danceopd.bench import statistics
 from danceopd.bench.interference import interference
 from danceopd.bench.metrics.metrics import metric_means
+from danceopd.bench.pages.contact import NAME as CONTACT_SHEET
 from danceopd.bench.report.facts import ALL_RIGHT
 from danceopd.bench.report.schema import check_row, check_scores, rename_steps
 from danceopd.bench.report.verdict import MARGIN, verdict
@@ -43,6 +45,30 @@ NO_JUDGE = "no judge was asked"
 """The reason of rows that nobody was to score (`--judge none`)."""
 UNSCORED_SHOWN, REASON = 3, 400
 """Reasons that are kept, and characters of each."""
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """A finished bench: its folder, the contents of `scores.json` and `samples.jsonl`, and the report's path.
+
+    Of several processes only the main one (`is_main`) has it; the others generated images and hold nothing.
+    """
+
+    folder: Path
+    scores: dict = field(default_factory=dict)
+    rows: list[dict] = field(default_factory=list)
+    report: Path = Path()
+    is_main: bool = True
+
+    @property
+    def sheet(self) -> Path | None:
+        """The path of contact.png; None where there was nothing to show."""
+        return path if (path := self.folder / CONTACT_SHEET).is_file() else None
+
+    def overall(self, model: str, capability: str) -> float:
+        """A model's overall score in "generation" or "editing"."""
+        found = next(m for m in self.scores["models"] if m["name"] == model)
+        return found[capability]["overall"]["mean"]
 
 
 def load(folder: str | Path) -> tuple[dict, list[dict]]:

@@ -22,9 +22,15 @@ from danceopd.bench.lineup import Lineup, add_image_folders, build_lineup
 from danceopd.bench.options import BlendOptions, JudgeOptions, SuiteOptions
 from danceopd.bench.report.card import add_to_card
 from danceopd.bench.report.report import report as write_report
-from danceopd.bench.report.training import monitor_summary, recipe_summary, validation_error
+from danceopd.bench.report.training import (
+    monitor_summary,
+    recipe_summary,
+    recipe_text,
+    training_samples,
+    validation_error,
+)
 from danceopd.bench.report.verdict import MARGIN, check_margin
-from danceopd.bench.results import summarise
+from danceopd.bench.results import BenchResult, summarise
 from danceopd.bench.scoring import Scoring
 from danceopd.bench.suites.protocol import ExactSuite, Item, JudgedSuite, Suite
 from danceopd.bench.suites.registry import load_suite, suite_items
@@ -43,25 +49,6 @@ if TYPE_CHECKING:
 
 CEILING = 96
 """Items of each capability on which the ceiling is measured."""
-
-
-@dataclass(frozen=True)
-class BenchResult:
-    """A finished bench: its folder, the contents of `scores.json` and `samples.jsonl`, and the report's path.
-
-    Of several processes only the main one (`is_main`) has it; the others generated images and hold nothing.
-    """
-
-    folder: Path
-    scores: dict = field(default_factory=dict)
-    rows: list[dict] = field(default_factory=list)
-    report: Path = Path()
-    is_main: bool = True
-
-    def overall(self, model: str, capability: str) -> float:
-        """A model's overall score in "generation" or "editing"."""
-        found = next(m for m in self.scores["models"] if m["name"] == model)
-        return found[capability]["overall"]["mean"]
 
 
 def bench(
@@ -358,6 +345,8 @@ class Bench:
             "margin": self.margin,
             "monitor": monitor_summary(self.student),
             "recipe": recipe_summary(self.student),
+            "recipe_yaml": recipe_text(self.student),
+            "samples": training_samples(self.student, self.folder),
             "validation": validation_error(self.student),
             "ceiling": json.loads(ceiling.read_text(encoding="utf-8")) if ceiling.is_file() else None,
             "machine": describe_machine(str(processes.device)),
@@ -365,8 +354,8 @@ class Bench:
         }
         scores = summarise(rows, self.lineup, self.loaded_suite, settings)
         write_json(self.folder / "scores.json", scores, text=False)  # the report dashes None
-        add_to_card(self.student, scores)
         found = BenchResult(self.folder, scores, rows, write_report(self.folder))
+        add_to_card(self.student, scores, found.sheet)
         self.progress(1, 1, "report")
         return found
 

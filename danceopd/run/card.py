@@ -38,7 +38,7 @@ def write_card(
     Returns its path. Raises UserError when it cannot be written.
     """
     folder = Path(folder)
-    resolved = _paths_named(recipe if isinstance(recipe, Mapping) else recipe.resolved())
+    resolved = without_paths(recipe if isinstance(recipe, Mapping) else recipe.resolved())
     base, teachers = str(resolved.get("base", "base")), resolved.get("teachers") or []
     names = [str(teacher["name"]) for teacher in teachers]
     parts = [
@@ -67,11 +67,11 @@ def write_card(
 
 def add_results(
     folder: Path, bench: str, sentence: str, scores: Mapping[str, Mapping[str, float | str | None]], about: str,
-    results: Sequence[Mapping[str, Any]],
+    results: Sequence[Mapping[str, Any]], picture: Path | None = None,
 ) -> None:  # fmt: skip
-    """Write a bench into the card of `folder`: a section with its verdict and scores, and its `results` as
-    Hugging Face's `model-index`. The section and the results of the same `bench` are replaced; a file that is no
-    model card is left alone.
+    """Write a bench into the card of `folder`: a section with its verdict, its contact sheet if that `picture` is in
+    the folder, and its scores, and its `results` as Hugging Face's `model-index`. The section and the results of the
+    same `bench` are replaced; a file that is no model card is left alone.
     """
     path = folder / "README.md"
     parts = path.read_text(encoding="utf-8").split("---\n", 2)
@@ -82,7 +82,9 @@ def add_results(
     kept = [result for result in known if result["dataset"]["name"] != bench]
     fields["model-index"] = [{"name": _title(folder), "results": [*kept, *map(dict, results)]}]
     head = f"## Scores: {bench}"
-    section = "\n\n".join([head, sentence, _score_table(scores), about]) + "\n\n"
+    inside = picture is not None and picture.resolve().is_relative_to(folder.resolve())
+    shown = [f"![The best, a typical and the worst item]({_inside(folder, picture)})"] if picture and inside else []
+    section = "\n\n".join([head, sentence, *shown, _score_table(scores), about]) + "\n\n"
     text = re.sub(rf"^{re.escape(head)}\n.*?(?=^## |\Z)", "", parts[2], flags=re.S | re.M)
     before, mark, after = text.partition("## Merged from")
     front = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
@@ -132,12 +134,12 @@ def _and(names: list[str]) -> str:
     return marked[0] if len(marked) == 1 else ", ".join(marked[:-1]) + " and " + marked[-1]
 
 
-def _paths_named(value: Any) -> Any:
+def without_paths(value: Any) -> Any:
     """The recipe as plain data, with every absolute path cut to its last part."""
     if isinstance(value, Mapping):
-        return {str(key): _paths_named(item) for key, item in value.items()}
+        return {str(key): without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_paths_named(item) for item in value]
+        return [without_paths(item) for item in value]
     if isinstance(value, Path) or (isinstance(value, str) and Path(value).is_absolute()):
         return Path(value).name
     return value

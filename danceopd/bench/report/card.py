@@ -16,8 +16,8 @@ from danceopd.run.card import add_results
 TASKS = {"generation": "text-to-image", "editing": "image-to-image"}
 
 
-def add_to_card(student: str | Path | None, scores: Mapping[str, Any]) -> None:
-    """Write a bench's verdict and overall scores into `student`/README.md, where there is one."""
+def add_to_card(student: str | Path | None, scores: Mapping[str, Any], sheet: Path | None = None) -> None:
+    """Write a bench's verdict, contact sheet and overall scores into `student`/README.md, where there is one."""
     if student is None or not (Path(student) / "README.md").is_file():
         return
     suite = scores["suite"]
@@ -44,4 +44,4 @@ def add_to_card(student: str | Path | None, scores: Mapping[str, Any]) -> None:
     about += f"; at most {scores['limit']} items of each capability" if scores.get("limit") else ""
     about += "; means with 95 % intervals."
     sentence = verdict_of(scores)["sentence"]
-    add_results(Path(student), f"{suite['name']} {suite['version']}", sentence, table, about, results)
+    add_results(Path(student), f"{suite['name']} {suite['version']}", sentence, table, about, results, sheet)

@@ -1,24 +1,26 @@
 """`report.html` of a bench: one self-contained page that opens offline, on a phone, in print and in dark mode.
 
 Reads a bench folder (`scores.json`, `samples.jsonl`, `images/`) and nothing else, so a report can be written again at
-any time; `scores.csv`, `scores.md` and `scores.tex` are written beside it (export.py). Every item is in the page;
-images are embedded worst first until a budget is spent (items.py, thumbnails.py), so that the file stays below about
-25 MB. A content security policy in the page forbids every request, and every script but its own.
+any time; `scores.csv`, `scores.md`, `scores.tex` (export.py) and `contact.png` are written beside it. Every item is in
+the page; images are embedded worst first until a budget is spent (items.py, thumbnails.py), so that the file stays
+below about 25 MB. A content security policy in the page forbids every request, and every script but its own.
 """
 
 from __future__ import annotations
 
-import base64
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from danceopd.bench.evidence.worst import worst
+from danceopd.bench.pages.contact import write_contact_sheet
+from danceopd.bench.pages.render import render, script_of
 from danceopd.bench.report import charts, facts, table
 from danceopd.bench.report.export import export
 from danceopd.bench.report.items import PAGE, REASON, embed_images, failures, highlights, items_of
 from danceopd.bench.report.thumbnails import Thumbnails
+from danceopd.bench.report.training import GRID_SIDE
 from danceopd.bench.report.verdict import SIGN, subject, verdict_of
 from danceopd.bench.results import load
 from danceopd.common.files import disk_errors, write_atomic
@@ -30,7 +32,7 @@ FAILURES = 500
 OPTIONAL = (
     *("judge", "judging", "subsets", "metrics", "pictures", "ceiling", "probes", "blend_grid", "base", "seed"),
     *("call", "limit", "categories", "machine", "seconds", "versions", "command", "monitor", "validation", "recipe"),
-    "comparison",
+    *("comparison", "recipe_yaml", "samples"),
 )
 """Keys of `scores.json` that older benches or other programs may have left out."""
 
@@ -46,6 +48,7 @@ def report(folder: str | Path, budget: int = BUDGET) -> Path:
     if "interference" not in scores:  # an older bench
         scores["interference"] = _interference(scores, rows)
     export(folder, scores)
+    write_contact_sheet(folder, scores, highlights(scores, items_of(scores, rows)))
     html = page(scores, rows, Thumbnails(folder), budget)
     path = folder / "report.html"
     with disk_errors(path):
@@ -86,6 +89,9 @@ def page(scores: dict, rows: Sequence[dict], thumbnails: Thumbnails, budget: int
         "mine": subject(scores),
         "noise": _noise(scores, rows),
         "highlights": picked,
+        "worst": worst(scores, items),
+        "sheet": bool(picked),
+        "samples": _grids(scores, thumbnails),
         "who": {m["name"]: m for m in scores["models"]},
         "capabilities": capabilities,
         "measures": list(views),
@@ -122,8 +128,18 @@ def page(scores: dict, rows: Sequence[dict], thumbnails: Thumbnails, budget: int
         "statuses": list(dict.fromkeys(f["status"] for f in failed)),
         "tally": Counter((f["model"], f["status"]) for f in failed),
         "gap": table.gap_sentence,
+        "percent": table.percent,
     }
-    return _render(context)
+    script = script_of("danceopd.bench.report", "script.js.j2")
+    return render("danceopd.bench.report", "report.html.j2", context, script, ("style", "charts", "images"))
+
+
+def _grids(scores: Mapping[str, Any], thumbnails: Thumbnails) -> list[dict]:
+    """The run's sample grids that are there: {step, image, picture}."""
+    found = scores["samples"] or []
+    for grid in found:
+        thumbnails.fetch([grid["image"]], GRID_SIDE)
+    return [grid | {"picture": picture} for grid in found if (picture := thumbnails(grid["image"]))]
 
 
 def _noise(scores: Mapping[str, Any], rows: Sequence[dict]) -> str:
@@ -150,28 +166,3 @@ def _choices(scores: Mapping[str, Any], items: Sequence[dict]) -> dict:
         "base": any(i["base"]["gain"] is not None for i in items),
         "wrong": "wrong" if all(facts.is_share(scores, i["capability"]) for i in items) else "below the middle",
     }
-
-
-def _clip(text: str, length: int) -> str:
-    """The text, cut to a length with an ellipsis."""
-    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
-
-
-def _render(context: dict[str, Any]) -> str:
-    """The page of a template context."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=PackageLoader("danceopd.bench.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals |= {"number": facts.number, "percent": table.percent, "clip": _clip}
-    script = environment.get_template("script.js.j2").render()
-    style = "\n".join(environment.get_template(f"{name}.css.j2").render() for name in ("style", "charts", "images"))
-    digest = base64.b64encode(sha256(script.encode()).digest()).decode()
-    own = {"script": Markup(script), "style": Markup(style), "script_hash": f"sha256-{digest}"}
-    return environment.get_template("report.html.j2").render(**context, **own)

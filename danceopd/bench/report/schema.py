@@ -202,6 +202,11 @@ class _Validation(_Part):
         return self
 
 
+class _Grid(_Part):
+    step: int
+    image: str
+
+
 class _Scores(_Part):
     suite: _Suite
     models: list[_Model] = Field(min_length=1)
@@ -218,6 +223,8 @@ class _Scores(_Part):
     unscored: list[_Reason] | None = None
     verdict: _Verdict | None = None
     recipe: _Recipe | None = None
+    recipe_yaml: str | None = None
+    samples: list[_Grid] | None = None
     judging: dict[str, Any] | None = None
     call: dict[str, Any] | None = None
     base: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""What a student's run folder says about its training, for the report: recipe, monitor's alarms, validation error.
+"""What a student's run folder says about its training, for the report: recipe, samples, alarms, validation error.
 
 Each is None where the run does not have it, or where the student is not a run's folder.
 """
@@ -13,12 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 
+from danceopd.common.files import disk_errors, partial_path
 from danceopd.common.parse import YAML_BYTES, parse_yaml, read_text
 from danceopd.errors import UserError
+from danceopd.run.card import without_paths
 
 FAULTS = (OSError, ValueError, KeyError, TypeError)
 """Errors of a file that is missing, or not as a run writes it."""
+GRIDS, GRID_SIDE = 4, 1280
+"""Sample grids of a run that are copied, and their longest side in pixels."""
 
 
 def recipe_summary(student: str | Path | None) -> dict[str, Any] | None:
@@ -35,6 +40,40 @@ def recipe_summary(student: str | Path | None) -> dict[str, Any] | None:
         about = {"base": Path(str(found["base"])).name, "teachers": teachers, "rank": found["student"]["rank"]}
         return about | {"steps": found["steps"]}
     return None
+
+
+def recipe_text(student: str | Path | None) -> str | None:
+    """The run's whole recipe.yaml, with the last part of every path only."""
+    with suppress(*FAULTS, yaml.YAMLError, UserError):
+        found = parse_yaml(read_text(Path(student or "") / "recipe.yaml", "recipe", YAML_BYTES))
+        return yaml.safe_dump(without_paths(found), sort_keys=False, allow_unicode=True, width=100)
+    return None
+
+
+def training_samples(student: str | Path | None, folder: Path) -> list[dict[str, Any]]:
+    """Copies of the run's sample grids below `folder`/training: [{step, image}], the first, the last, some between.
+
+    Empty where the run drew none.
+    """
+    steps: dict[int, Path] = {}
+    for file in (Path(student) / "samples").glob("step-*.png") if student else ():
+        with suppress(ValueError):
+            steps[int(file.stem.removeprefix("step-"))] = file
+    order = sorted(steps)
+    chosen = dict.fromkeys(order[round(n * (len(order) - 1) / (GRIDS - 1))] for n in range(GRIDS)) if order else {}
+    found = []
+    for step in chosen:
+        copy = folder / "training" / f"{steps[step].stem}.webp"
+        with suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(steps[step]) as opened:
+            picture = opened.convert("RGB")
+            picture.thumbnail((GRID_SIDE, GRID_SIDE), Image.Resampling.LANCZOS)
+            with disk_errors(copy):
+                copy.parent.mkdir(exist_ok=True)
+                part = partial_path(copy)
+                picture.save(part, format="WEBP", quality=85)
+                part.replace(copy)
+            found.append({"step": step, "image": f"training/{copy.name}"})
+    return found
 
 
 def monitor_summary(student: str | Path | None) -> dict[str, Any] | None:
