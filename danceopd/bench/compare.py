@@ -245,7 +245,7 @@ def _items(pairs: Sequence[tuple[dict, dict]]) -> list[dict]:
         mine, theirs = statistics.score_of(one), statistics.score_of(other)
         apart = None if mine is None or theirs is None else mine - theirs
         kept = {key: one.get(key) for key in ("capability", "category", "key", "prompt", "probe", "heldout")}
-        images = {"a_image": one.get("image"), "b_image": other.get("image")}
+        images = {"a_image": one.get("image"), "b_image": other.get("image"), "source": one.get("source")}
         found.append(kept | {"a": mine, "b": theirs, "difference": apart} | images)
     return sorted(found, key=lambda item: (item["difference"] is None, item["difference"] or 0.0))
 

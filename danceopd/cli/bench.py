@@ -15,7 +15,7 @@ from danceopd.errors import UserError
 if TYPE_CHECKING:
     from danceopd.bench.suites.protocol import Suite
 
-SUITE, JUDGE, BLEND = "Suite", "Judge", "Blends"
+SUITE, JUDGE, BLEND, PEOPLE = "Suite", "Judge", "Blends", "People"
 JudgeRepeats = Annotated[int, typer.Option(help="How often the judge is asked each question.", rich_help_panel=JUDGE)]
 MaxCost = Annotated[
     float | None,
@@ -333,9 +333,15 @@ def compare(
     price_in: PriceIn = None,
     price_out: PriceOut = None,
     margin: Margin = None,
+    blind: Annotated[
+        int | None, typer.Option(help="Write blind.html: people vote on so many pairs.", rich_help_panel=PEOPLE)
+    ] = None,
+    votes: Annotated[
+        list[Path] | None, typer.Option(help="Votes that blind.html saved. May be repeated.", rich_help_panel=PEOPLE)
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare two finished benches item by item: differences and win/loss/tie; writes compare.json and compare.md.
+    """Compare two finished benches item by item, with pictures; writes compare.html, compare.md and compare.json.
 
     The exit status is 2 if a judge was asked and no vote could be read.
     With two files of judge's answers (judge.jsonl), print the agreement of the judges instead.
@@ -352,9 +358,11 @@ def compare(
     arguments |= {"longest": judge_longest, "timeout": judge_timeout, "start": judge_start, "thinking": judge_thinking}
     options = JudgeOptions(judge, arguments | {"price_in": price_in, "price_out": price_out}, repeats, max_cost)
     margin = MARGIN if margin is None else margin
-    found = run(run_a, run_b, output, words(models), anyway, options, limit, dry_run, margin)
+    found = run(run_a, run_b, output, words(models), anyway, options, limit, dry_run, margin, blind, votes or ())
     (print_json if as_json else show)(found)
     if not dry_run:
         if not as_json:
-            echo(f"comparison: {output}")
+            echo(f"comparison: {output / 'compare.html'}")
+            if blind:
+                echo(f"page to vote on: {output / 'blind.html'} (keep blind.json: it knows which side was which model)")
         refuse_nothing("vote", found["votes"]["unscored"] if no_vote(found) else [])

@@ -1,4 +1,7 @@
-"""`danceopd compare`: two finished benches go in, tables in the terminal, compare.json and compare.md come out."""
+"""`danceopd compare`: two finished benches go in, tables in the terminal, compare.json, .md and .html come out.
+
+On request: a page on which people vote without seeing names (`blind`), and the votes that it saved (`people`).
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from danceopd.bench.compare import compare, load_side, pairs
+from danceopd.bench.evidence.people import people, read_votes
 from danceopd.bench.options import JudgeOptions
+from danceopd.bench.pages import blind as blind_page
+from danceopd.bench.pages import sides
+from danceopd.bench.pages.tables import HEADS, markdown, notes, number, tables, verdict_line
 from danceopd.bench.pairwise import Pair, questions, tally, vote
-from danceopd.bench.report.facts import ALL_RIGHT
-from danceopd.bench.report.table import why_unscored
-from danceopd.bench.report.verdict import MARGIN, SIGN, check_margin
+from danceopd.bench.report.verdict import MARGIN, check_margin
 from danceopd.bench.results import unscored
 from danceopd.cli.flags import print_json
 from danceopd.common.console import progress_bar
@@ -24,9 +29,8 @@ from danceopd.errors import UserError
 if TYPE_CHECKING:
     from danceopd.bench.judges.session import JudgeSession
 
-FILES = ("compare.json", "compare.md", "judge.jsonl")
+FILES = ("compare.json", "compare.md", sides.NAME, "judge.jsonl", blind_page.PAGE, blind_page.KEY)
 WITHOUT_JUDGE = JudgeOptions()
-HEADS = ("category", "n", "A", "B", "A - B", "95%", "W/L/T", "p")
 
 
 def run(
@@ -39,10 +43,13 @@ def run(
     limit: int | None = None,
     dry_run: bool = False,
     margin: float = MARGIN,
+    blind: int | None = None,
+    ballots: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Compare a model of each bench (its student, or `models`: one name for both, or two), and write `output`.
 
-    A `judge` also votes on every pair of images, or on the first `limit` of each category; an interrupted vote
+    `blind`: also write a page on which people vote on so many pairs of images; `ballots`: files that it saved. A
+    `judge` also votes on every pair of images, or on the first `limit` of each category; an interrupted vote
     continues. Returns the contents of compare.json. `dry_run` writes nothing, and adds `estimate`, the questions and
     the cost of the votes. UserError for wrong input.
     """
@@ -54,11 +61,15 @@ def run(
     if not votes and (dry_run or limit is not None or judge.repeats != 1 or judge.max_cost is not None):
         raise UserError("--dry-run, --limit, --repeats and --max-cost need the votes of a judge; add --judge")
     check_margin(margin)
+    if blind is not None and blind < 1:
+        raise UserError(f"--blind is {blind}; give 1 or more")
     names = [*models, *models][:2] if models else [None, None]
     a, b = load_side(run_a, names[0]), load_side(run_b, names[1])
     found = compare(a, b, anyway, margin)
     _refuse_foreign(output, found)
     chosen = _first(pairs(a, b), limit) if votes else []
+    on_page = blind_page.choose(pairs(a, b), blind) if blind else []
+    cast = _cast(output, found, ballots)
     if votes and dry_run:
         return found | {"estimate": vars(_session(judge, output).estimate(questions(chosen)))}
     found |= {"created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
@@ -67,10 +78,27 @@ def run(
         output.mkdir(parents=True, exist_ok=True)
     if votes:
         found["votes"] = _votes(_session(judge, output), chosen)
+    if on_page:
+        blind_page.write_blind(output, on_page, {side: found[side]["model"] for side in "ab"})
+    if cast:
+        found["people"] = people(cast, found["items"], (found.get("votes") or {}).get("items") or ())
     write_json(output / "compare.json", found)
     with disk_errors(output):
         write_atomic(output / "compare.md", markdown(found).encode())
+    sides.write_page(output, found, a, b)
     return found
+
+
+def _cast(output: Path, found: dict, ballots: Sequence[Path]) -> dict:
+    """The votes of people in files of this comparison's blind page; UserError where they are of another."""
+    key = blind_page.read_key(output)
+    if not ballots:
+        return {}
+    if key is None:
+        raise UserError(f"{output} has no {blind_page.KEY}; give the --output folder whose page people voted on")
+    if any(key.get(side) != found[side]["model"] for side in "ab"):
+        raise UserError(f"people voted on {key.get('a')} and {key.get('b')}; compare these, with --models")
+    return read_votes(ballots, key)
 
 
 def _refuse_foreign(output: Path, found: dict) -> None:
@@ -115,7 +143,7 @@ def show_agreement(one: Path, other: Path, as_json: bool = False) -> None:
         table.add_column(head, justify="left" if head == "aspect" else "right")
     for aspect, figures in found.items():
         counts = [str(figures[head]) for head in heads[:2]]
-        table.add_row(aspect, *counts, *(_number(figures.get(head)) for head in heads[2:]))
+        table.add_row(aspect, *counts, *(number(figures.get(head)) for head in heads[2:]))
     wide_console().print(table, highlight=False)
 
 
@@ -151,93 +179,6 @@ def no_vote(found: dict) -> bool:
     """Whether a judge was asked for votes and not one could be read."""
     figures = (found.get("votes") or {}).get("capabilities") or {}
     return bool(figures) and all(figure["n"] == 0 for figure in figures.values() if figure)
-
-
-def _p(value: float | None) -> str:
-    return "-" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _number(value: float | None, sign: bool = False) -> str:
-    return "-" if value is None else f"{value:{'+' if sign else ''}.2f}"
-
-
-def _cells(name: str, figure: dict, a: dict | None, b: dict | None) -> list[str]:
-    """One row of a table, under `HEADS`."""
-    interval = "-" if figure["mean"] is None else f"{figure['low']:+.2f} to {figure['high']:+.2f}"
-    sides = [_number(s["mean"]) if s else "-" for s in (a, b)]
-    record = f"{figure['wins']}/{figure['losses']}/{figure['ties']}"
-    return [name, str(figure["n"]), *sides, _number(figure["mean"], True), interval, record, _p(figure["p"])]
-
-
-def tables(found: dict) -> list[tuple[str, list[list[str]]]]:
-    """(title, rows of text under `HEADS`) of every table; the last row is that of all categories."""
-    made = []
-    measures = []
-    for capability, parts in found["capabilities"].items():
-        measures.append((capability.capitalize(), parts))
-        if "exact" in parts:
-            measures.append((f"{capability.capitalize()}, share with {ALL_RIGHT}", parts["exact"]))
-    for title, parts in measures:
-        sides, difference = (parts["a"], parts["b"]), parts["difference"]
-        rows = [
-            _cells(category, figure, *(s["categories"].get(category) if s else None for s in sides))
-            for category, figure in difference["categories"].items()
-        ]
-        rows.append(_cells("all", difference, *(s["overall"] if s else None for s in sides)))
-        made.append((title, rows))
-    apart = [_cells(name, figure, None, None) for name, figure in found["probes"].items()]
-    apart += [_cells(f"held out, {name}", figure, None, None) for name, figure in found["heldout"].items()]
-    if apart:
-        made.append(("Held-out items and probes", apart))
-    for capability, figure in (found.get("votes") or {"capabilities": {}})["capabilities"].items():
-        if figure:
-            rows = [_cells(category, part, None, None) for category, part in figure["categories"].items()]
-            made.append((f"Votes of the judge, {capability}", [*rows, _cells("all", figure, None, None)]))
-    return made
-
-
-def notes(found: dict) -> list[str]:
-    """The lines below the tables: the sides, failures, metrics, votes, other differences."""
-    made = [f"{s.upper()}: {found[s]['model']} of {found[s]['folder']}" for s in "ab"]
-    made.append("A - B: mean paired difference with its 95 % interval; W/L/T: wins, losses and ties of A; p: sign test")
-    made.append("all: the unweighted mean of the categories")
-    for capability, parts in found["capabilities"].items():
-        if parts["difference"]["failed"]:
-            failed = parts["difference"]["failed"]
-            made.append(f"{capability}: {failed} items have no score on one or both sides and are in no mean")
-        for name, of in parts["metrics"].items():
-            if of["low"] > 0 or of["high"] < 0:
-                made.append(f"{capability}, {name}: {of['mean']:+.3g} ({of['low']:+.3g} to {of['high']:+.3g})")
-    for s, number in found["only"].items():
-        if number:
-            made.append(f"{number} items are in {s.upper()} only and were left out")
-    votes = found.get("votes")
-    for capability, of in (votes or {"capabilities": {}})["capabilities"].items():
-        if of and of["position"] is not None:
-            order = f"{of['position']:.0%} changed with the order of the images"
-            made.append(f"{capability} votes: {order}, {of['failed']} failed")
-        elif of:
-            made.append(f"{capability} votes: none of {of['failed']} could be read")
-    made += map(why_unscored, (votes or {}).get("unscored") or ())
-    if votes and votes["stopped"]:
-        made.append(votes["stopped"])
-    return made + [f"different {note}" for note in found["notes"]]
-
-
-def markdown(found: dict) -> str:
-    """The text of compare.md."""
-    text = [f"# {found['a']['model']} (A) against {found['b']['model']} (B)", ""]
-    text += [f"**Not run alike: they differ in {warning}.**" for warning in found["warnings"]]
-    text += [f"**{verdict_line(found)}**"]
-    for title, rows in tables(found):
-        text += ["", f"## {title}", "", f"| {' | '.join(HEADS)} |", "|---" + "|---:" * (len(HEADS) - 1) + "|"]
-        text += [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([*text, "", *(f"- {line}" for line in notes(found))]) + "\n"
-
-
-def verdict_line(found: dict) -> str:
-    """The sign and the sentence of the verdict."""
-    return f"{SIGN[found['verdict']['kind']]} {found['verdict']['sentence']}"
 
 
 def show(found: dict) -> None:
