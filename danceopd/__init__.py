@@ -1,7 +1,9 @@
 """Merge what several image models can do into one adapter, and prove that nothing got worse.
 
-    student = danceopd.merge(danceopd.Recipe.from_yaml("recipe.yaml"))
+    student = danceopd.merge("recipe.yaml")        # a Recipe, its file, or a mapping of its keys
     pipe = danceopd.load_student("student")        # the stock diffusers pipeline, adapter loaded
+    result = danceopd.bench("student")             # result.scores, result.report, result.grid
+    blended = danceopd.blend(["a", "b"], [0.7, 0.9], "blended")
 
 The names below are imported on first use, so `import danceopd` and `danceopd --help` never wait for torch.
 """
@@ -15,14 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from danceopd.adapters.load import load_student
+    from danceopd.api import blend
+    from danceopd.bench.run import bench
     from danceopd.errors import UserError
     from danceopd.merge import merge
     from danceopd.recipe.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "UserError", "load_student", "merge"]
+__all__ = ["Recipe", "UserError", "bench", "blend", "load_student", "merge"]
 
-_HOME = {"Recipe": "recipe", "UserError": "errors", "load_student": "adapters.load", "merge": "merge"}
+_HOME = {
+    "Recipe": "recipe", "UserError": "errors", "bench": "bench.run", "blend": "api", "load_student": "adapters.load",
+    "merge": "merge",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -36,7 +43,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Importing the room `danceopd.merge` may not replace the function `danceopd.merge`."""
+    """Importing the rooms `danceopd.merge` and `danceopd.bench` may not replace the functions of their names."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOME and isinstance(value, ModuleType)):

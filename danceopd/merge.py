@@ -9,6 +9,7 @@ says that it is finished. Of several processes the first checks, encodes and wri
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import time
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from danceopd.adapters.load import load_student
 from danceopd.assembly import build_backbone, initial_student, routed_teacher, teacher_weights, warn_of_scenes
+from danceopd.bench.results import Benched
 from danceopd.common.console import progress_bar
 from danceopd.common.distributed import Processes
 from danceopd.common.signals import Interrupts
@@ -34,6 +37,7 @@ from danceopd.engine.optimizer import Diverged
 from danceopd.engine.teachers import TeacherWeights, check_teachers
 from danceopd.engine.trainer import STUDENT, Trainer
 from danceopd.engine.warm_start import StudentInit
+from danceopd.errors import UserError
 from danceopd.kernels.autotune import install_if_faster
 from danceopd.labelfree.audit.check import check_audit
 from danceopd.labelfree.contrast import contrasted
@@ -68,10 +72,11 @@ Report = Callable[[StepMetrics, int], None]
 
 
 @dataclass(frozen=True)
-class Student:
+class Student(Benched):
     """A merged student: its run folder, its steps, and the seconds this call took (0: it was finished before).
 
-    Of several processes the `first` wrote it; the others know no more of it than this.
+    Of several processes the `first` wrote it; the others know no more of it than this. `student.bench(...)` scores it;
+    then it has `scores` and `report`.
     """
 
     folder: Path
@@ -82,6 +87,12 @@ class Student:
     def pipeline(self, **how: Any) -> Any:
         """The stock diffusers pipeline with the student in it (see `load_student`)."""
         return load_student(self.folder, **how)
+
+    @property
+    def grid(self) -> Image.Image | None:
+        """The contact sheet of its bench, else the last sample grid of the run, RGB; None where there is neither."""
+        drawn = sorted((self.folder / "samples").glob("step-*.png"))
+        return super().grid or (Image.open(drawn[-1]).convert("RGB") if drawn else None)
 
 
 @dataclass(frozen=True)
@@ -103,13 +114,25 @@ class _Opened:
     began: float
 
 
-def merge(recipe: Recipe, report: Report | None = None) -> Student:
-    """Merge the recipe's teachers; ``report(metrics, steps)`` is called after every update.
+def merge(recipe: Recipe | str | os.PathLike | Mapping[str, Any], report: Report | None = None) -> Student:
+    """Merge the recipe's teachers into one LoRA; returns the `Student` with its folder.
 
-    Without ``report`` a progress bar with the time left is drawn. Raises UserError for anything that is wrong with the
-    input, ExportError when the written file is not the student. SIGTERM and Ctrl-C end the update at hand and save it;
-    then it raises SystemExit(143) or KeyboardInterrupt.
+    ``recipe`` is a `Recipe`, the path of its YAML file, or its keys as a mapping. ``report(metrics, steps)`` is called
+    after every update, with the loss and its parts as floats; without it, a progress bar with the time left is drawn.
+    The same recipe again continues, or returns at once.
+
+    Raises UserError for anything that is wrong with the input, before a model is loaded; ExportError when the written
+    file is not the student. SIGTERM and Ctrl-C end the update at hand and save it; then it raises SystemExit(143) or
+    KeyboardInterrupt.
     """
+    if isinstance(recipe, Mapping):
+        recipe = Recipe(**recipe)
+    elif isinstance(recipe, str | os.PathLike):
+        recipe = Recipe.from_yaml(Path(recipe))
+    elif not isinstance(recipe, Recipe):
+        raise UserError(
+            f"merge got a {type(recipe).__name__}; give a Recipe, the path of a recipe.yaml, or a mapping of its keys"
+        )
     began = time.monotonic()
     processes = Processes(recipe.device)
     with processes.watched():

@@ -22,7 +22,7 @@ from PIL import Image
 
 from danceopd.bench.images import ImageStore
 from danceopd.bench.lineup import Lineup, Model
-from danceopd.bench.suites.protocol import Item
+from danceopd.bench.suites.protocol import DRIFT, Item
 from danceopd.common.distributed import Processes
 from danceopd.common.files import disk_errors, read_lines, write_atomic
 from danceopd.data.dataset import CachedConditions, Size
@@ -215,7 +215,7 @@ class ImageGenerator:
         """This process's batches with a missing image, model after model."""
         batches: dict[str, list[tuple[int, ...]]] = {}
         for capability, encoded in conditions.items():
-            groups = _grouped(len(encoded), partial(_size_and_layout, encoded))
+            groups = _grouped(len(encoded), partial(_kind, encoded, self.items[capability]))
             batches[capability] = [
                 tuple(part) for rows in groups for part in _chunks(rows, self._batch_size(encoded.size(rows[0])))
             ]
@@ -282,8 +282,9 @@ def _grouped(count: int, key: Callable[[int], Hashable]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _size_and_layout(encoded: CachedConditions, row: int) -> Hashable:
-    return encoded.size(row), encoded.layout(row)
+def _kind(encoded: CachedConditions, items: Sequence[Item], row: int) -> Hashable:
+    """What the items of a batch share. Those of `--drift` are apart, so that the others' batches stay as they are."""
+    return encoded.size(row), encoded.layout(row), items[row].group == DRIFT
 
 
 def _chunks(rows: Sequence[int], size: int) -> list[Sequence[int]]:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from danceopd.bench.metrics.masks import read_mask
 from danceopd.bench.report.schema import rename_steps
-from danceopd.bench.suites.protocol import Item, Suite
+from danceopd.bench.suites.protocol import DRIFT, Item, Suite
 from danceopd.bench.suites.records import any_case
 from danceopd.common.files import disk_errors, partial_path, write_atomic
 from danceopd.data.images import picture
@@ -86,7 +86,8 @@ class ImageStore:
 
     def path(self, model: str, item: Item) -> str:
         """The path of a model's image of an item, whether it exists or not."""
-        return f"images/{model}/{self.suite.image_path(item)}"
+        place = f"{DRIFT}/{item.key}.png" if item.group == DRIFT else self.suite.image_path(item)
+        return f"images/{model}/{place}"
 
     def existing(self, model: str, item: Item) -> str | None:
         """The path of the image that is there, with its own suffix; None where there is none."""
@@ -121,6 +122,8 @@ class ImageStore:
 
     def save_extra_files(self, model: str, item: Item) -> None:
         """Write what the official layout has beside a model's image: small files, and the source (linked or copied)."""
+        if item.group == DRIFT:
+            return
         for name, text in self.suite.extra_files(item).items():
             file = self.folder / "images" / model / name
             if not file.is_file():

@@ -25,13 +25,15 @@ class JudgeOptions:
     """Who scores a judged suite (`--judge`), and how.
 
     `judge`: see `judges.registry.load_judge`; "none" generates and measures without a judge. `arguments` are those of
-    the judge's class. Everything is asked `repeats` times, for at most `max_cost` US dollars.
+    the judge's class. Everything is asked `repeats` times, for at most `max_cost` US dollars. A `second` judge is
+    asked the same questions once, with its own default arguments, for at most as much again.
     """
 
     judge: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     repeats: int = 1
     max_cost: float | None = None
+    second: str | None = None
 
 
 @dataclass(frozen=True)

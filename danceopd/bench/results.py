@@ -8,7 +8,9 @@ machine). The tables and the report read nothing else but the rows beside it.
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import html
 import json
 import platform
 from collections import Counter
@@ -19,6 +21,8 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from danceopd.bench import statistics
 from danceopd.bench.interference import interference
@@ -47,11 +51,55 @@ UNSCORED_SHOWN, REASON = 3, 400
 """Reasons that are kept, and characters of each."""
 
 
-@dataclass(frozen=True)
+class Benched:
+    """What has a folder, and after a bench its results: `scores`, `report` and `grid`."""
+
+    folder: Path
+
+    @property
+    def bench_folder(self) -> Path:
+        """Where its bench is, or would be."""
+        return self.folder / "bench"
+
+    @property
+    def scores(self) -> dict[str, Any] | None:
+        """The contents of `scores.json` of its bench, plain JSON; None before a bench.
+
+        `scores["models"]` are the models with their means by capability and category, `scores["verdict"]` says whether
+        anything got worse, `scores["comparison"]` has the student's paired differences. UserError for a damaged bench.
+        """
+        return load(self.bench_folder)[0] if (self.bench_folder / "scores.json").is_file() else None
+
+    @property
+    def report(self) -> Path | None:
+        """The path of the bench's `report.html`, one self-contained page; None before a bench."""
+        return path if (path := self.bench_folder / "report.html").is_file() else None
+
+    @property
+    def grid(self) -> Image.Image | None:
+        """One labelled picture, RGB: the bench's best, typical and worst items by model; None before a bench."""
+        return _opened(self.bench_folder / CONTACT_SHEET)
+
+    def bench(self, suite: str = "scenes", **options: Any) -> BenchResult:
+        """Score it against its base and its teachers on a suite; see `danceopd.bench` for the options."""
+        from danceopd.bench.run import bench
+
+        return bench(self.folder, suite, **options)
+
+
+def _opened(path: Path) -> Image.Image | None:
+    if not path.is_file():
+        return None
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+@dataclass(frozen=True, repr=False)
 class BenchResult:
     """A finished bench: its folder, the contents of `scores.json` and `samples.jsonl`, and the report's path.
 
-    Of several processes only the main one (`is_main`) has it; the others generated images and hold nothing.
+    Of several processes only the main one (`is_main`) has it; the others generated images and hold nothing. In a
+    notebook it shows its verdict and its contact sheet.
     """
 
     folder: Path
@@ -61,14 +109,32 @@ class BenchResult:
     is_main: bool = True
 
     @property
+    def verdict(self) -> str:
+        """Whether anything got worse, in one sentence."""
+        return str(self.scores["verdict"]["sentence"]) if self.scores else ""
+
+    @property
     def sheet(self) -> Path | None:
         """The path of contact.png; None where there was nothing to show."""
         return path if (path := self.folder / CONTACT_SHEET).is_file() else None
 
+    @property
+    def grid(self) -> Image.Image | None:
+        """contact.png as an RGB image: the best, a typical and the worst item by model; None where there is none."""
+        return _opened(self.folder / CONTACT_SHEET)
+
     def overall(self, model: str, capability: str) -> float:
-        """A model's overall score in "generation" or "editing"."""
+        """A model's overall score in "generation" or "editing", on the suite's scale."""
         found = next(m for m in self.scores["models"] if m["name"] == model)
         return found[capability]["overall"]["mean"]
+
+    def __repr__(self) -> str:
+        return f"BenchResult({str(self.folder)!r}, {self.verdict!r})"
+
+    def _repr_html_(self) -> str:
+        shown = "" if self.sheet is None else base64.b64encode(self.sheet.read_bytes()).decode()
+        picture = f'<img src="data:image/png;base64,{shown}" style="max-width:100%">' if shown else ""
+        return f"<p><b>{html.escape(self.verdict)}</b></p>{picture}"
 
 
 def load(folder: str | Path) -> tuple[dict, list[dict]]:

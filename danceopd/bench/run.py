@@ -16,19 +16,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from danceopd.bench.evidence.drift import drift_items, measure_drift
+from danceopd.bench.evidence.second import FILE as SECOND_FILE
+from danceopd.bench.evidence.second import rows_of_second, second_judge
 from danceopd.bench.generate import GenerationLog, ImageGenerator, Missing, Progress, missing_images
 from danceopd.bench.images import FILES, MARK, ImageStore, check_identity
+from danceopd.bench.judges.registry import open_session
 from danceopd.bench.lineup import Lineup, add_image_folders, build_lineup
+from danceopd.bench.metrics.collapse import image_sets
 from danceopd.bench.options import BlendOptions, JudgeOptions, SuiteOptions
 from danceopd.bench.report.card import add_to_card
 from danceopd.bench.report.report import report as write_report
-from danceopd.bench.report.training import (
-    monitor_summary,
-    recipe_summary,
-    recipe_text,
-    training_samples,
-    validation_error,
-)
+from danceopd.bench.report.training import about_training
 from danceopd.bench.report.verdict import MARGIN, check_margin
 from danceopd.bench.results import BenchResult, summarise
 from danceopd.bench.scoring import Scoring
@@ -58,7 +57,17 @@ def bench(
     output: str | Path | None = None,
     **options: Any,
 ) -> BenchResult:
-    """Score a student against the models that it came from; `options` are the further fields of `Bench`."""
+    """Score a student against the models that it came from, on the same items from the same noise.
+
+    `student` is a run folder, a LoRA or a pipeline; `suite` one of `danceopd suites`; `against` names models, by
+    default the base, the teachers and a blend; `output` is by default the folder `bench` in the student's. `options`
+    are the further fields of `Bench`: `limit` (items of each capability), `seed`, `device`, `judge` (a
+    `JudgeOptions`), and so on.
+
+    Returns a `BenchResult`: `scores` (plain JSON: means on the suite's scale with 95 % intervals), `report` (the path
+    of one self-contained page), `grid` (one labelled RGB picture), `rows` (one for each item and model). The same call
+    again continues. Raises UserError for wrong input, before a model is loaded.
+    """
     return Bench(student, suite, against, output, **options).run()
 
 
@@ -77,8 +86,9 @@ class Bench:
 
     `limit`: items of each capability. `categories`: only these. `probes` adds held-out and compound items. `batch`:
     images generated at once, by default what their size allows. `only_score` generates nothing and loads no model.
-    `features`: networks for judge-free metrics (`features.load_networks`). `margin`: the share of the scale that may be
-    lost and still counts as nothing (verdict.py). Raises UserError for wrong input.
+    `features`: networks for judge-free metrics (`features.load_networks`). `drift`: "auto" or a file of prompts that no
+    teacher is for, drawn for the distance from the base and diversity (evidence/drift.py). `margin`: the share of the
+    scale that may be lost and still counts as nothing (verdict.py). Raises UserError for wrong input.
     """
 
     student: str | Path | None = None
@@ -92,12 +102,13 @@ class Bench:
     categories: Sequence[str] = ()
     probes: bool = False
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"
     batch: int | None = None
     only_score: bool = False
     suite_options: SuiteOptions = field(default_factory=SuiteOptions)
     judge: JudgeOptions = field(default_factory=JudgeOptions)
     features: Sequence[str] = ()
+    drift: str | None = None
     margin: float = MARGIN
     progress: Progress = _silent
 
@@ -127,15 +138,15 @@ class Bench:
             with processes.main_first():
                 if processes.is_main:
                     self._check()
-                    if self.session is not None:
-                        self.session.judge.check()
+                    for session in filter(None, (self.session, self.second_session)):
+                        session.judge.check()
                     lock = self._open()
-                    missing = missing_images(self.lineup, self.items, log.merge()) if self._generates else {}
+                    missing = missing_images(self.lineup, self.generated_items, log.merge()) if self._generates else {}
             missing = processes.broadcast(missing)
             if missing:
                 progress = self.progress if processes.is_main else _silent
                 how = (self.call or {}, self.seed, self.batch, processes, progress)
-                generator = ImageGenerator(self.lineup, self.items, self.store, *how)
+                generator = ImageGenerator(self.lineup, self.generated_items, self.store, *how)
                 with processes.watched():
                     seconds = generator.run(missing, self._measure_ceiling)
             if not processes.is_main:
@@ -153,7 +164,7 @@ class Bench:
         """
         self._check()
         generated = GenerationLog(self.folder).read() if (self.folder / MARK).is_file() else {}
-        missing = missing_images(self.lineup, self.items, generated) if self._generates else {}
+        missing = missing_images(self.lineup, self.generated_items, generated) if self._generates else {}
         found: dict[str, Any] = {
             "items": {c: len(items) for c, items in self.items.items()},
             "published": dict(self.loaded_suite.published),
@@ -161,11 +172,12 @@ class Bench:
             "images": sum(len(rows) for by_capability in missing.values() for rows in by_capability.values()),
             "judge": None,
         }
-        if self.session is not None:
-            scoring = self._scoring()
-            to_come = scoring.questions_to_come(missing, self.call or {})
-            cost = self.session.estimate(scoring.questions(), to_come)
-            found["judge"] = {"name": redacted(self.judge.judge or ""), **vars(cost)}
+        sessions = {"judge": (self.session, self.judge.judge), "second_judge": (self.second_session, self.judge.second)}
+        for which, (session, name) in sessions.items():
+            if session is not None:
+                scoring = self._scoring()
+                cost = session.estimate(scoring.questions(), scoring.questions_to_come(missing, self.call or {}))
+                found[which] = {"name": redacted(name or ""), **vars(cost)}
         return found
 
     # -- the models, the items, the judge ------------------------------------------------------------------
@@ -236,11 +248,34 @@ class Bench:
             )
         if judge == "none":
             return None
-        from danceopd.bench.judges.registry import load_judge
-        from danceopd.bench.judges.session import JudgeSession
+        file = self.folder / "judge.jsonl"
+        return open_session(judge, file, self.judge.arguments, self.judge.repeats, self.judge.max_cost)
 
-        made = load_judge(judge, **self.judge.arguments)
-        return JudgeSession(made, self.folder / "judge.jsonl", self.judge.repeats, self.judge.max_cost)
+    @cached_property
+    def second_session(self) -> JudgeSession | None:
+        """The session of --second-judge; None without one."""
+        if self.judge.second is None:
+            return None
+        if self.session is None:
+            raise UserError("--second-judge needs a suite with a judge, and --judge for the first one")
+        made = open_session(self.judge.second, self.folder / SECOND_FILE, {}, 1, self.judge.max_cost)
+        if made.judge.identity == self.session.judge.identity:
+            raise UserError("--second-judge is the same judge as --judge; for its agreement with itself give --repeats")
+        return made
+
+    @cached_property
+    def drift_items(self) -> list[Item]:
+        """The items of --drift, which are drawn and not scored."""
+        if self.drift is None:
+            return []
+        if self.lineup.folder is None:
+            raise UserError("--drift needs models that generate here; folders of images have no images of its prompts")
+        return drift_items(self.drift, self.loaded_suite)
+
+    @cached_property
+    def generated_items(self) -> dict[str, list[Item]]:
+        """Capability -> items to generate: those that are scored, and after them those of --drift."""
+        return self.items | {"generation": [*self.items["generation"], *self.drift_items]}
 
     @cached_property
     def networks(self) -> tuple[Network, ...]:
@@ -281,7 +316,7 @@ class Bench:
 
     def _check(self) -> None:
         """UserError for everything that can be refused before a model is loaded or a folder is made."""
-        _ = self.session, self.items, self.identity, self.networks
+        _ = self.session, self.second_session, self.generated_items, self.identity, self.networks
         folder = self.folder
         if folder.is_dir() and not (folder / MARK).is_file() and any(p.name not in FILES for p in folder.iterdir()):
             raise UserError(f"output folder {folder} holds files that are not a bench; choose another --output")
@@ -340,37 +375,23 @@ class Bench:
             "published": dict(self.loaded_suite.published),
             "call": self.call,
             "judge": self.session and self.session.judge.identity,
-            "judging": self.session and _judging(self.session),
-            "pictures": self._image_sets(rows),
+            "judging": self.session and self.session.summary(),
+            "pictures": image_sets(rows, [m.name for m in self.lineup.models], self.folder),
+            "drift": measure_drift(self.drift_items, self.store, self.lineup),
             "margin": self.margin,
-            "monitor": monitor_summary(self.student),
-            "recipe": recipe_summary(self.student),
-            "recipe_yaml": recipe_text(self.student),
-            "samples": training_samples(self.student, self.folder),
-            "validation": validation_error(self.student),
+            **about_training(self.student, self.folder),
             "ceiling": json.loads(ceiling.read_text(encoding="utf-8")) if ceiling.is_file() else None,
             "machine": describe_machine(str(processes.device)),
             "seconds": seconds | {"total": round(time.perf_counter() - started, 2)},
         }
         scores = summarise(rows, self.lineup, self.loaded_suite, settings)
+        if self.second_session is not None:
+            again = rows_of_second(scoring, rows, self.second_session)
+            settings |= {"judge": self.second_session.judge.identity, "judging": self.second_session.summary()}
+            second = summarise(again, self.lineup, self.loaded_suite, settings)
+            scores["second_judge"] = second_judge(scores, second, self.folder)
         write_json(self.folder / "scores.json", scores, text=False)  # the report dashes None
         found = BenchResult(self.folder, scores, rows, write_report(self.folder))
         add_to_card(self.student, scores, found.sheet)
         self.progress(1, 1, "report")
         return found
-
-    def _image_sets(self, rows: Sequence[dict]) -> dict[str, dict]:
-        """Model -> near-duplicates, constant images and diversity of all of its images."""
-        from danceopd.bench.metrics.collapse import measure_set
-
-        found: dict[str, dict] = {m.name: {} for m in self.lineup.models}
-        for row in rows:
-            if row["image"] is not None:
-                found[row["model"]][f"{row['category']}/{row['key']}"] = self.folder / row["image"]
-        return {model: measure_set(images) for model, images in found.items()}
-
-
-def _judging(session: JudgeSession) -> dict:
-    """Repeats, usage and self-agreement of a judge."""
-    found = {"repeats": session.repeats, "usage": session.usage, "stopped": session.stopped}
-    return found | {"agreement": session.agreement()}

@@ -81,7 +81,7 @@ class Scoring:
                 if first[model.name] == model.name:
                     rows.update(self._unscored_rows(model, items, known))
         if isinstance(self.suite, JudgedSuite):
-            self._judge(self.suite, rows, session)
+            self.judge_rows(self.suite, rows, session)
         elif isinstance(self.suite, ExactSuite):
             self._score(self.suite, rows, known)
         for capability, items in self.items.items():
@@ -112,6 +112,7 @@ class Scoring:
             for name, found in missing.items()
             for capability, rows in found.items()
             for n in rows
+            if n < len(self.items[capability])  # further ones are drawn and not scored
         }
         for model, item in self._pairs():
             if (model.name, item.id) in wanted and isinstance(self.suite, JudgedSuite):
@@ -216,7 +217,7 @@ class Scoring:
                     out.write(json_line(rows[model, item.id]))
                 out.flush()
 
-    def _judge(self, suite: JudgedSuite, rows: Rows, session: JudgeSession | None) -> None:
+    def judge_rows(self, suite: JudgedSuite, rows: Rows, session: JudgeSession | None) -> None:
         """Ask a judge about every image, and turn its answers into scores."""
         keys: dict[tuple[str, str], dict[str, str]] = {}  # (model, item id) -> aspect -> question key
 

@@ -100,12 +100,18 @@ def bench(
     features: Annotated[
         str, typer.Option(help="Networks for judge-free metrics: lite0, clip:MODEL, dino:MODEL; comma-separated.")
     ] = "",
+    drift: Annotated[
+        str, typer.Option(help='Also draw prompts that no teacher is for: "auto", or a file with one in each line.')
+    ] = "",
     judge: Annotated[
         str | None,
         typer.Option(
             help='openai:MODEL@URL, hf:PATH, cmd:PROGRAM, replay:FILE; or "none": images and metrics only.',
             rich_help_panel=JUDGE,
         ),
+    ] = None,
+    second_judge: Annotated[
+        str | None, typer.Option(help="Another judge, asked the same once.", rich_help_panel=JUDGE)
     ] = None,
     repeats: JudgeRepeats = 1,
     max_cost: MaxCost = None,
@@ -183,8 +189,9 @@ def bench(
             batch=batch,
             only_score=only_score,
             suite_options=SuiteOptions(data, language, official_prompts, samples),
-            judge=JudgeOptions(judge, arguments, repeats, max_cost),
+            judge=JudgeOptions(judge, arguments, repeats, max_cost, second_judge),
             features=words(features),
+            drift=drift or None,
             margin=MARGIN if margin is None else margin,
             progress=progress,
         )
@@ -233,11 +240,15 @@ def show_estimate(found: dict[str, Any]) -> None:
     echo(f"items: {', '.join(items)}")
     echo(f"models: {', '.join(found['models'])}")
     echo(f"images to generate: {found['images']}")
-    judge = found["judge"]
-    if judge is None:
-        echo("questions: none; no judge is asked")
-        return
-    echo(f"judge: {judge['name']}")
+    if found["judge"] is None:
+        return echo("questions: none; no judge is asked")
+    for which in ("judge", "second_judge"):
+        if found.get(which):
+            _show_cost(which.replace("_", " "), found[which])
+
+
+def _show_cost(which: str, judge: dict[str, Any]) -> None:
+    echo(f"{which}: {judge['name']}")
     echo(
         f"questions: {judge['questions']} ({judge['recorded']} already answered, {judge['equal']} equal to another, "
         f"{judge['to_ask']} to ask)"

@@ -148,11 +148,11 @@ def show_agreement(one: Path, other: Path, as_json: bool = False) -> None:
 
 
 def _session(options: JudgeOptions, output: Path) -> JudgeSession:
-    from danceopd.bench.judges.registry import load_judge
-    from danceopd.bench.judges.session import JudgeSession
+    from danceopd.bench.judges.registry import open_session
 
-    judge = load_judge(options.judge or "", **options.arguments)
-    return JudgeSession(judge, output / "judge.jsonl", options.repeats, options.max_cost)
+    return open_session(
+        options.judge or "", output / "judge.jsonl", options.arguments, options.repeats, options.max_cost
+    )
 
 
 def _votes(session: JudgeSession, chosen: Sequence[Pair]) -> dict[str, Any]:

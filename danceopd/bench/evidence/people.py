@@ -71,7 +71,7 @@ def people(
     for mine in votes.values():
         for place, vote in mine.items():
             by_pair.setdefault(place, []).append(vote)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"capability": c, "category": category, "key": key, "vote": sum(given) / len(given), "orders": [None]}
         for (c, category, key), given in by_pair.items()
     ]
@@ -104,7 +104,7 @@ def _agreement(pairs: Sequence[tuple[float, float]], sides_only: bool = False) -
     if not signs:
         return None
     share = statistics.mean([float(a == b) for a, b in signs], share=True)
-    choices = [("", *(Answer("", "ok", choice=str(sign)) for sign in pair)) for pair in signs]
+    choices = [("", Answer("", "ok", choice=str(a)), Answer("", "ok", choice=str(b))) for a, b in signs]
     kappa = agreement(choices)[""]["kappa"]
     return {"n": len(signs), "agree": share["mean"], "low": share["low"], "high": share["high"], "kappa": kappa}
 

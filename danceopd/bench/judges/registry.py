@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from danceopd.bench.judges.protocol import Judge
 from danceopd.common.messages import did_you_mean
 from danceopd.common.system import redacted
 from danceopd.errors import UserError
+
+if TYPE_CHECKING:
+    from danceopd.bench.judges.session import JudgeSession
 
 FLAGS = {
     "key_file": "--judge-key-file",
@@ -24,6 +29,15 @@ KINDS = {
     "replay": "recorded answers, as replay:judge.jsonl",
 }
 """What stands before the colon -> what it is, with an example."""
+
+
+def open_session(
+    text: str, file: Path, arguments: Mapping[str, Any], repeats: int = 1, max_cost: float | None = None
+) -> JudgeSession:
+    """A session of the judge of `load_judge`, whose answers are in `file`; nothing is asked yet."""
+    from danceopd.bench.judges.session import JudgeSession
+
+    return JudgeSession(load_judge(text, **arguments), file, repeats, max_cost)
 
 
 def load_judge(text: str, **options: Any) -> Judge:

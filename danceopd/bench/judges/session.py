@@ -111,6 +111,11 @@ class JudgeSession:
             for one, other in combinations(repeats, 2)
         )
 
+    def summary(self) -> dict[str, Any]:
+        """`repeats`, `usage`, `stopped` and `agreement` of the last ``answers``, as plain JSON."""
+        found = {"repeats": self.repeats, "usage": self.usage, "stopped": self.stopped}
+        return found | {"agreement": self.agreement()}
+
     def _repeated(self, questions: Iterable[Question]) -> Iterator[Question]:
         return (replace(question, repeat=n) for question in questions for n in range(self.repeats))
 

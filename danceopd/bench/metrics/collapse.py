@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,3 +133,12 @@ def measure_set(images: Mapping[str, Any]) -> dict[str, Any]:
         "seed_diversity": round(float(np.mean([_spread(g) for g in several.values()])), 6) if several else None,
         "same_seeds": len(same) / len(several) if several else None,
     }
+
+
+def image_sets(rows: Sequence[Mapping[str, Any]], models: Sequence[str], folder: Path) -> dict[str, dict]:
+    """Model -> `measure_set` of all of its images in the rows of a bench."""
+    found: dict[str, dict[str, Path]] = {model: {} for model in models}
+    for row in rows:
+        if row["image"] is not None:
+            found[row["model"]][f"{row['category']}/{row['key']}"] = folder / row["image"]
+    return {model: measure_set(images) for model, images in found.items()}

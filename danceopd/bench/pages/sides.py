@@ -101,7 +101,8 @@ def recipe_differences(one: str | None, other: str | None) -> list[tuple[str, st
     if a is None or b is None:
         return []
     keys = [key for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key) and key != "output"]
-    return [(key, *("–" if side.get(key) is None else str(side[key]) for side in (a, b))) for key in keys]
+    one_of, other_of = ([("–" if side.get(key) is None else str(side[key])) for key in keys] for side in (a, b))
+    return list(zip(keys, one_of, other_of))
 
 
 def _flat(value: Any, key: str = "") -> list[tuple[str, Any]]:

@@ -17,6 +17,7 @@ from danceopd.bench.evidence.worst import worst
 from danceopd.bench.pages.contact import write_contact_sheet
 from danceopd.bench.pages.render import render, script_of
 from danceopd.bench.report import charts, facts, table
+from danceopd.bench.report.evidence import drift_lines, judges
 from danceopd.bench.report.export import export
 from danceopd.bench.report.items import PAGE, REASON, embed_images, failures, highlights, items_of
 from danceopd.bench.report.thumbnails import Thumbnails
@@ -32,7 +33,7 @@ FAILURES = 500
 OPTIONAL = (
     *("judge", "judging", "subsets", "metrics", "pictures", "ceiling", "probes", "blend_grid", "base", "seed"),
     *("call", "limit", "categories", "machine", "seconds", "versions", "command", "monitor", "validation", "recipe"),
-    *("comparison", "recipe_yaml", "samples"),
+    *("comparison", "recipe_yaml", "samples", "drift", "second_judge"),
 )
 """Keys of `scores.json` that older benches or other programs may have left out."""
 
@@ -92,6 +93,8 @@ def page(scores: dict, rows: Sequence[dict], thumbnails: Thumbnails, budget: int
         "worst": worst(scores, items),
         "sheet": bool(picked),
         "samples": _grids(scores, thumbnails),
+        "drift": drift_lines(scores, thumbnails),
+        "judges": judges(scores),
         "who": {m["name"]: m for m in scores["models"]},
         "capabilities": capabilities,
         "measures": list(views),

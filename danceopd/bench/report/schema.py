@@ -207,6 +207,32 @@ class _Grid(_Part):
     image: str
 
 
+class _Farthest(_Part):
+    prompt: str
+    distance: float
+    base: str
+    student: str
+
+
+class _Drift(_Part):
+    prompts: list[str]
+    seeds: int
+    models: dict[str, dict[str, _Figure]]
+    farthest: list[_Farthest]
+
+
+class _Told(_Part):
+    kind: str = Field(pattern="^(lost|kept|unknown)$")
+    sentence: str
+
+
+class _SecondJudge(_Part):
+    verdict: _Told
+    models: dict[str, dict[str, _Counted]]
+    agreement: dict[str, dict[str, Any]]
+    same: bool
+
+
 class _Scores(_Part):
     suite: _Suite
     models: list[_Model] = Field(min_length=1)
@@ -225,6 +251,8 @@ class _Scores(_Part):
     recipe: _Recipe | None = None
     recipe_yaml: str | None = None
     samples: list[_Grid] | None = None
+    drift: _Drift | None = None
+    second_judge: _SecondJudge | None = None
     judging: dict[str, Any] | None = None
     call: dict[str, Any] | None = None
     base: dict[str, Any] | None = None

@@ -26,6 +26,13 @@ GRIDS, GRID_SIDE = 4, 1280
 """Sample grids of a run that are copied, and their longest side in pixels."""
 
 
+def about_training(student: str | Path | None, folder: Path) -> dict[str, Any]:
+    """All of it, for `scores.json`; sample grids are copied into the bench's `folder`."""
+    about: dict[str, Any] = {"monitor": monitor_summary(student), "validation": validation_error(student)}
+    about |= {"recipe": recipe_summary(student), "recipe_yaml": recipe_text(student)}
+    return about | {"samples": training_samples(student, folder)}
+
+
 def recipe_summary(student: str | Path | None) -> dict[str, Any] | None:
     """What was merged and how, from the run's recipe.yaml: {base, teachers, rank, steps}.
 

@@ -23,6 +23,8 @@ from danceopd.errors import UserError
 if TYPE_CHECKING:
     from danceopd.bench.judges.protocol import Answer, Question
 
+DRIFT = "drift"
+"""The group of items that are drawn and compared with the base, and never scored (evidence/drift.py)."""
 RoundTrip = Callable[[list[Image.Image]], list[Any]]
 """Images through an autoencoder and back, as many as went in."""
 
