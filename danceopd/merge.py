@@ -23,7 +23,7 @@ from PIL import Image
 
 from danceopd.adapters.load import load_student
 from danceopd.assembly import build_backbone, initial_student, routed_teacher, teacher_weights, warn_of_scenes
-from danceopd.bench.results import Benched
+from danceopd.bench.results import Benched, open_picture
 from danceopd.common.console import progress_bar
 from danceopd.common.distributed import Processes
 from danceopd.common.signals import Interrupts
@@ -92,7 +92,7 @@ class Student(Benched):
     def grid(self) -> Image.Image | None:
         """The contact sheet of its bench, else the last sample grid of the run, RGB; None where there is neither."""
         drawn = sorted((self.folder / "samples").glob("step-*.png"))
-        return super().grid or (Image.open(drawn[-1]).convert("RGB") if drawn else None)
+        return super().grid or (open_picture(drawn[-1]) if drawn else None)
 
 
 @dataclass(frozen=True)

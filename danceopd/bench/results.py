@@ -78,7 +78,7 @@ class Benched:
     @property
     def grid(self) -> Image.Image | None:
         """One labelled picture, RGB: the bench's best, typical and worst items by model; None before a bench."""
-        return _opened(self.bench_folder / CONTACT_SHEET)
+        return open_picture(self.bench_folder / CONTACT_SHEET)
 
     def bench(self, suite: str = "scenes", **options: Any) -> BenchResult:
         """Score it against its base and its teachers on a suite; see `danceopd.bench` for the options."""
@@ -87,7 +87,8 @@ class Benched:
         return bench(self.folder, suite, **options)
 
 
-def _opened(path: Path) -> Image.Image | None:
+def open_picture(path: Path) -> Image.Image | None:
+    """The image of a file in RGB; None where there is none."""
     if not path.is_file():
         return None
     with Image.open(path) as image:
@@ -121,7 +122,7 @@ class BenchResult:
     @property
     def grid(self) -> Image.Image | None:
         """contact.png as an RGB image: the best, a typical and the worst item by model; None where there is none."""
-        return _opened(self.folder / CONTACT_SHEET)
+        return open_picture(self.folder / CONTACT_SHEET)
 
     def overall(self, model: str, capability: str) -> float:
         """A model's overall score in "generation" or "editing", on the suite's scale."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from bench_cases import CALL, Suite
+from browser import BROWSER, FLAGS
 from tiny import random_adapter, tiny_klein
 
 from danceopd.adapters.write import write_adapter
@@ -40,3 +41,15 @@ def result(models: Path, tmp_path_factory: pytest.TempPathFactory) -> BenchResul
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache is in the test's own folder."""
     monkeypatch.setenv("DANCEOPD_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def browser():
+    if BROWSER is None:
+        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        started = play.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        yield started
+        started.close()

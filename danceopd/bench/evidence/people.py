@@ -64,7 +64,7 @@ def people(
     """Plain JSON: `voters` (name -> votes), `capabilities` (figures as of `pairwise.tally`), `agreement`.
 
     `items` are those of `compare`, with the difference of the judge's scores; `judged` the judge's own votes on pairs.
-    `agreement` has `voters` (persons with each other), `scores` (the judge's scores with people) and `votes` (the
+    `agreement` has `voters` (persons with each other), `scores` (the bench's scores with people) and `votes` (the
     judge's votes with people), each {n, agree, low, high, kappa} or None where there is nothing to compare.
     """
     by_pair: dict[Place, list[int]] = {}
@@ -112,7 +112,7 @@ def _agreement(pairs: Sequence[tuple[float, float]], sides_only: bool = False) -
 def sentences(found: Mapping[str, Any]) -> list[str]:
     """What people preferred and how far they agree, a line each."""
     made = [f"people: {', '.join(f'{name} ({count} pairs)' for name, count in found['voters'].items())}"]
-    what = {"voters": "people with each other", "scores": "the judge's scores with people"}
+    what = {"voters": "people with each other", "scores": "the bench's scores with people"}
     what["votes"] = "the judge's votes with people"
     for key, words in what.items():
         of = found["agreement"].get(key)
