@@ -58,7 +58,7 @@ def initial_student(recipe: Recipe, teachers: list[TeacherWeights], base: Path) 
     def read(path: str) -> tuple[Adapter, str]:
         return read_adapter(path, empty_transformer(base)), inspect_adapter(path).record.get("started", "a LoRA")
 
-    init = student_init(student, adapters, read, seed=recipe.seed)
+    init = student_init(student, adapters, read, recipe.seed, teachers[0].fast)
     _log.info(init.sentence)
     return init
 

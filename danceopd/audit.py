@@ -131,7 +131,7 @@ def audit(
         )
     check_output(folder)
     session = _session(options.judge, folder)
-    teachers = check_teachers(recipe.teachers, base)
+    teachers = check_teachers(recipe.teachers, base, fast=recipe.fast)
     recipe = recipe.model_copy(update={"output": folder})  # whose cache it uses
     prepared = prepare(recipe, base, teachers, card_here(resolve_device(recipe.device)), ended=False)
     assert prepared.run is not None

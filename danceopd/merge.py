@@ -54,7 +54,6 @@ from danceopd.pipelines.registry import family_of
 from danceopd.planning.cards import card_here
 from danceopd.planning.checks import check_streamed
 from danceopd.planning.settings import prepare
-from danceopd.recipe.parts import Columns
 from danceopd.recipe.recipe import AUTO, Recipe
 from danceopd.run.checkpoints import Checkpoints
 from danceopd.run.directory import RunDirectory
@@ -62,6 +61,7 @@ from danceopd.run.early_stopping import EarlyStopping
 from danceopd.run.export import NotFinite, Origin, stock_dtype, write_student
 from danceopd.run.limits import Limits, memory_error
 from danceopd.run.logger import MetricsLog, Throughput
+from danceopd.run.many.need import NeedRouting
 from danceopd.run.provenance import check_data, check_weights, refuse_unequal, shared_facts
 from danceopd.run.samples import SampleGrid, Samples
 from danceopd.run.validation import validation_error
@@ -151,7 +151,7 @@ def _merge(recipe: Recipe, report: Report | None, processes: Processes, began: f
             torch.set_float32_matmul_precision("high")  # what stays fp32 is multiplied in TF32
         with processes.main_first():
             base = base_folder(recipe.base)
-            teachers = check_teachers(recipe.teachers, base)
+            teachers = check_teachers(recipe.teachers, base, fast=recipe.fast)
             prepared = prepare(recipe, base, teachers, card, processes.world_size)
             recipe, offers = prepared.recipe, prepared.run is None or prepared.run.may_be_stored_otherwise
             whole = any(one.checkpoint is not None for one in teachers)  # its difference is taken in the run folder
@@ -240,11 +240,7 @@ def _train(opened: _Opened, report: Report) -> Student:
         ]
         fields, bare = {t.name: t.field for t in teachers}, BaseField(backbone)
         teachers = contrasted(recipe, teachers, bare)
-        sources = dict[str, tuple[str, Columns]]()  # the first teacher's, of each capability
-        for teacher in recipe.teachers:
-            sources.setdefault(teacher.capability, (recipe.data_source(teacher), recipe.columns(teacher)))
-        rows = recipe.rows_at_once
-        grid = SampleGrid(sources, recipe.samples.count, recipe.seed + 1, encoder, device, rows)
+        grid = SampleGrid(recipe, encoder, device)
         if recipe.validation.every and measures:
             nulls = {t.name: (t.field, t.null) for t in teachers}
             error = validation_error(recipe, encoder, opened.datasets, nulls, bare, device)
@@ -278,6 +274,7 @@ def _train(opened: _Opened, report: Report) -> Student:
     )  # fmt: skip
     hook, beside = query_hook(recipe, backbone, teachers, device, None if run is None else run.path)
     validation = EarlyStopping(recipe.validation, processes, error, run)
+    need = [NeedRouting(recipe, validation)] if recipe.routing.per == "need" else []
     monitor = MonitorCallback(recipe.monitor, recipe.monitored_every, probes, run, processes, sharded)
     facts = {"recipe": opened.recipe.identity(), "weights": weights, "modules": backbone.modules(STUDENT)}
     checkpoints = Checkpoints(run, processes, recipe.save_every, [validation, monitor], facts)
@@ -290,8 +287,8 @@ def _train(opened: _Opened, report: Report) -> Student:
         trainer = Trainer(
             recipe, backbone, teachers, device, processes.rank, processes.world_size, all_reduce, field, hook,
             callbacks=[
-                *beside, Throughput(), validation, monitor, MetricsLog(logger, opened.began), rollback, samples, limits,
-                checkpoints, _Reporter(report),
+                *beside, Throughput(), validation, *need, monitor, MetricsLog(logger, opened.began), rollback, samples,
+                limits, checkpoints, _Reporter(report),
             ],
         )  # fmt: skip
         checkpoints.restore(trainer)

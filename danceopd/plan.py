@@ -47,7 +47,7 @@ def plan(recipe: Recipe, tflops: float | None = None, gpu: str | None = None) ->
     check_output(recipe.output)
     folder = base_folder(recipe.base)
     begun = (recipe.output / TEACHERS).is_file()
-    teachers = check_teachers(recipe.teachers, folder, values=begun)
+    teachers = check_teachers(recipe.teachers, folder, values=begun, fast=recipe.fast)
     prepared = prepare(recipe, folder, teachers, card, ended=False, room=False)
     recipe, run = prepared.recipe, prepared.run
     assert run is not None

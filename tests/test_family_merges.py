@@ -13,12 +13,13 @@ import math
 import pytest
 import torch
 from tinies import TINYS
-from tiny import random_image
+from tiny import random_adapter, random_image
 from tiny_merge import FAMILY_EDITS, FAMILY_PROMPTS, family_recipe, json_lines
 from tiny_parts import recorded_steps
 
 import danceopd
 from danceopd.adapters.read import read_adapter
+from danceopd.adapters.write import write_adapter
 from danceopd.models.backbone import Backbone
 from danceopd.models.fields import AdapterField, BaseField
 from danceopd.pipelines import EditingPipeline, GenerationPipeline
@@ -62,7 +63,16 @@ def test_the_stock_pipelines_with_the_exported_lora_draw_what_the_student_draws(
     other = "source" if tiny.editing is not None else "base"
     contrast = {"t0": {"reference": "prompt"}, "t1": {"reference": other, "mask": True}}
     recipe = family_recipe(tiny, stock, tmp_path).resolved() | {"contrast": contrast}  # moved targets on the way
+    # and what many teachers may have: a trigger, the base on prompts without one, rows by need, a few-step LoRA
+    recipe["teachers"][0]["trigger"] = "a star"
+    recipe["teachers"].append({"name": "plain", "adapter": "base", "capability": tiny.tasks[0]})
+    few = random_adapter(stock.transformer, rank=2, targets=family.lora_targets, seed=5, size=0.05)
+    write_adapter(few, tmp_path / "few")
+    recipe |= {"fast": {"steps": 2, "adapter": str(tmp_path / "few")}, "routing": {"per": "need"}}
+    recipe |= {"validation": {"rows": 2, "every": 2}, "batch": 3, "student": {"rank": 12}}
     danceopd.merge(danceopd.Recipe(**recipe), report=lambda metrics, steps: None)
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert "`{prompt}, a star`" in card and "**2 steps**" in card
     backbone.add_adapter("student", read_adapter(tmp_path / "student"))
     fields = {"student": AdapterField(backbone, "student"), "base": BaseField(backbone)}
     stock.load_lora_weights(tmp_path / "student")

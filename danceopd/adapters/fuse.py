@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from danceopd.adapters.load import ADAPTER_NAME, ExportError, check_base, load_student
 from danceopd.adapters.read import read_adapter
-from danceopd.common.files import disk_errors, partial_path
+from danceopd.common.files import disk_errors, partial_path, write_json
 from danceopd.common.messages import few
 from danceopd.common.shipped import resolve
 from danceopd.errors import UserError
-from danceopd.models.base import load_base, quietly, stored_dtype
+from danceopd.models.base import call_defaults, load_base, quietly, stored_dtype
 from danceopd.models.lora import Adapter
+from danceopd.recipe.recorded import recorded_recipe
 
 
 def fuse(
@@ -54,9 +55,12 @@ def fuse(
         with disk_errors(output), quietly():
             output.parent.mkdir(parents=True, exist_ok=True)
             pipe.save_pretrained(trial, safe_serialization=True)
-            for kept in (where / "danceopd.json", folder / "recipe.yaml"):  # how to call it, how it was made
-                if kept.is_file():
-                    shutil.copyfile(kept, trial / kept.name)
+            settings = call_defaults(where)  # how to call it
+            if (folder / "recipe.yaml").is_file():  # how it was made
+                shutil.copyfile(folder / "recipe.yaml", trial / "recipe.yaml")
+                settings |= recorded_recipe(folder).get("call") or {}
+            if settings or (where / "danceopd.json").is_file():
+                write_json(trial / "danceopd.json", settings)
         written = load_base(trial, pipe.transformer.dtype).transformer.state_dict()
         wanted = pipe.transformer.state_dict()
         lost = [key for key in wanted if key not in written or not torch.equal(written[key], wanted[key])]

@@ -17,8 +17,10 @@ from danceopd.cli.boundary import Commands, echo, prepare, traceback_in
 from danceopd.cli.flags import App, Json, number, one_of, print_json, settings, words
 from danceopd.cli.openmoji import app as openmoji
 from danceopd.errors import UserError
+from danceopd.worlds.toy.effects import EFFECTS
 
-STAGES = ("autoencoder", "base", "generation", "editing", "local-edit", "global-edit")
+SHIPPED = ("autoencoder", "base", "generation", "editing", "local-edit", "global-edit")
+STAGES = (*SHIPPED, *EFFECTS)
 
 
 app = App(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from danceopd.common.cache import check_cache
-from danceopd.data.routing import draws_all, sample_batch
+from danceopd.data.routing import draws_all, sample_batch, samples_by_need
 from danceopd.data.sources import Prompts, edits_from, prompts_from
 from danceopd.data.store import Store
 from danceopd.errors import UserError
@@ -133,7 +133,7 @@ def open_datasets(recipe: Recipe) -> dict[str, TeacherData]:
         found.check(rows)
         if targets:
             found.check_targets(rows)
-    return {t.name: TeacherData(d, sorted(rows)) for t, d, rows in zip(recipe.teachers, data, sampled)}
+    return {t.name: TeacherData(d.worded(t.worded), sorted(rows)) for t, d, rows in zip(recipe.teachers, data, sampled)}
 
 
 def _refuse_unused(recipe: Recipe, found: set[tuple[Columns, bool]]) -> None:
@@ -154,6 +154,10 @@ def sampled_rows(sampling: Sampling, lengths: Sequence[int]) -> list[set[int]]:
     for step in range(sampling.steps):
         if all(len(mine) == length for mine, length in zip(found, lengths)):
             break
+        if sampling.routing.per == "need":
+            for mine, rows in zip(found, samples_by_need(sampling, step, lengths)):
+                mine.update(rows)
+            continue
         for teacher, row in zip(*sample_batch(sampling, step, lengths)):
             found[teacher].add(row)
     return found

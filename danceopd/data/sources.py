@@ -10,10 +10,11 @@ run will use. Errors name the file and the line.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Self, overload
 
 from danceopd.common.messages import clipped
 from danceopd.data.columns import INSTRUCTION, PROMPT, Layout, image_cell, is_text, no_column, shown
@@ -43,6 +44,7 @@ class Prompts(Sequence[str]):
         self._mapped = self._needed(columns) if self.has_columns else {}
         self._home = os.path.dirname(table.path) if isinstance(table.path, Path) else ""
         self._layouts: dict[tuple[str, ...], Layout] = {}
+        self._worded: Callable[[str], str] = str
         if not len(table):
             raise UserError(f"data source {table.path} has no rows; add some")
         if table.columns is not None:
@@ -54,6 +56,12 @@ class Prompts(Sequence[str]):
         """Of the columns that the recipe names, those that are read here, by role."""
         named = {"prompt": columns.prompt, "target": columns.target}
         return {role: name for role, name in named.items() if name is not None}
+
+    def worded(self, words: Callable[[str], str]) -> Self:
+        """The same rows, whose texts, paraphrases and captions are `words` of what the table has."""
+        found = copy.copy(self)
+        found._worded = words
+        return found
 
     def __len__(self) -> int:
         return len(self.table)
@@ -134,7 +142,7 @@ class Prompts(Sequence[str]):
                 f"{self.where(row)}: paraphrases is {shown(value)}; give a list of texts, or one text with | between "
                 "them"
             )
-        return [one.strip() for one in found]
+        return [self._worded(one.strip()) for one in found]
 
     def expanded(self, row: int) -> str | None:
         """The longer prompt in a row's column `expanded`, or None; UserError where it is no text."""
@@ -143,7 +151,7 @@ class Prompts(Sequence[str]):
             return None
         if not is_text(value) or not value.strip():
             raise UserError(f"{self.where(row)}: expanded is {shown(value)}, not text; mend that row")
-        return value.strip()
+        return self._worded(value.strip())
 
     def check_targets(self, rows: Iterable[int]) -> None:
         """UserError for the first of `rows` without a target image, or with a wrong one, by its header."""
@@ -216,7 +224,7 @@ class Prompts(Sequence[str]):
             raise UserError(f"{self.where(row)}: {column} is {shown(value)}, not text; mend that row")
         if not is_text(value):
             raise UserError(f"{self.where(row)}: {column} has half a character (a lone surrogate); write it again")
-        return value.strip()
+        return self._worded(value.strip())
 
     def _image(self, row: int, cells: Row, what: str) -> ImageSource:
         """The "source" or "target" of a row, or its path."""

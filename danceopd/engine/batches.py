@@ -125,6 +125,7 @@ class Batches:
     ) -> None:
         self.teachers, self.device, self.rank, self.world = list(teachers), device, rank, world
         self.seed, self.rows, self.group, self.sampling = recipe.seed, recipe.batch, recipe.group_size, recipe.sampling
+        self.shares: Sequence[float] | None = None  # of the moment (`routing.per: need`); None: the recipe's
         self.query, self.dropout = recipe.query, recipe.guidance.unconditional
         self.guided = recipe.rollout.guidance != 1
         self.one_level = recipe.one_level
@@ -142,7 +143,7 @@ class Batches:
     def draw(self, step: int) -> Draw:
         """What update `step` samples."""
         query, lengths = self.query, [len(t.dataset) for t in self.teachers]
-        teachers, samples = sample_batch(self.sampling, step, lengths)
+        teachers, samples = sample_batch(self.sampling, step, lengths, self.shares)
         dropped = stream(self.seed, step, "blank").random(len(teachers)) < self.dropout
         queries = draw_queries(self.seed, step, self.rows, query.count, query.law, query.beta)
         if self.one_level:

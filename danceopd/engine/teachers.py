@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from danceopd.adapters.blend import blend, scaled
 from danceopd.adapters.extract import difference
 from danceopd.adapters.header import WEIGHTS, inspect_adapter, is_checkpoint
 from danceopd.adapters.read import adapter_shapes, read_adapter
@@ -31,6 +32,7 @@ from danceopd.models.fields import AdapterField, GuidedField, MergedField, Veloc
 from danceopd.models.lora import Adapter
 from danceopd.models.streamed import StreamedField
 from danceopd.pipelines.condition import Condition
+from danceopd.recipe.fast import Fast
 from danceopd.recipe.parts import Teacher
 
 _log = logging.getLogger("danceopd")
@@ -46,6 +48,8 @@ class TeacherWeights:
     checkpoint: Checkpoint | None = None
     residual: float | None = None
     streamed: bool = False
+    fast: Adapter | None = None  # the student's step-distilled LoRA, at its strength
+    stacks: bool = False  # whether this teacher is asked with it on top
 
     @property
     def kind(self) -> str:
@@ -72,9 +76,13 @@ class TeacherWeights:
             assert self.checkpoint is not None
             field = StreamedField(backbone, self.checkpoint, teacher.scale)
         else:
-            if self.adapter is not None:
-                backbone.add_adapter(teacher.name, self.adapter, teacher.scale)
-            name = None if self.adapter is None else teacher.name
+            adapter, scale = self.adapter, teacher.scale
+            if self.stacks and self.fast is not None:  # the sum of both, exactly
+                pairs = [self.fast] if adapter is None else [scaled(adapter, scale), self.fast]
+                adapter, scale = blend(pairs, [1.0] * len(pairs)), 1.0
+            if adapter is not None:
+                backbone.add_adapter(teacher.name, adapter, scale)
+            name = None if adapter is None else teacher.name
             cheaper = merged and name is not None and backbone.merging_is_cheaper(name)
             field = MergedField(backbone, teacher.name) if cheaper else AdapterField(backbone, name)
         if teacher.guidance is None:
@@ -84,15 +92,29 @@ class TeacherWeights:
         return GuidedField(field, null, teacher.guidance)
 
 
-def check_teachers(teachers: Iterable[Teacher], base: Path, values: bool = True) -> list[TeacherWeights]:
+def check_teachers(
+    teachers: Iterable[Teacher], base: Path, values: bool = True, fast: Fast | None = None
+) -> list[TeacherWeights]:
     """The weights of a recipe's teachers, in order; whole models are opened, not loaded.
 
-    Without `values` adapters are read by their headers alone and lie on the meta device.
+    Without `values` adapters are read by their headers alone and lie on the meta device. `fast` is the recipe's, whose
+    adapter each of them gets.
 
     UserError for a teacher that is no match for `base` (a pipeline folder): another architecture, other tensors,
     a LoRA recorded for another base, a pipeline with another scheduler, or the base itself as a whole model.
     """
-    return [_check(teacher, base, values) for teacher in teachers]
+    found = [_check(teacher, base, values) for teacher in teachers]
+    if fast is None or fast.adapter is None:
+        return found
+    few = _check(
+        Teacher(name="fast", adapter=fast.adapter, capability="generation", accept=fast.accept), base, values
+    )
+    if few.adapter is None:
+        raise UserError(
+            f"fast.adapter {fast.adapter} is a whole model; make it the base, or a LoRA of the base by `danceopd "
+            "extract`"
+        )
+    return [replace(one, fast=scaled(few.adapter, fast.scale), stacks=fast.stacks) for one in found]
 
 
 def _check(teacher: Teacher, base: Path, values: bool) -> TeacherWeights:
@@ -143,10 +165,17 @@ def load_teacher(
     teacher, checkpoint = weights.teacher, weights.checkpoint
     if checkpoint is None:
         return weights
-    if teacher.residual == 0 and not wanted:
+    adapter, residual = None, None
+    if teacher.residual > 0 or wanted:
+        adapter, residual = _difference(teacher, open_checkpoint(base), checkpoint, cache, device)
+    streamed = adapter is None or residual is None or residual > teacher.residual
+    if streamed and weights.stacks:
+        raise UserError(
+            f"teacher {teacher.name!r} is a whole model that is streamed, and fast.adapter cannot be put on top of it; "
+            "raise its rank or residual so that it is kept as a difference, or set fast.teacher_steps above 1"
+        )
+    if residual is None:
         return replace(weights, streamed=True)
-    adapter, residual = _difference(teacher, open_checkpoint(base), checkpoint, cache, device)
-    streamed = adapter is None or residual > teacher.residual
     if streamed:
         _log.warning(
             "teacher %s is streamed from disk: rank %d would lose %.1f%% of its change (residual %g is allowed)",

@@ -56,7 +56,9 @@ class Trainer:
         self.merged = bool(recipe.rollout.merged)
         field = field or (MergedField if self.merged else AdapterField)(backbone, STUDENT)
         rollout = StudentRollout(field, recipe.rollout)
-        self.velocities = Velocities(rollout, self._student_velocity, [t.field for t in self.teachers])
+        self.velocities = Velocities(
+            rollout, self._student_velocity, [t.field for t in self.teachers], recipe.small_steps, not recipe.compile
+        )
         self.merge_weights = self.merged and not recipe.compile and backbone.merging_is_cheaper(STUDENT)
         self.step, self.ended, self.should_stop = 0, 0, False  # `ended`: the last step whose callbacks have run
 

@@ -14,28 +14,42 @@ from torch import Tensor
 
 from danceopd.engine.batches import Batch
 from danceopd.engine.rollout import StudentRollout, rollout
-from danceopd.models.fields import VelocityField, acting, unguided
+from danceopd.models.fields import Ask, VelocityField, acting, ask_together, mean_velocity, unguided
 from danceopd.pipelines.condition import Condition
 
 
 @dataclass(frozen=True)
 class Velocities:
-    """`rollout` makes trajectories, `student_field` has a gradient, `teachers` are frozen fields by index."""
+    """`rollout` makes trajectories, `student_field` has a gradient, `teachers` are frozen fields by index.
+
+    `small_steps`: of a teacher within one step of the student (`fast.teacher_steps`). `together`: teachers on one
+    backbone share a forward.
+    """
 
     rollout: StudentRollout
     student_field: VelocityField
     teachers: Sequence[VelocityField]
+    small_steps: int = 1
+    together: bool = True
 
     def student(self, batch: Batch, x: Tensor, sigma: Tensor) -> Tensor:
         """The student's velocity at `x (B, …)`, `sigma (B,)`, with a gradient to its adapter."""
         return self.student_field(x, sigma, batch.condition)
 
     def teacher(self, batch: Batch, x: Tensor, sigma: Tensor) -> Tensor:
-        """The routed teachers' velocities at `x (B, …)`, `sigma (B,)`."""
-        velocity = torch.empty_like(x)
-        for field, rows in self._routes(batch):
-            velocity[rows] = field(x[rows], sigma[rows], batch.condition.rows(rows))
-        return velocity
+        """The routed teachers' velocities at `x (B, …)`, `sigma (B,)`, or the mean ones of their small steps."""
+        routes = list(self._routes(batch))
+        conditions = [batch.condition.rows(rows) for _, rows in routes]
+
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            found = torch.empty_like(x)
+            asks = [Ask(field, x[rows], sigma[rows], c) for (field, rows), c in zip(routes, conditions)]
+            answers = ask_together(asks) if self.together else [one.field(*one[1:]) for one in asks]
+            for (_, rows), answer in zip(routes, answers):
+                found[rows] = answer
+            return found
+
+        return mean_velocity(velocity, x, sigma, batch.sigmas, self.small_steps)
 
     def _routes(self, batch: Batch) -> Iterator[tuple[VelocityField, list[int]]]:
         """The batch's teachers, unguided for unconditional rows, and each one's rows."""

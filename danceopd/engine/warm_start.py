@@ -38,14 +38,24 @@ def student_init(
     teachers: Mapping[str, tuple[Adapter | None, float]],
     read: Callable[[str], tuple[Adapter, str]],
     seed: int = 0,
+    fast: Adapter | None = None,
 ) -> StudentInit:
     """What `student.init` names. `teachers`: name -> (adapter, strength), None for the bare base; `read` reads a LoRA,
     and says what it is.
 
-    In a blend a teacher that is the bare base takes its share of the weights and adds nothing. Raises UserError
-    as `blend_with_residual` does.
+    In a blend a teacher that is the bare base takes its share of the weights and adds nothing. A step-distilled LoRA
+    `fast` comes on top of the base, of a teacher and of a blend; a LoRA that is read may have one already. Raises
+    UserError as `blend_with_residual` does.
     """
     init = student.init
+    if fast is not None and (init in ("base", "blend") or init in teachers):
+        rank = fast.rank + sum(adapter.rank for adapter, _ in teachers.values() if adapter is not None)
+        start = student_init(student.model_copy(update={"rank": rank}), teachers, read, seed)
+        both = [fast] if start.adapter is None else [start.adapter, fast]
+        found = blend_with_residual(both, [1.0] * len(both), student.rank)
+        what = start.sentence.removesuffix(", exactly.")
+        lost = f", at rank {student.rank}, which lost {found.residual:.1%} of it" if found.residual else ""
+        return StudentInit(found.adapter, found.residual, f"{what.removesuffix('.')}, with fast.adapter on top{lost}.")
     if init == "blend":
         held = {name: scaled(adapter, scale) for name, (adapter, scale) in teachers.items() if adapter is not None}
         weights = blend_weights(student, held, len(teachers))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -29,11 +30,13 @@ from danceopd.pipelines.family import Family
 
 
 class ActiveAdapter(NamedTuple):
-    """Which adapter is active, and how: in LoRA layers, in merged weights, or in weights merged with a gradient."""
+    """Which adapter is active, and how: in LoRA layers, in merged weights, or in weights merged with a gradient; or one
+    for each row of the batch, in LoRA layers."""
 
     adapter: str | None = None
     merged: str | None = None
     merged_with_grad: str | None = None
+    by_rows: tuple[tuple[str | None, int], ...] = ()  # adapters, and how many rows each has
 
 
 class _Switched:
@@ -71,6 +74,7 @@ class Backbone:
         self._adapted: dict[str, list[str]] = {}  # adapter -> module paths
         self._parameters: dict[str, list[Parameter]] = {}  # adapter -> A, B of each module
         self._active = ActiveAdapter()
+        self.rows_apart: dict[Any, bool] = {}  # kind of call -> whether `acting_by_rows` was seen to be exact there
         self.device: torch.device | None = None  # of adapters; None: where the layer is that they adapt
         if getattr(transformer, "is_gradient_checkpointing", False):
             self.checkpoint_gradients()
@@ -195,6 +199,17 @@ class Backbone:
             self._paths(name)
         return _Switched(self, ActiveAdapter(adapter=name))
 
+    def acting_by_rows(self, names: Sequence[tuple[str | None, int]]) -> AbstractContextManager[None]:
+        """A context in which the first rows of a batch have the first adapter (None: the bare base), and so on.
+
+        `names` are adapters and how many rows each has. Without a gradient. A forward raises `RowsNotTold` where a
+        layer's input does not tell the rows; KeyError for an adapter that is not there.
+        """
+        for name, _ in names:
+            if name is not None:
+                self._paths(name)
+        return _Switched(self, ActiveAdapter(by_rows=tuple(names)))
+
     def merged(self, name: str) -> AbstractContextManager[None]:
         """A context in which the base weights are W + BA of `name` and no LoRA layer runs. May be nested.
 
@@ -245,7 +260,8 @@ class Backbone:
 
     def velocity(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """Velocity `v = ε − x0` with the active adapter: `x (B, …)`, `sigma (B,)` -> shape of `x`, fp32."""
-        self._cast(self._active.adapter)
+        for name in (self._active.adapter, *(name for name, _ in self._active.by_rows)):
+            self._cast(name)
         if getattr(self.transformer, "gradient_checkpointing", False) and torch.is_grad_enabled():
             self.checkpoint_gradients()
         return self.family.velocity(self.transformer, x, sigma, condition)
@@ -282,6 +298,12 @@ class Backbone:
             self._cast(new.adapter)
             for layer in self._layers.values():
                 layer.activate(new.adapter)
+        if new.by_rows != old.by_rows:
+            ends = list(accumulate((count for _, count in new.by_rows), initial=0))
+            slices = [slice(*ends[i : i + 2]) for i in range(len(new.by_rows))]
+            for layer in self._layers.values():
+                mine = [layer.loras.get(name or "") for name, _ in new.by_rows]
+                layer.by_rows = list(zip(slices, mine)) if any(mine) else []
         self._active = new
 
     def _merge(self, adapter: str) -> None:

@@ -7,16 +7,18 @@ fp32, `v = ε − x0`. Fields compute no gradient; the student's velocity with o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from danceopd.common.tensors import append_dims
 from danceopd.models.backbone import Backbone
-from danceopd.pipelines.condition import Condition
+from danceopd.models.lora import RowsNotTold
+from danceopd.pipelines.condition import Condition, stack
 from danceopd.pipelines.registry import FAMILIES, with_prompt_of
 
 VelocityField = Callable[[Tensor, Tensor, Condition], Tensor]
@@ -117,6 +119,114 @@ class ContrastField:
             shift = shift * append_dims(share.clamp_max(1), shift)
         velocity[rows] = mine + shift
         return velocity
+
+
+class Ask(NamedTuple):
+    """A field and the rows that it is asked for: `x (n, …)`, `sigma (n,)`, a Condition of n rows."""
+
+    field: VelocityField
+    x: Tensor
+    sigma: Tensor
+    condition: Condition
+
+
+MOST_ROWS, MOST_MERGED_ROWS = 8, 4
+"""Rows of each field up to which one forward for all costs less than one for each, of fields that merge less: measured
+on a processor, at rank 40 and width 128 (docs/many-teachers.md)."""
+EXACT = 0.02
+"""How far rows that are asked together may be from the same asked alone, as a share of what the adapters change."""
+
+
+@torch.no_grad()
+def ask_together(asks: Sequence[Ask]) -> list[Tensor]:
+    """Each field's velocity `(n, …)` of its own rows; adapters of one backbone share a forward where layouts are equal.
+
+    Rows do not see each other in a transformer, so the base is computed once for all of them, and each row gets its
+    own adapter. The first such forward of a kind is compared with the fields asked one by one; where it is not the
+    same but for rounding, or a layer cannot tell the rows, fields are asked one by one from then on.
+    """
+    inner = [one._replace(field=one.field.field) if isinstance(one.field, GuidedField) else one for one in asks]
+    nulls = {
+        i: one._replace(field=one.field.field, condition=with_prompt_of(one.condition, one.field.null_condition))
+        for i, one in enumerate(asks)
+        if isinstance(one.field, GuidedField)
+    }
+    found, null = _by_layout(inner), dict(zip(nulls, _by_layout(list(nulls.values()))))
+    return [
+        FAMILIES[one.condition.family].guide(v, null[i], one.field.scale) if isinstance(one.field, GuidedField) else v
+        for i, (one, v) in enumerate(zip(asks, found))
+    ]
+
+
+def _by_layout(asks: Sequence[Ask]) -> list[Tensor]:
+    groups: dict[Hashable, list[int]] = {}
+    for i, one in enumerate(asks):
+        key: Hashable = i
+        if isinstance(one.field, AdapterField | MergedField) and len(asks) > 1:
+            key = id(one.field.backbone), one.condition.layout
+        groups.setdefault(key, []).append(i)
+    found = dict[int, Tensor]()
+    for members in groups.values():
+        found |= zip(members, _one_forward([asks[i] for i in members]))
+    return [found[i] for i in range(len(asks))]
+
+
+def _one_forward(asks: Sequence[Ask]) -> Sequence[Tensor]:
+    """The velocities of adapters of one backbone, whose rows share a layout; or of one field, of any kind."""
+    fields: Any = [one.field for one in asks]
+    rows = [len(one.x) for one in asks]
+    most = MOST_MERGED_ROWS if all(isinstance(field, MergedField) for field in fields) else MOST_ROWS
+
+    def alone() -> list[Tensor]:
+        return [field(*one[1:]) for field, one in zip(fields, asks)]
+
+    if len(asks) == 1 or sum(rows) > most * len(asks):
+        return alone()
+    backbone, held = fields[0].backbone, asks[0].condition
+    kind = held.context is None, *(key for key, value in sorted(held.kwargs.items()) if value is not None)
+    exact = backbone.rows_apart.get(kind)
+    if exact is False:
+        return alone()
+    x, sigma = torch.cat([one.x for one in asks]), torch.cat([one.sigma for one in asks])
+    condition = stack([one.condition for one in asks])
+    try:
+        with backbone.acting_by_rows([(field.name, n) for field, n in zip(fields, rows)]):
+            together = backbone.velocity(x, sigma, condition)
+    except RowsNotTold:
+        backbone.rows_apart[kind] = False
+        return alone()
+    if exact is None:
+        apart = alone()
+        exact = _same(together, torch.cat(apart), BaseField(backbone)(x, sigma, condition), backbone)
+        backbone.rows_apart[kind] = exact
+        if not exact:
+            return apart
+    return together.split(rows)
+
+
+def _same(together: Tensor, alone: Tensor, base: Tensor, backbone: Backbone) -> bool:
+    """Whether two velocities are equal but for rounding, beside what the adapters change of the base's."""
+    rounding = 4 * torch.finfo(backbone.transformer.dtype).eps * float(alone.norm())
+    return float((together - alone).norm()) <= EXACT * float((alone - base).norm()) + rounding
+
+
+def mean_velocity(
+    field: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: Tensor, sigmas: Tensor, small_steps: int
+) -> Tensor:
+    """The mean velocity of `small_steps` equal Euler steps of `field(x, sigma)` from `x (B, …)` at `sigma (B,)` down to
+    the next level of the schedule `sigmas` (N+1,): one step with it lands where the small ones do. 1: the field's own.
+    """
+    if small_steps == 1:
+        return field(x, sigma)
+    grid = sigmas.to(sigma)
+    # a row's next level: the first that is below its own, not by rounding alone
+    following = grid[(grid[None] >= sigma[:, None] - 1e-6).sum(1).clamp(max=len(grid) - 1)]
+    total, state = torch.zeros_like(x), x
+    for step in range(small_steps):
+        velocity = field(state, sigma + (following - sigma) * (step / small_steps))
+        total = total + velocity
+        state = state + append_dims((following - sigma) / small_steps, x) * velocity
+    return total / small_steps
 
 
 def acting(field: VelocityField) -> AbstractContextManager[None]:

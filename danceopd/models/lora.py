@@ -96,8 +96,14 @@ class LayerLora:
             torch._foreach_copy_(list(self.low), [self.a, self.b])
 
 
+class RowsNotTold(Exception):
+    """A layer's input does not say which row of the batch is whose."""
+
+
 class LoraLinear(nn.Module):
     """A frozen Linear and the LoRAs on it: `W x + bias + scale · B A x` with the `active` one, `W x + bias` with none.
+
+    `by_rows` are LoRAs (None: none) of slices of the batch's rows, in order, in place of one for all of them.
 
     x and the result are in the Linear's dtype, and so are the products: the fp32 LoRA is cast down once an update,
     where PEFT casts every input up to fp32 and keeps that copy for the backward. Gradients arrive in fp32.
@@ -108,6 +114,7 @@ class LoraLinear(nn.Module):
         self.base_layer = base_layer
         self.loras: dict[str, LayerLora] = {}
         self.active: LayerLora | None = None
+        self.by_rows: list[tuple[slice, LayerLora | None]] = []
         self.plain, self.packed = True, False
 
     # what models ask of a Linear
@@ -161,6 +168,8 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x (…, in)` -> `(…, out)`."""
         base, lora = self.base_layer, self.active
+        if self.by_rows:
+            return self._by_rows(x)
         if lora is None:
             return base(x)
         a, b = lora.low or (lora.a, lora.b)
@@ -171,6 +180,18 @@ class LoraLinear(nn.Module):
         if not torch.is_grad_enabled():
             return _lora_linear(x, base.weight, base.bias, a, b, lora.scale)[0]
         return _LoraLinear.apply(x, base.weight, base.bias, lora.a, lora.b, a, b, lora.scale)
+
+    def _by_rows(self, x: Tensor) -> Tensor:
+        """The same with a LoRA for each row, without a gradient; a row's tokens lie side by side in `x`."""
+        count, y = self.by_rows[-1][0].stop, self.base_layer(x).to(x.dtype)
+        if len(x) % count:
+            raise RowsNotTold
+        given, made = x.reshape(count, -1, x.shape[-1]), y.view(count, -1, y.shape[-1])
+        for rows, lora in self.by_rows:
+            if lora is not None:
+                a, b = (half.to(x.dtype) for half in lora.low or (lora.a, lora.b))
+                made[rows].flatten(0, 1).addmm_(given[rows].flatten(0, 1) @ a.t(), b.t(), alpha=lora.scale)
+        return y
 
 
 def _lora_linear(

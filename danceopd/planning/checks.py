@@ -16,6 +16,7 @@ from torch import nn
 from danceopd.adapters.blend import check_blend
 from danceopd.common.files import disk_errors, lock_file
 from danceopd.common.parse import read_json
+from danceopd.common.shipped import portable
 from danceopd.common.system import out_of_memory
 from danceopd.data.dataset import TeacherData
 from danceopd.data.encode import check_target
@@ -31,14 +32,11 @@ from danceopd.models.storage import check_gguf, check_package, saved_as
 from danceopd.pipelines.family import Family
 from danceopd.pipelines.generation import check_prompts
 from danceopd.recipe.checks import fault_of_quantised
+from danceopd.recipe.fast import FEW_STEP_NAMES, FEW_STEPS, steps_of
 from danceopd.recipe.recipe import Recipe
 
 QUANTISERS = {"quanto": "optimum", "fp8": "torch"}
 """Packages by `quant_method`, where the two have different names."""
-FEW_STEP_NAMES = re.compile(r"turbo|schnell|lightning|distill")
-"""In the name of a base: it was most likely distilled to few steps."""
-FEW_STEPS = 4
-"""Steps of a rollout on a distilled base, where the recipe names none."""
 
 
 def check_output(output: Path) -> None:
@@ -54,20 +52,27 @@ def check_output(output: Path) -> None:
 
 
 def for_distilled(recipe: Recipe, folder: Path, begun: Recipe | None = None) -> tuple[Recipe, list[str]]:
-    """The recipe with few steps where its base says that it is distilled and no steps are named; what there is to say.
+    """The recipe with the steps of a base that was distilled to few, as its folder or its name says, where the recipe
+    names none; what there is to say. UserError where nothing names them, with the number to write.
 
     A run that has `begun` keeps its steps.
     """
-    index = pipeline_index(folder)
+    name = re.split(r"[\\/]", portable(recipe.base).rstrip("\\/"))[-1]
     said, named = list[str](), "steps" in recipe.rollout.model_fields_set
-    if index.get("is_distilled") is not True:
-        few = FEW_STEP_NAMES.search(str(recipe.base).lower())
-        if few and not named and begun is None:
-            steps = recipe.rollout.steps
-            said.append(f"the base's name says {few[0]!r}, and rollouts take {steps} steps; rollout.steps says fewer")
+    sure, few = pipeline_index(folder).get("is_distilled") is True, FEW_STEP_NAMES.search(name.lower())
+    if recipe.fast is not None and recipe.fast.adapter is None and recipe.small_steps == 1 and not (sure or few):
+        said.append(
+            f"fast names no adapter, and the base does not say that it is distilled: where it needs many steps, a "
+            f"student of {recipe.fast.steps} learns blurred pictures; fast.teacher_steps 4 shows it where they lead"
+        )
+    if not sure and not few:
         return recipe, said
+    what = "the base is distilled to few steps" if sure else f"the base's name says {few[0]!r}"  # type: ignore[index]
     given = recipe.call.get("num_inference_steps") or call_defaults(folder).get("num_inference_steps")
-    steps = recipe.rollout.steps if named else given or FEW_STEPS
+    if not (named or given or begun):
+        otherwise = "" if sure else f", or rollout: {{steps: {recipe.rollout.steps}}} if it is not distilled"
+        raise UserError(f"{what}, and the recipe names no steps; write fast: {{steps: {steps_of(name)}}}{otherwise}")
+    steps = recipe.rollout.steps if named else given
     values = ({} if named else {"rollout.steps": steps}) | ({} if given else {"call.num_inference_steps": steps})
     if begun is not None:
         kept = begun.call.get("num_inference_steps")
@@ -76,14 +81,26 @@ def for_distilled(recipe: Recipe, folder: Path, begun: Recipe | None = None) -> 
         )
     elif values:
         chosen = " and ".join(f"{key} {value}" for key, value in values.items())
-        said.append(f"the base is distilled to few steps, so {chosen}; name another in the recipe if you want it")
-    if named and steps > 2 * FEW_STEPS:
-        said.append(f"the base is distilled to few steps, and rollout.steps is {steps}; {FEW_STEPS} is usual")
+        said.append(f"{what}, so {chosen}; name another in the recipe if you want it")
+    if named and recipe.rollout.steps > 2 * FEW_STEPS:
+        said.append(f"{what}, and rollout.steps is {recipe.rollout.steps}; {steps_of(name)} is usual")
     guided = [f"teacher {t.name!r}" for t in recipe.teachers if t.guidance is not None]
     guided += ["rollout.guidance"] if recipe.rollout.guidance != 1 else []
     if guided:
-        said.append(f"the base is distilled and draws without guidance, and {guided[0]} is guided; leave guidance out")
+        said.append(f"{what} and draws without guidance, and {guided[0]} is guided; leave guidance out")
     return recipe.replaced(values), said
+
+
+def note_of_triggers(recipe: Recipe) -> list[str]:
+    """What there is to say where teachers have triggers, and no teacher keeps prompts without any the base's."""
+    asked = dict.fromkeys(teacher.capability for teacher in recipe.teachers if teacher.trigger is not None)
+    kept = {teacher.capability for teacher in recipe.teachers if teacher.trigger is None}
+    return [
+        f"every {capability} teacher has a trigger, so nothing teaches prompts without one; a teacher {{name: plain, "
+        f"adapter: base, capability: {capability}, data: …}} keeps them the base's"
+        for capability in asked
+        if capability not in kept
+    ]
 
 
 def check_storage(recipe: Recipe, folder: Path, transformer: nn.Module) -> tuple[str | None, int | None, bool]:

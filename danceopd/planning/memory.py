@@ -137,6 +137,10 @@ def _adapters(recipe: Recipe, run: Outline, size: int, merged: bool, wait: Seque
     for name, adapter in run.adapters.items():
         if adapter is not None:
             parts.append(Part(f"teacher {name}", both * adapter.parameters, [*wait, "trial", *RUNNING]))
+    for one in run.teachers:
+        if one.stacks and one.fast is not None:
+            few = Part(f"fast.adapter on {one.teacher.name}", both * one.fast.parameters, [*wait, "trial", *RUNNING])
+            parts.append(few)
     pairs = [(m.weight, recipe.student.rank) for m in run.modules.values()]
     layers = recipe.compile or recipe.gradient_checkpointing or not may_copy_weights(run.transformer)
     if merged and size == 4 and not layers and merging_costs_less(pairs):  # then it learns on merged weights, too

@@ -18,7 +18,7 @@ from danceopd.engine.teachers import TeacherWeights
 from danceopd.errors import UserError
 from danceopd.models.base import stored_dtype
 from danceopd.planning.cards import CARDS, Card
-from danceopd.planning.checks import for_distilled
+from danceopd.planning.checks import for_distilled, note_of_triggers
 from danceopd.planning.memory import PHASES, Part, memory, peak
 from danceopd.planning.outline import Outline, outline
 from danceopd.planning.times import queries, relative_time
@@ -96,7 +96,7 @@ def prepare(
             f"monitored every {settled.monitored_every} steps on {settled.monitor.prompts} held-out prompts, for the "
             "run goes beyond plain distillation (monitor.every: 0 switches it off)"
         )
-    return Prepared(settled, run, [*said, *run.notes])
+    return Prepared(settled, run, [*said, *note_of_triggers(recipe), *run.notes])
 
 
 def settle(

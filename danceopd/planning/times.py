@@ -92,7 +92,7 @@ def _passes(recipe: Recipe, depth: float) -> dict[str, float]:
     monitored = {"monitor": monitor.forwards(steps, mean) / (every * recipe.batch)} if every else {}
     return {
         "rollout": depth * (1 if recipe.rollout.guidance == 1 else 2),
-        "teachers": (drawn + asked) * teacher,
+        "teachers": (drawn + asked * recipe.small_steps) * teacher,
         "student, forward": float(states),
         "student, backward": float(states),
         **({"student, recomputed": float(states)} if recipe.gradient_checkpointing else {}),

@@ -21,6 +21,8 @@ EVERY_STEP = ("diffusionopd", "flowopd")
 """Objectives that query the teacher at every step of a trajectory."""
 NO_ROLLOUT = ("offpolicy", "supervised")
 """Objectives that learn from noised clean pictures, without a trajectory of the student."""
+NO_QUERY = (*NO_ROLLOUT, "nft", "flowopd")
+"""Objectives that learn from more than a teacher's velocity at one state."""
 TAKEN = ("student", "base", "blend", "ema")
 """Names that mean something else than a teacher."""
 
@@ -83,12 +85,35 @@ CHECKS: tuple[Check, ...] = (
     # teachers
     (lambda r: len(r.teachers) < 2, "a merge needs at least two teachers and here is {n_teachers}; add another"),
     (
-        lambda r: all(t.adapter == "base" and t.guidance is None for t in r.teachers),
+        lambda r: r.small_steps == 1 and all(t.adapter == "base" and t.guidance is None for t in r.teachers),
         "every teacher is the bare base, so there is nothing to merge; give one an adapter",
     ),
     (
         lambda r: r.routing.per == "turn" and len(set(r.shares().values())) > 1,
         "routing.per turn gives each teacher equal turns; leave out the weights",
+    ),
+    (
+        lambda r: r.routing.per == "need" and not r.validation.every,
+        "routing.per need goes by the validation error, and validation.every is 0; set it, such as 50",
+    ),
+    (
+        lambda r: r.routing.per == "need" and (r.gates.on or r.objective == "nft"),
+        "routing.per need was never tried with gates or objective nft; give row",
+    ),
+    # fast
+    (
+        lambda r: r.small_steps > 1 and (r.objective in NO_QUERY or r.gates.on),
+        "fast.teacher_steps goes along the steps of a student's rollout, which objective {r.objective} and gates do "
+        "not ask for; leave it out, or give objective danceopd without gates",
+    ),
+    (
+        lambda r: r.small_steps > 1 and r.monitored_every,
+        "the monitor draws with the teachers, in steps that fast.teacher_steps says are too few for them; set "
+        "monitor.every: 0",
+    ),
+    (
+        lambda r: r.fast is not None and r.rollout.noise,
+        "fast trains the steps that the student will draw with, and rollout.noise makes others; leave one of them out",
     ),
     # objective
     (
@@ -247,6 +272,17 @@ def _names(recipe: Recipe) -> Iterator[str]:
             yield (
                 f"teacher {teacher.name!r} has a negative prompt and no guidance; give it guidance, such as 3.5"
             )
+        if teacher.trigger is not None and teacher.adapter == "base":
+            yield f"teacher {teacher.name!r} is the bare base, which no trigger asks for; leave trigger out"
+    asked: dict[tuple[str, str], str] = {}
+    for teacher in recipe.teachers:
+        if teacher.trigger is not None:
+            other = asked.setdefault((teacher.capability, teacher.trigger.lower()), teacher.name)
+            if other != teacher.name:
+                yield (
+                    f"teachers {other!r} and {teacher.name!r} have one trigger, {teacher.trigger!r}, so one prompt "
+                    "would ask for both; give each its own"
+                )
     weights = {"routing.weights": recipe.routing.weights, "student.init_weights": recipe.student.init_weights}
     for key, given in weights.items():
         for name in given:

@@ -6,10 +6,22 @@ what does not agree. Gates and the monitor are in `labelfree.py`, validation in 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    PositiveFloat,
+    PositiveInt,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from danceopd.common.shipped import resolve
@@ -33,6 +45,25 @@ def existing(value: Any, what: str, **how: Any) -> Any:
         return resolve(value, what, **how)
     except UserError as error:  # as a ValueError, to which pydantic adds the key
         raise ValueError(str(error)) from None
+
+
+PROMPT = "{prompt}"
+"""Where a trigger has the prompt."""
+
+
+def trigger_words(trigger: str) -> list[str]:
+    """What a trigger adds to a prompt: the parts around it, without commas and spaces at their ends."""
+    return [words for part in trigger.split(PROMPT) if (words := part.strip(" ,.;:"))]
+
+
+def _trigger(value: str | None) -> str | None:
+    if value is None:
+        return None
+    if not trigger_words(value):
+        raise ValueError(f"the trigger is {value!r}, without a word; write the words, or leave it out")
+    if value.count(PROMPT) > 1:
+        raise ValueError(f"the trigger {value!r} has {PROMPT} twice; write it once, where the prompt stands")
+    return value.strip() if PROMPT in value else f"{PROMPT}, {value.strip()}"
 
 
 def _data(value: Any) -> Any:
@@ -64,6 +95,30 @@ BlendMethod = Literal[
 
 MICRO_BATCH = {"anyOf": [{"type": "integer", "minimum": 1, "maximum": 2**14}, {"const": "auto"}, {"type": "null"}]}
 """Its JSON schema, which a plain validator does not say."""
+
+
+def _micro_batch(value: Any) -> Any:
+    if value in (None, "auto") or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 2**14):
+        return value
+    raise ValueError(f"{value!r} is neither auto nor a whole number from 1 to 16384; give one of them")
+
+
+def _base(value: Any) -> Any:
+    return existing(value, "base model", hub=True)
+
+
+def _editing_base(value: Any) -> Any:
+    return None if value is None else existing(value, "editing base", hub=True, shipped_names=False)
+
+
+def _gguf(value: Any) -> Any:
+    return existing(value, "GGUF file", shipped_names=False)
+
+
+MicroBatch = Annotated[int | Literal["auto"] | None, PlainValidator(_micro_batch), WithJsonSchema(MICRO_BATCH)]
+BaseName = Annotated[str, BeforeValidator(_base)]
+EditingBase = Annotated[str | None, BeforeValidator(_editing_base)]
+GgufFile = Annotated[str, BeforeValidator(_gguf)]
 TWO_TEACHERS = [
     {"name": "draws", "adapter": "./a.safetensors", "capability": "generation"},
     {"name": "edits", "adapter": "./b.safetensors", "capability": "editing"},
@@ -138,6 +193,10 @@ class Teacher(Part):
     """Scale of classifier-free guidance, which the student learns to do without; null: none."""
     negative: str | None = Field(None, examples=["blurry, low quality"])
     """Prompt that guidance leads away from; null: the family's own, most often the empty one."""
+    trigger: Annotated[str | None, AfterValidator(_trigger)] = Field(None, examples=["in the style of sketch"])
+    """Words that ask for this teacher: they join each of its prompts, or instructions, that has them not yet. Words
+    alone come after a comma, "{prompt}, WORDS"; with {prompt} in it, it says itself where they stand. The teacher reads
+    them, too: give the words it was trained with. null: none."""
     accept: tuple[Literal["base", "scheduler", "components"], ...] = Field((), examples=[["base"]])
     """Refusals that you have looked into: a LoRA that was trained on another base, a whole pipeline with another
     scheduler or other components."""
@@ -146,6 +205,14 @@ class Teacher(Part):
     columns: Columns | None = Field(None, examples=[{"prompt": "description"}])
     """What the columns of its data are called; null: `data.columns`, or the known names where it has data of its own.
     """
+
+
+    def worded(self, prompt: str) -> str:
+        """A prompt with the teacher's trigger, unless it has the words already."""
+        there = (rf"(?<!\w){re.escape(words)}(?!\w)" for words in trigger_words(self.trigger or ""))
+        if self.trigger is None or all(re.search(words, prompt, re.IGNORECASE) for words in there):
+            return prompt
+        return self.trigger.replace(PROMPT, prompt)
 
 
 class Student(Part):
@@ -222,8 +289,9 @@ class Query(Part):
 class Routing(Part):
     """Which row is learnt from which teacher."""
 
-    per: Literal["row", "step", "turn"] = "row"
-    """Each row has its own teacher, all rows of a step have one, or the teachers take turns."""
+    per: Literal["row", "step", "turn", "need"] = "row"
+    """Each row has its own teacher, all rows of a step have one, or the teachers take turns. `need`: as `row`, with
+    more rows for teachers whose validation error still is large, after every check."""
     groups: PositiveInt = 1
     """Steps of a turn, with `per: turn`."""
     weights: dict[str, Weight] = Field({}, examples=[{"draws": 1.0, "edits": 2.0}])

@@ -20,11 +20,9 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
-    PlainValidator,
     PositiveFloat,
     PositiveInt,
     ValidationError,
-    WithJsonSchema,
     model_validator,
 )
 
@@ -34,15 +32,19 @@ from danceopd.common.shipped import demo, portable
 from danceopd.errors import UserError
 from danceopd.recipe.aliases import modernise, with_settings
 from danceopd.recipe.checks import CALL_MOST, check, check_call
+from danceopd.recipe.fast import Fast, with_fast_steps
 from danceopd.recipe.labelfree import Contrast, Gates, Monitor
 from danceopd.recipe.nft import NFT
 from danceopd.recipe.parts import (
-    MICRO_BATCH,
     TWO_TEACHERS,
+    BaseName,
     Columns,
     Data,
+    EditingBase,
     FlowOPD,
+    GgufFile,
     Guidance,
+    MicroBatch,
     OffPolicy,
     Optimizer,
     Part,
@@ -86,29 +88,11 @@ _log = logging.getLogger("danceopd")
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-def _editing_base(value: Any) -> Any:
-    return None if value is None else existing(value, "editing base", hub=True, shipped_names=False)
-
-
 def _output(value: Any) -> Any:
     try:
         return local_path(value, "output folder") if isinstance(value, str | Path) else value
     except UserError as error:
         raise ValueError(str(error)) from None
-
-
-def _micro_batch(value: Any) -> Any:
-    if value in (None, "auto") or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 2**14):
-        return value
-    raise ValueError(f"{value!r} is neither auto nor a whole number from 1 to 16384; give one of them")
-
-
-def _gguf(value: Any) -> Any:
-    return existing(value, "GGUF file", shipped_names=False)
-
-
-def _base(value: Any) -> Any:
-    return existing(value, "base model", hub=True)
 
 
 @cache
@@ -124,7 +108,7 @@ def _shipped_teachers() -> tuple[dict[str, str], ...]:
 class Recipe(Part):
     """Everything a merge needs. Without teachers it takes the shipped ones, on the shipped base."""
 
-    base: Annotated[str, BeforeValidator(_base)] = Field("base", examples=["black-forest-labs/FLUX.2-klein-base-4B"])
+    base: BaseName = Field("base", examples=["black-forest-labs/FLUX.2-klein-base-4B"])
     """The base model: a folder that `save_pretrained` wrote, owner/name on the hub, or `base`, the small one that is
     shipped."""
     teachers: tuple[Teacher, ...] = Field(
@@ -147,13 +131,11 @@ class Recipe(Part):
     stored in fp32."""
     base_dtype: Literal["nf4", "int8", "fp8", "gguf"] | None = None
     """How the frozen base's Linears are quantised; null: not. `gguf`: as the file that `gguf` names."""
-    gguf: Annotated[str, BeforeValidator(_gguf)] | None = Field(None, examples=["flux1-dev-Q4_K_S.gguf"])
+    gguf: GgufFile | None = Field(None, examples=["flux1-dev-Q4_K_S.gguf"])
     """The file of `base_dtype: gguf`, in place of the base's transformer."""
     offload: Literal["none", "blocks"] = "none"
     """`blocks`: all of the base but one block waits in the computer's memory."""
-    micro_batch: Annotated[
-        int | Literal["auto"] | None, PlainValidator(_micro_batch), WithJsonSchema(MICRO_BATCH)
-    ] = Field("auto", examples=[2])
+    micro_batch: MicroBatch = Field("auto", examples=[2])
     """Rows of the batch at a time; null: all. `auto`: as many as fit."""
     gradient_checkpointing: Literal["auto", True, False] = "auto"
     """Compute activations again in the backward pass instead of keeping them. `auto`: where they do not fit."""
@@ -171,6 +153,8 @@ class Recipe(Part):
     """Decay of the average of the LoRA's weights, which is what is exported."""
     rollout: Rollout = Rollout()
     """How the student rolls out."""
+    fast: Fast | None = None
+    """A student of few steps (docs/many-teachers.md); null: it draws with as many as its base."""
     query: Query = Query()
     """Where the teachers are queried."""
     routing: Routing = Routing()
@@ -208,9 +192,7 @@ class Recipe(Part):
     """Settings of the pipeline's call that you will generate with, over the base's own."""
     family: str | None = Field(None, examples=["flux1"])
     """Pipeline family (docs/bring-your-own-model.md); null: by the base's pipeline class."""
-    editing_base: Annotated[str | None, BeforeValidator(_editing_base)] = Field(
-        None, examples=["Qwen/Qwen-Image-Edit"]
-    )
+    editing_base: EditingBase = Field(None, examples=["Qwen/Qwen-Image-Edit"])
     """A pipeline that has what the base lacks for editing, such as an image processor; null: none."""
 
     def __init__(self, /, _where: str = "the recipe", **fields: Any) -> None:
@@ -239,6 +221,10 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
+        if self.fast is not None:
+            found = with_fast_steps(self.fast, portable(self.base), self.rollout, self.call)
+            for key, value in zip(("rollout", "call"), found):
+                object.__setattr__(self, key, value)
         check(self)
         for key in self.call:
             if key not in CALL_MOST:
@@ -297,7 +283,8 @@ class Recipe(Part):
 
     def identity(self) -> dict[str, Any]:
         """`resolved()` without what may change when a run is continued."""
-        kept = {key: value for key, value in self.resolved().items() if key not in CONTINUES}
+        free = set(CONTINUES) - ({"validation"} if self.routing.per == "need" else set())
+        kept = {key: value for key, value in self.resolved().items() if key not in free}
         for key in ("cuda_graphs", "merged"):
             kept["rollout"].pop(key)
         return kept
@@ -333,6 +320,11 @@ class Recipe(Part):
     def group_size(self) -> int:
         """Rows of an update that are rollouts of one sample and stay in one batch."""
         return {"flowopd": self.flowopd.group, "nft": self.nft.group}.get(self.objective, self.gates.group)
+
+    @property
+    def small_steps(self) -> int:
+        """Steps of a teacher within one step of the student."""
+        return 1 if self.fast is None else self.fast.teacher_steps
 
     @property
     def one_level(self) -> bool:

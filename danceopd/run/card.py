@@ -7,6 +7,7 @@ front matter. Nothing in it leaks a path of this machine: folders are named, not
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 
 from danceopd.common.files import disk_errors, write_atomic
 from danceopd.common.shipped import SHIPPED
+from danceopd.recipe.parts import PROMPT
 
 if TYPE_CHECKING:
     from danceopd.pipelines.family import Family
@@ -50,7 +52,9 @@ def write_card(
     ]
     if grid is not None:
         parts.append(f"![What the models draw and edit, side by side]({_inside(folder, Path(grid))})")
-    parts += ["## Use", _block(snippet or load_snippet(base, resolved.get("call") or {}, fused), "python")]
+    call = resolved.get("call") or {}
+    parts += ["## Use", _block(snippet or load_snippet(base, call, fused, teachers=teachers), "python")]
+    parts += filter(None, [_steps_sentence(resolved), _triggers(teachers)])
     if scores:
         parts += ["## Scores", _score_table(scores)]
     parts += ["## Merged from", _origin_table(base, teachers, hashes or {}), *filter(None, (init,))]
@@ -93,11 +97,13 @@ def add_results(
 
 
 def load_snippet(
-    base: str, call: Mapping[str, Any] | None = None, fused: bool = False, family: Family | None = None
-) -> str:
+    base: str, call: Mapping[str, Any] | None = None, fused: bool = False, family: Family | None = None,
+    teachers: Sequence[Mapping[str, Any]] = (),
+) -> str:  # fmt: skip
     """Python that loads the student with stock diffusers, then draws, then edits. `call` has the recipe's keys
     (height, width, steps, max_sequence_length). Of a `family` that edits with another class, or not at all, only what
-    draws."""
+    draws. Each of `teachers` with a trigger, as the resolved recipe has them, has a line of its own.
+    """
     call = {("num_inference_steps" if key == "steps" else key): value for key, value in (call or {}).items()}
     extra = "".join(f", {key}={value!r}" for key, value in call.items())
     load = ["from diffusers import DiffusionPipeline"]
@@ -108,10 +114,34 @@ def load_snippet(
         load.append(f'pipe = DiffusionPipeline.from_pretrained("{where}")')
         loads = "load_lora_weights" if family is None or family.loads_loras else "transformer.load_lora_adapter"
         load.append(f'pipe.{loads}("path/to/this/folder")')
-    uses = [f'drawn = pipe(prompt="a red circle above a blue square"{extra}).images[0]']
+    inputs = {"generation": ("drawn", "", "a red circle above a blue square")}
     if family is None or family.editing == family.generation:
-        uses.append(f'edited = pipe(image=drawn, prompt="make the circle green"{extra}).images[0]')
-    return "\n".join([*load, "", *uses])
+        inputs["editing"] = "edited", "image=drawn, ", "make the circle green"
+
+    def use(capability: str, trigger: str = PROMPT) -> str:
+        name, source, prompt = inputs[capability]
+        worded = json.dumps(trigger.replace(PROMPT, prompt), ensure_ascii=False)
+        return f"{name} = pipe({source}prompt={worded}{extra}).images[0]"
+
+    asked = [teacher for teacher in teachers if teacher.get("trigger") and teacher["capability"] in inputs]
+    own = [line for t in asked for line in ("", f"# {t['name']}, by its trigger", use(t["capability"], t["trigger"]))]
+    return "\n".join([*load, "", *map(use, inputs), *own])
+
+
+def _steps_sentence(resolved: Mapping[str, Any]) -> str | None:
+    """In how many steps a student of few draws."""
+    steps = (resolved.get("fast") or {}).get("steps")
+    return steps and (
+        f"It draws in **{steps} steps**, which it was trained with: leave `num_inference_steps={steps}` in the call, "
+        "and guidance off."
+    )
+
+
+def _triggers(teachers: Sequence[Mapping[str, Any]]) -> str | None:
+    """How each trigger joins a prompt."""
+    asked = [teacher for teacher in teachers if teacher.get("trigger")]
+    rows = [["for", "write", ""], *([f"`{t['name']}`", f"`{t['trigger']}`", str(t["capability"])] for t in asked)]
+    return f"Prompts ask for a teacher by its trigger:\n\n{_table(rows)}" if asked else None
 
 
 def _front_matter(base: str, capabilities: set[str], fused: bool) -> str:

@@ -49,7 +49,7 @@ OLD_NAMES = {"gap.json": "validation.json", "gap.png": "validation.png", "watch.
 """Files of earlier versions, which take their new names when a run is continued."""
 _PLACES = {
     r"base|editing_base|gguf|teachers\.\d+\.adapter": TEACHERS, r"data\.(generation|editing)|teachers\.\d+\.data": DATA,
-    r"student\.init": TEACHERS,
+    r"student\.init|fast\.adapter": TEACHERS,
 }  # fmt: skip
 """Keys that say where something is, and the record of what it is: with that it may lie elsewhere."""
 

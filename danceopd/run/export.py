@@ -88,6 +88,8 @@ def write_student(
         if run is None:
             return
         facts = {"steps": str(step), "seed": str(recipe.seed)}
+        if recipe.fast is not None:
+            facts["num_inference_steps"] = str(recipe.fast.steps)
         load: Callable[[], Any] = partial(load_base, origin.base, stock_dtype(recipe.dtype))
         if pipe is None:
             probes = [probe.to(torch.device("cpu")) for probe in probes]
@@ -104,7 +106,10 @@ def write_student(
             run.path,
             recipe,
             hashes={**origin.hashes, "base": origin.fingerprint, "student": student.sha256},
-            snippet=load_snippet(str(recipe.resolved()["base"]), call, family=trainer.backbone.family),
+            snippet=load_snippet(
+                str(recipe.resolved()["base"]), call, family=trainer.backbone.family,
+                teachers=recipe.resolved()["teachers"],
+            ),  # fmt: skip
             grid=grid if grid.exists() else None,
             init=origin.init,
             sentences=said,

@@ -54,7 +54,7 @@ def held_out_rows(teacher: Teacher, spec: str, data: TeacherData, count: int, se
     """
     if is_scenes(spec):
         tasks = scene_tasks(spec, teacher.capability, "val", count, seed)
-        return [_made(task) for task in tasks]
+        return [_made(task, teacher) for task in tasks]
     table, sampled, found = data.data, set(data.rows), dict[str, Row]()
     # the name is part of the random stream: which rows are held out depends on it
     tried = random.Random(f"watch/{seed}").sample(range(len(table)), min(len(table), TRIED * count))
@@ -109,7 +109,7 @@ def by_layout(dataset: CachedConditions, rows: Iterable[int]) -> list[list[int]]
     return list(groups.values())
 
 
-def _made(task: Prompt | Edit) -> Row:
+def _made(task: Prompt | Edit, teacher: Teacher) -> Row:
     if isinstance(task, Prompt):
-        return Row(task.prompt, None, task)
-    return Row(task.instruction, Image.fromarray(render(task.source)), task)
+        return Row(teacher.worded(task.prompt), None, task)
+    return Row(teacher.worded(task.instruction), Image.fromarray(render(task.source)), task)

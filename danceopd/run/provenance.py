@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ def _picture(source: ImageSource) -> list[Any]:
 
 
 def check_weights(
-    run: Path, recipe: Recipe, base: Path, known: Iterable[TeacherWeights], record: bool = True
+    run: Path, recipe: Recipe, base: Path, known: Sequence[TeacherWeights], record: bool = True
 ) -> dict[str, Any]:
     """Whose weights a run learns from (`base` is the base's folder); `record`: write it into the run's folder, once.
 
@@ -166,12 +166,15 @@ def check_weights(
         for k in known
     }
     facts = {"base": base_sha256, "encoders": encoders, "teachers": teachers} | ({"init": init} if init else {})
+    few = next((k.fast for k in known if k.fast is not None), None)
+    fast = {} if few is None else {"fast.adapter": few.sha256}
+    facts |= fast
     path = run / TEACHERS
     old = {}
     if path.exists():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
-            old = {name: before[name] for name in ("base", "encoders") if name in before}
+            old = {name: before[name] for name in ("base", "encoders", *fast) if name in before}
             old |= {f"teacher {name!r}": t["sha256"] for name, t in before["teachers"].items()}
             facts |= {"init": before["init"]} if "init" in before else {}
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
@@ -179,7 +182,7 @@ def check_weights(
                 f"{path} is damaged, so nobody knows whose weights this run learns from; choose another --output, or "
                 "delete the file if base and teachers are still the same"
             ) from None
-    now: dict[str, Any] = {"base": base_sha256, "encoders": encoders}
+    now: dict[str, Any] = {"base": base_sha256, "encoders": encoders, **fast}
     now |= {f"teacher {name!r}": t["sha256"] for name, t in teachers.items()}
     changed = next((name for name in now if name in old and old[name] != now[name]), None)
     if changed is not None:
@@ -261,6 +264,7 @@ def shared_facts(recipe: Recipe) -> dict[str, Any]:
     for place in ("output", "device", "base", "editing_base", "gguf", "data"):
         del given[place]
     given["teachers"] = [{k: v for k, v in one.items() if k not in ("adapter", "data")} for one in given["teachers"]]
+    given["fast"] = {key: value for key, value in (given["fast"] or {}).items() if key != "adapter"}
     return {**given, "rows": recipe.data.rows}
 
 

@@ -1,12 +1,13 @@
 """The sample grid of a run: the same prompts, sources and noise every time, so that eyes can compare.
 
 One row of pictures for generation and two (source, result) for editing, for each picture size among the first rows of
-each capability's data; drawn by the student's EMA, as it would be exported.
+the data; teachers that have other data or other triggers have rows of their own. Drawn by the student's EMA, as it
+would be exported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
 
 import torch
 from PIL import Image
@@ -18,7 +19,8 @@ from danceopd.engine.callbacks import Callback
 from danceopd.engine.metrics import StepMetrics
 from danceopd.engine.trainer import Trainer
 from danceopd.models.fields import VelocityField, acting, in_micro_batches
-from danceopd.recipe.parts import Columns
+from danceopd.recipe.parts import Columns, Teacher
+from danceopd.recipe.recipe import Recipe
 from danceopd.run.logger import Logger
 from danceopd.run.plots import grid
 
@@ -26,20 +28,23 @@ from danceopd.run.plots import grid
 class SampleGrid:
     """Conditions and noise of the grid, encoded once; `draw` costs one rollout for each capability."""
 
-    def __init__(
-        self, sources: Mapping[str, tuple[str, Columns]], count: int, seed: int, encoder: Encoder, device: torch.device,
-        micro_batch: int,
-    ) -> None:  # fmt: skip
-        """`count` pictures of each capability, from its data source; `seed` draws the built-in scenes.
+    def __init__(self, recipe: Recipe, encoder: Encoder, device: torch.device) -> None:
+        """`samples.count` pictures of each capability, shared by the teachers whose data or triggers differ.
 
-        A forward has at most `micro_batch` pictures.
+        The built-in scenes are others than those of training. A forward has at most `micro_batch` pictures.
         """
-        self.device, self.micro_batch = device, micro_batch
+        self.device, self.micro_batch, count, seed = device, recipe.rows_at_once, recipe.samples.count, recipe.seed + 1
         self.parts = []
-        for capability, (spec, columns) in sources.items():
+        sources = dict[tuple[str, str, Columns, str | None], Teacher]()
+        for teacher in recipe.teachers:
+            key = teacher.capability, recipe.data_source(teacher), recipe.columns(teacher), teacher.trigger
+            sources.setdefault(key, teacher)
+        of_capability = Counter(capability for capability, *_ in sources)
+        for (capability, spec, columns, _), teacher in sources.items():
             read = edits_from if capability == "editing" else prompts_from
-            data = read(spec, count, seed, check=False, columns=columns)
-            first = range(min(count, len(data)))
+            share = max(1, count // of_capability[capability])
+            data = read(spec, share, seed, check=False, columns=columns).worded(teacher.worded)
+            first = range(min(share, len(data)))
             steps = encoder.pipelines[capability].call["num_inference_steps"]
             dataset = encoder.encode(capability, data, first, steps)
             for layout in dict.fromkeys(map(dataset.layout, first)):

@@ -1,8 +1,8 @@
 """The validation error of a run: the student's velocity error on held-out prompts, where the student itself goes.
 
 From fixed noise the student rolls out (without random steps) on rows that no update samples, and at four of its states
-the routed teacher, guided as the recipe says, is queried. The four are the medians of the quarters of what the query
-law draws, so their plain mean is the law's. For teacher m
+the routed teacher, guided and in small steps as the recipe says, is queried. The four are the medians of the quarters
+of what the query law draws, so their plain mean is the law's. For teacher m
 
     e_m(q) = mean over rows of |v_θ(x_q, σ_q, c) − u_m(x_q, σ_q, c)|²,        q = 1 … 4, |·|² a mean over numbers
     E_m = Σ_q e_m(q) / scale_m,      scale_m = max(Σ_q e_m(q) of the start, of the bare base)
@@ -32,7 +32,7 @@ from danceopd.data.encode import Encoder
 from danceopd.engine.query import LEVELS, PAPER, place
 from danceopd.engine.rollout import rollout
 from danceopd.engine.solvers import SOLVERS
-from danceopd.models.fields import VelocityField, acting
+from danceopd.models.fields import VelocityField, acting, mean_velocity
 from danceopd.pipelines.condition import Condition
 from danceopd.pipelines.registry import FAMILIES, with_prompt_of
 from danceopd.recipe.parts import Rollout
@@ -87,9 +87,9 @@ class ValidationError:
 
     def __init__(
         self, rollout: Rollout, held_out: Sequence[HeldOut], base: VelocityField, device: torch.device,
-        chunk: int, rows_key: str = "",
+        chunk: int, rows_key: str = "", small_steps: int = 1,
     ) -> None:  # fmt: skip
-        self.rollout, self.chunk = rollout, chunk
+        self.rollout, self.chunk, self.small_steps = rollout, chunk, small_steps
         self.held_out, self.base, self.device, self.rows_key = list(held_out), base, device, rows_key
 
     @torch.no_grad()
@@ -133,7 +133,9 @@ class ValidationError:
         for k, step in enumerate(steps):
             x, sigma = states[:, k], grid[step].expand(len(noise))
             velocity = velocities[step] if step < len(velocities) else student(x, sigma, condition)
-            teacher = held.teacher(x, sigma, condition)
+            teacher = mean_velocity(
+                lambda x, sigma: held.teacher(x, sigma, condition), x, sigma, batch.sigmas, self.small_steps
+            )
             found[step] = (velocity - teacher).square().flatten(1).mean(1).double().sum()
         return found
 
@@ -161,7 +163,7 @@ def validation_error(
         found.append(HeldOut(teacher.name, field, batches, null if recipe.rollout.guidance != 1 else None))
         prompts.append([teacher.name, [row.prompt for row in rows]])
     return ValidationError(
-        recipe.rollout, found, base, device, recipe.rows_at_once, cache_key(prompts)
+        recipe.rollout, found, base, device, recipe.rows_at_once, cache_key(prompts), recipe.small_steps
     )
 
 
@@ -198,5 +200,6 @@ def forwards(recipe: Recipe, sigmas: Tensor) -> float:
     """Forwards of one row that validation takes in a whole run; a guided teacher's velocity takes two."""
     steps = quarters(recipe, sigmas)
     rollout = max(steps) * (1 if recipe.rollout.guidance == 1 else 2) + 1
-    rows = sum(rollout + len(set(steps)) * (1 if t.guidance is None else 2) for t in recipe.teachers)
+    asked = len(set(steps)) * recipe.small_steps
+    rows = sum(rollout + asked * (1 if t.guidance is None else 2) for t in recipe.teachers)
     return recipe.validation.checks(recipe.steps) * recipe.validation.held_out_rows * rows

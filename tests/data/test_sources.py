@@ -40,6 +40,13 @@ def test_scenes_of_some_tasks_only() -> None:
     instructions = [instruction for instruction, _ in edits_from("scenes:background_change", rows=6)]
     assert all("background" in text or text.startswith("put") for text in instructions)
     assert len(edits_from("scenes:local", rows=5)) == 5
+    assert all("sky" in text for text, _ in edits_from("scenes:background_change=sky", rows=6))
+    assert {"night", "outline"} == {
+        word for text, _ in edits_from("scenes:style_change=night,style_change=outline", rows=6)
+        for word in ("night", "outline", "flat", "negative") if word in text
+    }  # fmt: skip
+    with pytest.raises(UserError, match="'style_change=nigth', which does not exist; did you mean 'style_change=n"):
+        edits_from("scenes:style_change=nigth")
     with pytest.raises(UserError, match="the task 'locl', which does not exist; did you mean 'local'"):
         edits_from("scenes:locl")
 

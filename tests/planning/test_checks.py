@@ -163,18 +163,42 @@ def test_a_folder_that_is_in_use_and_a_run_of_other_weights(models: Path, tmp_pa
 def test_a_distilled_base_takes_few_steps_and_says_so(models: Path, tmp_path: Path) -> None:
     place = tmp_path / "models"
     shutil.copytree(models, place)
-    edit_json(place / "base" / "model_index.json", is_distilled=True)
     call = {"height": 64, "width": 64, "max_sequence_length": 24}
     silent = tiny_recipe(place, tmp_path / "run", rollout={}, call=call)
+    for name, says in (
+        ("tiny-turbo", r"the base's name says 'turbo', .* write fast: \{steps: 4\}, or rollout: \{steps: 16\} if"),
+        ("lightning-8steps", r"write fast: \{steps: 8\}"),
+        ("undistilled", None),
+        ("de-distilled", None),
+    ):
+        shutil.copytree(place / "base", tmp_path / name)
+        named = tiny_recipe(place, tmp_path / "run", base=str(tmp_path / name), rollout={}, call=call)
+        if says is None:
+            assert plan(named, tflops=1.0)["queries"]["depth"] > 4
+            continue
+        with pytest.raises(UserError, match=says):
+            plan(named, tflops=1.0)
+        assert plan(named.replaced({"call.num_inference_steps": 3}), tflops=1.0)["queries"]["depth"] <= 3
+    edit_json(place / "base" / "model_index.json", is_distilled=True)
+    for command in (lambda: plan(silent, tflops=1.0), lambda: merge(silent)):
+        with pytest.raises(UserError, match=r"the base is distilled .* names no steps; write fast: \{steps: 4\}$"):
+            command()
+    silent = tiny_recipe(place, tmp_path / "run", rollout={}, call={**call, "num_inference_steps": 4})
     facts = plan(silent, tflops=1.0)
     assert facts["queries"]["depth"] <= 4
-    assert any("rollout.steps 4 and call.num_inference_steps 4" in note for note in facts["notes"])
+    assert any("so rollout.steps 4; name another" in note for note in facts["notes"])
+    fast = tiny_recipe(place, tmp_path / "run", rollout={}, call=call, fast={"steps": 4})
+    assert plan(fast, tflops=1.0)["queries"] == facts["queries"]
+    several = tiny_recipe(models, tmp_path / "run", rollout={}, call=call, fast={"steps": 4, "teacher_steps": 3})
+    assert plan(several, tflops=1.0)["passes"]["teachers"] == 3 * facts["passes"]["teachers"]
+    unsure = tiny_recipe(models, tmp_path / "run", rollout={}, call=call, fast={"steps": 4})
+    assert any("fast.teacher_steps 4 shows it where they lead" in note for note in plan(unsure, tflops=1.0)["notes"])
     named = plan(tiny_recipe(place, tmp_path / "run", rollout={"steps": 16}), tflops=1.0)
     assert any("rollout.steps is 16; 4 is usual" in note for note in named["notes"])
     few = plan(tiny_recipe(place, tmp_path / "run", rollout={"steps": 3}), tflops=1.0)
     assert not any("distilled" in note for note in few["notes"])
     guided = recipe(place, tmp_path / "run", **drawing(place, "draws", "edits", guidance=2.0))
     assert any("teacher 't0' is guided" in note for note in plan(guided, tflops=1.0)["notes"])
-    merge(tiny_recipe(place, tmp_path / "run", steps=1, rollout={}, call=call))
+    merge(tiny_recipe(place, tmp_path / "run", steps=1, rollout={}, call={**call, "num_inference_steps": 4}))
     kept = Recipe.from_yaml(tmp_path / "run" / "recipe.yaml")
     assert kept.rollout.steps == 4 and kept.call["num_inference_steps"] == 4

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import random
 
 import numpy as np
 import pytest
@@ -22,9 +23,10 @@ from danceopd.worlds.toy.autoencoder import fit_encoder, make_autoencoder
 from danceopd.worlds.toy.batches import Batches, Mix
 from danceopd.worlds.toy.codes import CellTable
 from danceopd.worlds.toy.decoder import CellPictures, unpack
+from danceopd.worlds.toy.effects import EFFECTS
 from danceopd.worlds.toy.flow import LoraTransformer, Schedule, loss_of, velocity
 from danceopd.worlds.toy.small import CALL, make_pipeline, make_tokenizer, make_transformer, vocabulary
-from danceopd.worlds.toy.stages import teach
+from danceopd.worlds.toy.stages import STAGES, teach
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -187,6 +189,21 @@ def test_lora_transformer_is_the_base_at_first_and_trains_only_its_factors(parts
     assert all(p.grad is None for p in pipe.transformer.parameters())
     assert model.factors["transformer_blocks.0.attn.to_q.lora_B"].grad.abs().max() > 0
     pipe.transformer.requires_grad_(True)
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_an_effects_teacher_sees_its_one_task_alone(parts, name):
+    effect, stage = EFFECTS[name], STAGES[name]
+    batches, rng = Batches(*parts, stage.mix, 2, 0), random.Random(0)
+    tag, _, goal = effect.task.partition("=")
+    for _ in range(3):
+        if effect.capability == "generation":
+            assert batches._prompt(rng).tag == tag and stage.mix.generation == 1
+        else:
+            edit = batches._edit(rng)
+            assert edit.task_type == tag and stage.mix.generation == 0
+            assert not goal or edit.goal in ({"background": goal}, {"style": goal})
+    assert (stage.rank, effect.data) == (16, f"scenes:{effect.task}") and len(EFFECTS) == 16
 
 
 def test_stages_run_and_continue_to_the_same_bytes(tmp_path, monkeypatch):

@@ -173,7 +173,11 @@ def _apply(rng: random.Random, task: str, scene: Scene, tier: str, heldout: str 
 def draw_edit(
     rng: random.Random, task: str, tier: str = "cells", heldout: str | None = None, split: str | None = None
 ) -> Edit | None:
-    """One random edit of a category, or None when the draw does not fit the scene or the ``split``."""
+    """One random edit of a category, or None when the draw does not fit the scene or the ``split``.
+
+    ``background_change=sky`` is the category with that one ground, colour, shape or style as its goal.
+    """
+    task, _, wanted = task.partition("=")
     limit = MAX_THINGS - 1 if task == "subject-add" else MAX_THINGS
     source = _source(rng, tier, limit)
     if source is None or (split is not None and source.split() != split):
@@ -182,7 +186,9 @@ def draw_edit(
     # A source of a rare split is worth several tries at a target of the same split.
     for _ in range(1 if split is None else 12):
         edit = draw(rng, task, source, tier, heldout)
-        if edit is not None and (split is None or edit.target.split() == split):
+        if edit is None or (wanted and wanted not in edit.goal.values()):
+            continue
+        if split is None or edit.target.split() == split:
             return edit
     return None
 

@@ -25,8 +25,11 @@ def scene_tasks(spec: str | Path, capability: str, split: str, count: int, seed:
 
         return prompts(split, count, seed, _only(spec, {tag: (tag,) for tag in TAGS}))
     from danceopd.worlds.scenes.edits import TASKS, edits, group_of
+    from danceopd.worlds.scenes.grammar import BACKGROUNDS, STYLES
 
-    known = {task: (task,) for task in TASKS}
+    goals = {"background_change": BACKGROUNDS, "style_change": STYLES}
+    one = [f"{task}={value}" for task, values in goals.items() for value in values]  # one of a task's goals alone
+    known = {task: (task,) for task in (*TASKS, *one)}
     for task in TASKS:
         known[group_of(task)] = (*known.get(group_of(task), ()), task)
     return edits(split, count, seed, _only(spec, known))

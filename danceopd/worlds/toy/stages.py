@@ -28,6 +28,8 @@ from danceopd.worlds.toy.autoencoder import fit_encoder, make_autoencoder
 from danceopd.worlds.toy.batches import Batches, Mix
 from danceopd.worlds.toy.codes import CellTable
 from danceopd.worlds.toy.decoder import train_decoder
+from danceopd.worlds.toy.effects import EFFECTS, Effect
+from danceopd.worlds.toy.effects import RANK as EFFECT_RANK
 from danceopd.worlds.toy.flow import FlowTrainer, LoraTransformer, Schedule
 from danceopd.worlds.toy.small import make_pipeline, make_transformer, save_pipeline
 
@@ -60,6 +62,16 @@ PICTURES = (2.0, 1.2)
 RANK = 40
 """Rank of the shipped teachers: 1.4 MB each in bfloat16."""
 
+
+
+def _of_effect(effect: Effect) -> Stage:
+    """Minutes for one task: whole pictures change sooner than one thing in them."""
+    if effect.capability == "generation":
+        return Stage(500, 32, Mix({effect.task: 1.0}, {}, 1.0), EFFECT_RANK, guidance=2.0, noise=PICTURES)
+    whole = effect.task.partition("=")[0] in GLOBAL
+    return Stage(200 if whole else 500, 32, Mix({}, {effect.task: 1.0}, 0.0), EFFECT_RANK, noise=EDITS)
+
+
 STAGES: dict[str, Stage] = {
     "autoencoder": Stage(steps=10000, batch=24),
     "base": Stage(steps=4000, mix=Mix(_even(TAGS), _even(TASKS), 0.6)),
@@ -67,6 +79,7 @@ STAGES: dict[str, Stage] = {
     "editing": Stage(steps=7500, mix=Mix({}, _even(TASKS) | dict.fromkeys(LOCAL, 2.0), 0.0), rank=RANK, noise=EDITS),
     "local-edit": Stage(steps=2000, mix=Mix({}, _even(LOCAL), 0.0), rank=RANK),
     "global-edit": Stage(steps=300, mix=Mix({}, _even(GLOBAL), 0.0), rank=RANK),
+    **{name: _of_effect(effect) for name, effect in EFFECTS.items()},
 }
 
 
