@@ -106,15 +106,16 @@ def check_teachers(
     found = [_check(teacher, base, values) for teacher in teachers]
     if fast is None or fast.adapter is None:
         return found
-    few = _check(
-        Teacher(name="fast", adapter=fast.adapter, capability="generation", accept=fast.accept), base, values
-    )
-    if few.adapter is None:
+    if is_checkpoint(fast.adapter):
         raise UserError(
             f"fast.adapter {fast.adapter} is a whole model; make it the base, or a LoRA of the base by `danceopd "
             "extract`"
         )
-    return [replace(one, fast=scaled(few.adapter, fast.scale), stacks=fast.stacks) for one in found]
+    few = _check(
+        Teacher(name="fast", adapter=fast.adapter, capability="generation", accept=fast.accept), base, values
+    ).adapter
+    assert few is not None
+    return [replace(one, fast=scaled(few, fast.scale), stacks=fast.stacks) for one in found]
 
 
 def _check(teacher: Teacher, base: Path, values: bool) -> TeacherWeights:

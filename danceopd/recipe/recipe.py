@@ -153,7 +153,7 @@ class Recipe(Part):
     """Decay of the average of the LoRA's weights, which is what is exported."""
     rollout: Rollout = Rollout()
     """How the student rolls out."""
-    fast: Fast | None = None
+    fast: Fast | None = Field(None, examples=[{"steps": 8, "adapter": "lightning-8steps.safetensors"}])
     """A student of few steps (docs/many-teachers.md); null: it draws with as many as its base."""
     query: Query = Query()
     """Where the teachers are queried."""
