@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,7 +30,6 @@ from past import difference
 from quality import ImageEvaluator, named, read_lines
 from rich.console import Console
 
-from danceopd.adapters.blend import blend
 from danceopd.adapters.read import read_adapter
 from danceopd.bench.suites.scenes import Suite
 from danceopd.common.files import sha256
@@ -48,6 +48,8 @@ ARMS: dict[str, dict[str, Any]] = {"merge": {}, "by need": {"routing": {"per": "
 STRENGTHS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 """Of every LoRA in a blend; the best on validation items is scored, and the method's own default is among those tried.
 """
+WITH_DATA = ("regmean", "regmean++", "ssr")
+"""Blends that look at what the LoRAs do to inputs of their own."""
 LEAST_GAP = 0.05
 """A teacher that is no more than this ahead of its base has no gap to close."""
 CLOSED = 0.85
@@ -134,23 +136,37 @@ class Bench:
         """A LoRA of the base."""
         return read_adapter(file, empty_transformer(self.base))
 
-    def blends(self, names: Sequence[str], teachers: Mapping[str, Adapter], method: str, rank: int) -> None:
+    def blended(self, names: Sequence[str], method: str, strength: float | None, options: Mapping[str, Any]) -> Adapter:
+        """A blend of teachers by `danceopd blend`; methods that look at data read the merge's own."""
+        output, weights = self.folder / "blend", "" if strength is None else ",".join([str(strength)] * len(names))
+        command = [sys.executable, "-m", "danceopd", "blend", *(str(self.folder / name) for name in names), "--method"]
+        command += [method, "--weights", weights, "--rank", str(options["rank"]), "-o", str(output), "--base", "base"]
+        if method in WITH_DATA:
+            file = self.folder / "blend.yaml"
+            recipe = self.recipe(names, "merge", self.folder / "no-run", options)
+            file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+            command += ["--data", str(file)]
+        shutil.rmtree(output, ignore_errors=True)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return self.adapter(output)
+
+    def blends(
+        self, names: Sequence[str], teachers: Mapping[str, Adapter], method: str, options: Mapping[str, Any]
+    ) -> None:
         """Blend these teachers at the strength that closes their gaps best on validation items, and score that."""
         model = f"{method} of {len(names)}"
         if self.line(model) is not None:
             return
-        held = [teachers[name] for name in names]
         own = self.validation
         low = own.items(None, names)
         high = {name: own.items(teachers[name], [name])[name] for name in names}
         tried: dict[float | None, float] = {}
         for strength in (None, *STRENGTHS):
-            weights = None if strength is None else [strength] * len(held)
-            found = own.items(blend(held, weights, rank, method), names)
+            found = own.items(self.blended(names, method, strength, options), names)
             shares = [closed(found[name], low[name], high[name]) for name in names]
             tried[strength] = statistics.mean([share for share in shares if share is not None] or [0.0])
         best = max(tried, key=lambda strength: tried[strength])
-        made = blend(held, None if best is None else [best] * len(held), rank, method)
+        made = self.blended(names, method, best, options)
         self.keep(model, made, count=len(names), strength="the method's own" if best is None else best)
 
     def merge(self, names: Sequence[str], arm: str, options: Mapping[str, Any]) -> None:
@@ -284,7 +300,7 @@ def main(
             bench.keep(effect, teachers[effect])
     for count in numbers:
         for method in blend_methods.split(","):
-            bench.blends(effects[:count], teachers, method.strip(), rank)
+            bench.blends(effects[:count], teachers, method.strip(), settings)
         for arm in chosen:
             bench.merge(effects[:count], arm, settings)
     bench.table.write_text(table(bench.lines))

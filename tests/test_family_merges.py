@@ -66,7 +66,7 @@ def test_the_stock_pipelines_with_the_exported_lora_draw_what_the_student_draws(
     # and what many teachers may have: a trigger, the base on prompts without one, rows by need, a few-step LoRA
     recipe["teachers"][0]["trigger"] = "a star"
     recipe["teachers"].append({"name": "plain", "adapter": "base", "capability": tiny.tasks[0]})
-    few = random_adapter(stock.transformer, rank=2, targets=family.lora_targets, seed=5, size=0.05)
+    few = random_adapter(stock.transformer, rank=2, targets=family.lora_targets, seed=5, size=0.1)
     write_adapter(few, tmp_path / "few")
     recipe |= {"fast": {"steps": 2, "adapter": str(tmp_path / "few")}, "routing": {"per": "need"}}
     recipe |= {"validation": {"rows": 2, "every": 2}, "batch": 3, "student": {"rank": 12}}
