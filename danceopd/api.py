@@ -6,10 +6,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from danceopd.bench.results import Benched
 from danceopd.errors import UserError
+
+if TYPE_CHECKING:
+    from danceopd.adapters.blending.methods import Method
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def blend(
     loras: Sequence[str | os.PathLike],
     weights: Sequence[float] | None = None,
     output: str | os.PathLike = "blend",
-    method: str = "linear",
+    method: str | Method = "linear",
     rank: int | None = None,
     base: str | os.PathLike | None = None,
     **options: Any,
@@ -44,9 +47,10 @@ def blend(
 
     `loras` are files, folders or shipped names. A layer's delta is B @ A, (out, in); what is blended are the deltas, so
     the ranks may differ. `weights` has one number for each LoRA, None for the method's own (1/N for linear). `method`
-    is one of `danceopd blend --help`. `rank` is that of the written layers, None for the sum of the LoRAs' ranks, which
-    is exact for linear methods. `base` is the model that they belong to, by default the one that the files name.
-    `options` are further fields of the command: `density`, `scale`, `seed`, `drop`, `space`, `dtype`.
+    is one of `danceopd blend --help`, a plug-in's name, or a `Method`. `rank` is that of the written layers, None for
+    the sum of the LoRAs' ranks, which is exact for linear methods. `base` is the model that they belong to, by default
+    the one that the files name. `options` are further fields of the command: `density`, `scale`, `seed`, `drop`,
+    `space`, `dtype`.
 
     Raises UserError when the LoRAs belong to different bases or the blend changes nothing, and when `output` holds a
     LoRA already: nothing is overwritten.

@@ -49,7 +49,6 @@ from danceopd.labelfree.audit.signals import LEVELS, signals_of
 from danceopd.labelfree.audit.summary import RESULT, audit_folder, summary
 from danceopd.labelfree.audit.table import markdown
 from danceopd.labelfree.rewards import Group
-from danceopd.labelfree.rewards.own import find
 from danceopd.models.base import base_fingerprint, base_folder, load_base, pipeline_call
 from danceopd.models.fields import AdapterField, BaseField, MergedField, VelocityField, acting
 from danceopd.pipelines.condition import Condition
@@ -58,8 +57,10 @@ from danceopd.pipelines.record import empty_module
 from danceopd.pipelines.registry import family_of
 from danceopd.planning.cards import card_here
 from danceopd.planning.checks import check_output
+from danceopd.planning.plugins import check_plugins
 from danceopd.planning.settings import prepare
-from danceopd.recipe.nft import NFT, OwnReward
+from danceopd.plugins import name_of
+from danceopd.recipe.nft import NFT
 from danceopd.recipe.recipe import Recipe
 from danceopd.run.export import stock_dtype
 from danceopd.run.heldout import FIRST_SEED, Row, by_layout, encode_rows, held_out_rows
@@ -120,9 +121,7 @@ def audit(
         raise UserError("an audit runs in one process; start it without torchrun")
     folder = output or audit_folder(recipe.output)
     rewards = recipe.nft
-    for name, part in rewards.rewards.items():
-        if isinstance(part, OwnReward):
-            find(name)
+    check_plugins(recipe)
     base = base_folder(recipe.base)
     if recipe.base_dtype is not None or recipe.offload != "none":
         raise UserError(
@@ -186,7 +185,7 @@ def _identity(
         "rewards": {name: part.model_dump(mode="json") for name, part in rewards.rewards.items()},
         "call": recipe.call, "steps": recipe.rollout.steps, "seed": recipe.seed,
         **{key: value for key, value in asdict(options).items() if key not in ("judge", "steps")},
-        "judge": options.judge.judge,
+        "judge": options.judge.judge and name_of("judge", options.judge.judge),
     }  # fmt: skip
     return json.loads(json.dumps(json_safe(found), default=str))
 
@@ -219,7 +218,7 @@ def _session(judge: JudgeOptions, folder: Path) -> JudgeSession | None:
     """A judge's session, asked for nothing yet; None without a judge."""
     if judge.judge in (None, "none"):
         return None
-    made = load_judge(str(judge.judge), **judge.arguments)
+    made = load_judge(judge.judge, **judge.arguments)
     made.check()
     return JudgeSession(made, folder / "judge.jsonl", judge.repeats, judge.max_cost)
 

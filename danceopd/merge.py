@@ -31,7 +31,7 @@ from danceopd.common.system import out_of_memory
 from danceopd.common.tensors import DTYPES
 from danceopd.data.dataset import TeacherData, open_datasets
 from danceopd.data.encode import Encoder, free_encoders, open_pipelines, park_components
-from danceopd.engine.callbacks import Callback
+from danceopd.engine.callbacks import Reporter, own_callbacks
 from danceopd.engine.metrics import StepMetrics
 from danceopd.engine.optimizer import Diverged
 from danceopd.engine.teachers import TeacherWeights, check_teachers
@@ -62,7 +62,7 @@ from danceopd.run.export import NotFinite, Origin, stock_dtype, write_student
 from danceopd.run.limits import Limits, memory_error
 from danceopd.run.logger import MetricsLog, Throughput
 from danceopd.run.many.need import NeedRouting
-from danceopd.run.provenance import check_data, check_weights, refuse_unequal, shared_facts
+from danceopd.run.provenance import check_data, check_weights, record_plugins, refuse_unequal, shared_facts
 from danceopd.run.samples import SampleGrid, Samples
 from danceopd.run.validation import validation_error
 
@@ -203,11 +203,13 @@ def _train(opened: _Opened, report: Report) -> Student:
     device, sharded = processes.device, opened.sharded
     fingerprint = base_fingerprint(opened.base, recipe.gguf)
     hashes = {one.teacher.name: one.sha256 for one in opened.teachers}
+    own = own_callbacks(recipe.callbacks)
     refuse_unequal(processes, {"base": fingerprint, "teachers": hashes}, "sha256")
     with processes.main_first():
         weights = {}
         if run is not None:
             weights = check_weights(run.path, recipe, opened.base, opened.teachers)
+            record_plugins(run.path, recipe)
             run.settle()
             warn_of_scenes(recipe)
             if recipe.objective == "nft":
@@ -277,7 +279,7 @@ def _train(opened: _Opened, report: Report) -> Student:
     need = [NeedRouting(recipe, validation)] if recipe.routing.per == "need" else []
     monitor = MonitorCallback(recipe.monitor, recipe.monitored_every, probes, run, processes, sharded)
     facts = {"recipe": opened.recipe.identity(), "weights": weights, "modules": backbone.modules(STUDENT)}
-    checkpoints = Checkpoints(run, processes, recipe.save_every, [validation, monitor], facts)
+    checkpoints = Checkpoints(run, processes, recipe.save_every, [validation, monitor, *own], facts)
     rollback = Rollback(monitor, checkpoints)
     checkpoints.parts.append(rollback)
     logger = None if run is None else run.logger
@@ -287,8 +289,8 @@ def _train(opened: _Opened, report: Report) -> Student:
         trainer = Trainer(
             recipe, backbone, teachers, device, processes.rank, processes.world_size, all_reduce, field, hook,
             callbacks=[
-                *beside, Throughput(), validation, *need, monitor, MetricsLog(logger, opened.began), rollback, samples,
-                limits, checkpoints, _Reporter(report),
+                *beside, Throughput(), validation, *need, monitor, *own, MetricsLog(logger, opened.began), rollback,
+                samples, limits, checkpoints, Reporter(report),
             ],
         )  # fmt: skip
         checkpoints.restore(trainer)
@@ -313,7 +315,7 @@ def _train(opened: _Opened, report: Report) -> Student:
     known = {name: sha256 for name, sha256 in hashes.items() if sha256 is not None}
     origin = Origin(opened.base, fingerprint, call, known, opened.init.sentence, opened.saved)
     sentences = [*filter(None, [validation.sentence()]), *monitor.sentences(), *(run.sentences() if run else [])]
-    sentences += [sentence for part in beside for sentence in part.sentences()]
+    sentences += [sentence for part in (*beside, *own) for sentence in part.sentences()]
     try:
         write_student(trainer, recipe, student, step, origin, run, processes, None if sharded else pipe, sentences)
     except NotFinite as error:
@@ -330,16 +332,6 @@ def _train(opened: _Opened, report: Report) -> Student:
 def _say(line: str, processes: Processes) -> None:
     if processes.is_main:
         print(line, file=sys.stderr, flush=True)
-
-
-@dataclass
-class _Reporter(Callback):
-    """Calls the user's `report` after every update."""
-
-    report: Report
-
-    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        self.report(metrics, trainer.steps)
 
 
 @dataclass(eq=False)

@@ -34,11 +34,12 @@ def _generate(
     editing_base: str | None,
     settings: dict[str, Any],
     size: tuple[int, int] | None,
+    family: str | None = None,
 ) -> Iterator[Image]:
     """`count` images of a prompt, or edits of `image`, one after the other, so that each is saved before the next.
 
     `editing_base` has what the base's editing pipeline may lack; `settings` override the base's own, `size` (height,
-    width) theirs.
+    width) theirs. `family` None: that of the pipeline's class.
     """
     import torch
 
@@ -46,17 +47,17 @@ def _generate(
     from danceopd.pipelines.registry import family_of
 
     call = call_defaults(pipe.config.get("_name_or_path") or "") | settings
-    family = family_of(pipe)
+    known = family_of(pipe, family)
     if image is None:
-        pipe = generation_pipe(pipe, family)
+        pipe = generation_pipe(pipe, known)
     else:
-        pipe = editing_pipe(pipe, editing_base, family)
-        size = size or family.size_of(pipe, image, call)
+        pipe = editing_pipe(pipe, editing_base, known)
+        size = size or known.size_of(pipe, image, call)
         call["image"] = image
     if size is not None:
         call["height"], call["width"] = size
-    call = family.extra(pipe, call) | call
-    _warn_if_truncated(pipe, family, prompt, call)
+    call = known.extra(pipe, call) | call
+    _warn_if_truncated(pipe, known, prompt, call)
     for i in range(count):
         generator = torch.Generator("cpu").manual_seed(seed + i)
         yield pipe(prompt=prompt, generator=generator, **call).images[0]
@@ -111,8 +112,8 @@ def sample(
     pipe = load_student(student, base=base, device=resolve_device(device or "auto"))
     pipe.set_progress_bar_config(disable=True)
     settings, written = _recipe_settings(Path(student)), []
-    editing_base = settings.pop("editing_base", None)
-    for i, picture in enumerate(_generate(pipe, prompt, source, seed, count, editing_base, settings, size)):
+    editing_base, family = settings.pop("editing_base", None), settings.pop("family", None)
+    for i, picture in enumerate(_generate(pipe, prompt, source, seed, count, editing_base, settings, size, family)):
         path = _new_path(folder, prompt, seed + i)
         with disk_errors(path):
             picture.save(path)
@@ -122,11 +123,11 @@ def sample(
 
 
 def _recipe_settings(student: Path) -> dict[str, Any]:
-    """`call` of the student's recipe, and its `editing_base`; empty without a recipe."""
+    """`call` of the student's recipe, its `editing_base` and its `family`; empty without a recipe."""
     if not (student / "recipe.yaml").is_file():
         return {}
     recipe = recorded_recipe(student)
-    call = {"editing_base": recipe.get("editing_base"), **(recipe.get("call") or {})}
+    call = {"editing_base": recipe.get("editing_base"), "family": recipe.get("family"), **(recipe.get("call") or {})}
     if "steps" in call:
         call["num_inference_steps"] = call.pop("steps")
     return call

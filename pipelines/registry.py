@@ -1,4 +1,7 @@
-"""The registry of model families, which family a pipeline belongs to, and a condition with another prompt."""
+"""The registry of model families, which family a pipeline belongs to, and a condition with another prompt.
+
+A family of your own is a plug-in (docs/plugins.md). It joins `FAMILIES` under its own name when it is first found.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 
 from danceopd.common.parse import parse_json
 from danceopd.errors import UserError
+from danceopd.plugins import load, name_of, plugin_names
 
 from .condition import Condition
 from .families.flux1 import FLUX1
@@ -26,20 +30,18 @@ FAMILIES: dict[str, Family] = {
         FLUX2_KLEIN, FLUX2_KLEIN_KV, FLUX2_DEV, FLUX1, QWEN_IMAGE, QWEN_IMAGE_21, Z_IMAGE, KREA2, SD3,
     )  # fmt: skip
 }
+BUILTIN = dict(FAMILIES)
+"""Those that are no plug-ins."""
 
 
-def family_of(pipe_or_folder: Any, name: str | None = None) -> Family:
+def family_of(pipe_or_folder: Any, name: str | Family | None = None) -> Family:
     """The family of a loaded pipeline, of a pipeline folder, or of a model on the hub.
 
-    Read from the class name or from `model_index.json`; no weights are loaded. A `name`, which is a key of `FAMILIES`,
-    decides alone. UserError when there is no such file, or no family of that name or class.
+    Read from the class name or from `model_index.json`; no weights are loaded. A `name` decides alone: a key of
+    `FAMILIES`, or a plug-in. UserError when there is no such file, or no family of that name or class.
     """
     if name is not None:
-        if name not in FAMILIES:
-            near = difflib.get_close_matches(name, FAMILIES, 1)
-            hint = f"did you mean {near[0]}" if near else f"use one of {', '.join(sorted(FAMILIES))}"
-            raise UserError(f"there is no model family {name!r}; {hint}")
-        return FAMILIES[name]
+        return _named(name)
     if isinstance(pipe_or_folder, str | Path):
         known_as, where = class_name(pipe_or_folder), str(pipe_or_folder)
     else:
@@ -47,12 +49,36 @@ def family_of(pipe_or_folder: Any, name: str | None = None) -> Family:
     for family in FAMILIES.values():
         if known_as in family.classes:
             return family
+    own = [family for family in map(_named, plugin_names("family")) if known_as in family.classes]
+    if len(own) > 1:
+        raise UserError(f"{where} is a {known_as}, a class of families {own[0].name} and {own[1].name}; set `family`")
+    if own:
+        return own[0]
     known = {name: family.name for family in FAMILIES.values() for name in family.classes}
     near = max(known, key=lambda name: difflib.SequenceMatcher(None, known_as, name).ratio())
     raise UserError(
         f"{where} is a {known_as}, which danceopd does not know; the nearest family is {known[near]} ({near}): see "
         "docs/bring-your-own-model.md for family: in a recipe, and for how to add a family"
     )
+
+
+def _named(name: str | Family) -> Family:
+    """The family of a name; a plug-in is listed in `FAMILIES`."""
+    name = name_of("family", name)
+    family = load("family", name, BUILTIN, lambda value: isinstance(value, Family))
+    if name in BUILTIN:
+        return family
+    import diffusers
+
+    if family.name in BUILTIN:
+        raise UserError(f"family {name} calls itself {family.name!r}, which is built in; give its Family another name")
+    if missing := [one for one in family.classes if not hasattr(diffusers, one)]:
+        raise UserError(
+            f"family {name} is for {missing[0]}, which diffusers {diffusers.__version__} does not have; name one "
+            "of its pipeline classes"
+        )
+    FAMILIES[family.name] = family
+    return family
 
 
 def class_name(folder: str | Path) -> str:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from danceopd.adapters.blending.layers import LayerRule, check_rules, weights_of
-from danceopd.adapters.blending.methods import METHODS, Method, inner
+from danceopd.adapters.blending.methods import Method, inner, method_of
 from danceopd.adapters.blending.subspace import SPACES, project, restore
 from danceopd.adapters.svd import Factors, product_core, truncate_matrix, truncate_product
 from danceopd.common.messages import did_you_mean, few
@@ -52,7 +52,7 @@ def blend(
     adapters: Sequence[Adapter],
     weights: Sequence[float] | None = None,
     rank: int | None = None,
-    method: str = "linear",
+    method: str | Method = "linear",
     **options: Any,
 ) -> Adapter:
     """The adapter of `blend_with_residual`, which takes the same arguments."""
@@ -63,7 +63,7 @@ def blend_with_residual(
     adapters: Sequence[Adapter],
     weights: Sequence[float] | None = None,
     rank: int | None = None,
-    method: str = "linear",
+    method: str | Method = "linear",
     density: float | None = None,
     scale: float | str = 1.0,
     seed: int = 0,
@@ -72,12 +72,12 @@ def blend_with_residual(
 ) -> BlendResult:
     """Merge adapters of one base into one, times `scale`.
 
-    `weights` None are the method's own: 1/N each, or 1 each where it sums task vectors. They may be negative; an
-    adapter of weight 0 takes no part. `layers` give layers weights of their own. `density` is the share of entries
-    kept, for the methods that drop some; `seed` is for the random ones. Without `rank` each module gets the sum of its
-    adapters' ranks: exact for linear, slerp, task-arithmetic and all that runs in a smaller space, close to the best of
-    that rank for the others. With `rank`, every module of a larger one gets its closest approximation. fp32, on the
-    device of the adapters.
+    `method` is a name or a `Method`. `weights` None are the method's own: 1/N each, or 1 each where it sums task
+    vectors. They may be negative; an adapter of weight 0 takes no part. `layers` give layers weights of their own.
+    `density` is the share of entries kept, for the methods that drop some; `seed` is for the random ones. Without
+    `rank` each module gets the sum of its adapters' ranks: exact for linear, slerp, task-arithmetic and all that runs
+    in a smaller space, close to the best of that rank for the others. With `rank`, every module of a larger one gets
+    its closest approximation. fp32, on the device of the adapters.
 
     `scale` "auto" is the number with which the blend, as it is written, has the mean energy of the adapters: ‖Δ‖² over
     the layers of the blend, weighted by |w|. A sum of adapters that point the same way is larger than each, one of
@@ -97,7 +97,7 @@ def blend_with_residual(
             energies = [w * (0.0 if pair is None else inner(pair, pair)) for pair, w in zip(pairs, map(abs, taken))]
             wanted += factor**2 * sum(energies) / sum(map(abs, taken))
         if how.coefficients is not None:
-            shares = [share * c for c in how.coefficients(pairs, taken)]
+            shares = [share * c for c in _checked(how, name, how.coefficients(pairs, taken), len(pairs))]
             parts = [(pair, c) for pair, c in zip(pairs, shares) if pair is not None and c]
             if parts:
                 a, b = _joined(parts)
@@ -106,7 +106,7 @@ def blend_with_residual(
         assert how.merge is not None
         draws = [_generator(seed, name, i) for i in active]
         left, right, deltas = project(pairs, space or how.space)
-        delta = share * how.merge(deltas, taken, density or 1.0, draws)
+        delta = share * _checked(how, name, how.merge(deltas, taken, density or 1.0, draws), *deltas[0].shape)
         width = rank or sum(pair[0].shape[0] for pair in pairs if pair is not None)
         if left is None:
             width = min(width, *delta.shape)
@@ -177,15 +177,13 @@ def check_blend(
     adapters: Sequence[Adapter],
     weights: Sequence[float] | None,
     rank: int | None,
-    method: str,
+    method: str | Method,
     density: float | None = None,
     scale: float | str = 1.0,
     space: str | None = None,
 ) -> Method:
     """The method; UserError when an argument does not fit it."""
-    if method not in METHODS:
-        raise UserError(f"there is no blend method {method!r}{did_you_mean(method, METHODS)}")
-    how = METHODS[method]
+    how = method_of(method)
     if not adapters or (weights is not None and len(adapters) != len(weights)):
         raise UserError(
             f"{len(adapters)} adapters and {len(weights or ())} weights cannot be blended; give each its own weight"
@@ -197,13 +195,13 @@ def check_blend(
         shown = repr(scale) if isinstance(scale, str) else f"{scale:g}"
         raise UserError(f"the scale is {shown}; give a number other than 0, up to {LARGEST:g} in size, or auto")
     if density is not None and how.density is None:
-        raise UserError(f"{method} keeps every entry, so it takes no density; leave the density out")
+        raise UserError(f"{how.name} keeps every entry, so it takes no density; leave the density out")
     if density is not None and not 0 < density <= 1:
         raise UserError(f"density {density:g} is no share of the entries; give a number above 0 and up to 1")
     if space is not None and space not in SPACES:
         raise UserError(f"there is no space {space!r}{did_you_mean(space, SPACES)}")
     if space == "core" and how.coefficients is not None:
-        raise UserError(f"{method} is a sum, which is the same in every space; leave the space out")
+        raise UserError(f"{how.name} is a sum, which is the same in every space; leave the space out")
     return how
 
 
@@ -224,6 +222,17 @@ def check_weights(how: Method, weights: Sequence[float] | None, adapters: int) -
 def scaled(adapter: Adapter, scale: float) -> Adapter:
     """The adapter at another strength: `scale` folded into B. The adapter itself at 1."""
     return adapter if scale == 1 else Adapter({name: (a, b * scale) for name, (a, b) in adapter.tensors.items()})
+
+
+def _checked(how: Method, layer: str, found: Any, *shape: int) -> Any:
+    """What a method gave for a layer; UserError where it is not of that shape, or not finite."""
+    numbers = found if isinstance(found, torch.Tensor) else torch.tensor(found, dtype=torch.float64)
+    if tuple(numbers.shape) != shape or not numbers.isfinite().all():
+        raise UserError(
+            f"blend method {how.name} gave numbers of shape {tuple(numbers.shape)}, or infinite ones, for layer "
+            f"{layer}; let it give finite numbers of shape {shape}"
+        )
+    return found
 
 
 def _joined(parts: Sequence[tuple[Factors, float]]) -> Factors:

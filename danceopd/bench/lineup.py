@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from danceopd.adapters.blend import blend, scaled
-from danceopd.adapters.blending.methods import METHODS
+from danceopd.adapters.blending.methods import Method, method_of
 from danceopd.adapters.header import adapter_file, inspect_adapter, is_checkpoint
 from danceopd.adapters.read import read_adapter
 from danceopd.common.files import sha256
@@ -27,6 +27,7 @@ from danceopd.errors import UserError
 from danceopd.models.base import base_fingerprints, base_folder, empty_transformer
 from danceopd.models.checkpoint import open_checkpoint
 from danceopd.models.lora import Adapter
+from danceopd.plugins import name_of
 from danceopd.recipe.parts import Teacher
 from danceopd.recipe.recipe import Recipe
 from danceopd.recipe.recorded import recorded_recipe
@@ -145,7 +146,7 @@ def _blend_weights(word: str, teachers: int, method: str = "linear") -> tuple[fl
     """The weights of `blend`, `blend:0.3` (the first of two teachers) or `blend:0.3/0.3/0.4`."""
     _, _, text = word.partition(":")
     if not text:
-        return tuple(METHODS[method].weights(teachers))
+        return tuple(method_of(method).weights(teachers))
     try:
         weights = tuple(float(part) for part in text.split("/"))
     except ValueError:
@@ -223,6 +224,8 @@ class _Builder:
         if teacher.scale != 1.0 and model.adapter is not None:
             at_scale = scaled(model.adapter, teacher.scale)
             model = replace(model, adapter=at_scale, sha256=at_scale.sha256, label=f"{name} x{teacher.scale:g}")
+        if teacher.field is not None:
+            _log.warning("teacher %s is sampled as its weights are, without its field %s", name, teacher.field)
         return replace(model, guidance=teacher.guidance, negative=teacher.negative, capability=teacher.capability)
 
     def _refuse_other(self, teacher: Teacher, model: Model) -> None:
@@ -294,7 +297,7 @@ def build_lineup(
     against: Sequence[str] | None = None,
     blend_weights: Sequence[float] | Mapping[str, float] = (),
     recipe: Recipe | None = None,
-    blend_methods: Sequence[str] = ("linear",),
+    blend_methods: Sequence[str | Method] = ("linear",),
 ) -> Lineup:
     """The lineup of a student and of the models that it is compared with.
 
@@ -306,9 +309,9 @@ def build_lineup(
     base and the teachers. UserError for a name or path that is nothing.
     """
     builder = _Builder(student, recipe)
-    for method in blend_methods:
-        if method not in METHODS:
-            raise UserError(f"there is no blend method {method!r}{did_you_mean(method, METHODS)}")
+    methods = [name_of("blend method", method) for method in blend_methods]
+    for method in methods:
+        method_of(method)
     if against is None:
         against = [word for word in AGAINST if word != "blend" or not builder.full_models]
         if len(against) < len(AGAINST):
@@ -330,7 +333,7 @@ def build_lineup(
         words += [f"blend:{weight:g}" for weight in blend_weights]
     found: dict[str, Model] = {}
     for word in dict.fromkeys(words):
-        for method in blend_methods if word.partition(":")[0] == "blend" else ("",):
+        for method in methods if word.partition(":")[0] == "blend" else ("",):
             model = builder.model(word, method)
             same = (model.role, model.weights, model.method)
             if model.role != "blend" or same not in [(m.role, m.weights, m.method) for m in found.values()]:

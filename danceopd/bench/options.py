@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from danceopd.adapters.blending.methods import Method
+    from danceopd.bench.judges.protocol import Judge
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,12 @@ class SuiteOptions:
 class JudgeOptions:
     """Who scores a judged suite (`--judge`), and how.
 
-    `judge`: see `judges.registry.load_judge`; "none" generates and measures without a judge. `arguments` are those of
-    the judge's class. Everything is asked `repeats` times, for at most `max_cost` US dollars. A `second` judge is
-    asked the same questions once, with its own default arguments, for at most as much again.
+    `judge`: a `Judge`, or what `judges.registry.load_judge` reads; "none" generates and measures without a judge.
+    `arguments` are those of the judge's class. Everything is asked `repeats` times, for at most `max_cost` US dollars.
+    A `second` judge is asked the same questions once, with its own default arguments, for at most as much again.
     """
 
-    judge: str | None = None
+    judge: str | Judge | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     repeats: int = 1
     max_cost: float | None = None
@@ -41,9 +45,9 @@ class BlendOptions:
     """Which blends of the teachers' LoRAs are compared.
 
     `weights`: a list: for two teachers, several weights w of the first (the second gets 1 - w); a mapping: one weight
-    for each teacher. `methods`: those of `danceopd blend`. The best blend is shown in the tables, the others in the
-    report.
+    for each teacher. `methods`: names as of `danceopd blend`, or `Method`s. The best blend is shown in the tables, the
+    others in the report.
     """
 
     weights: Sequence[float] | Mapping[str, float] = ()
-    methods: Sequence[str] = ("linear",)
+    methods: Sequence[str | Method] = ("linear",)

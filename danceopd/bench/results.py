@@ -34,6 +34,7 @@ from danceopd.bench.report.verdict import MARGIN, verdict
 from danceopd.bench.suites.protocol import JudgedSuite
 from danceopd.common.system import command_line, redacted
 from danceopd.errors import UserError
+from danceopd.plugins import is_plugin, name_of, origin
 from danceopd.recipe.recipe import CAPABILITIES
 
 if TYPE_CHECKING:
@@ -332,3 +333,11 @@ def best_blend(
         return sum((overall["lower"] - low) / (high - low) for (low, high), overall in found)
 
     return max(blends, key=worth)
+
+
+def used_plugins(suite: str, metrics: Sequence[Any], lineup: Lineup) -> dict[str, str]:
+    """Where the plug-ins of a bench are from, by kind and name; a judge's stands in its identity."""
+    named = [("suite", suite), ("family", lineup.family or "")]
+    named += [("metric", name_of("metric", metric)) for metric in metrics]
+    named += [("blend method", model.method) for model in lineup.models if model.method]
+    return {f"{kind} {name}": str(origin(kind, name)) for kind, name in named if is_plugin(kind, name)}

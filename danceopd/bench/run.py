@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,21 +24,23 @@ from danceopd.bench.images import FILES, MARK, ImageStore, check_identity
 from danceopd.bench.judges.registry import open_session
 from danceopd.bench.lineup import Lineup, add_image_folders, build_lineup
 from danceopd.bench.metrics.collapse import image_sets
+from danceopd.bench.metrics.own import load_measures
 from danceopd.bench.options import BlendOptions, JudgeOptions, SuiteOptions
 from danceopd.bench.report.card import add_to_card
 from danceopd.bench.report.report import report as write_report
 from danceopd.bench.report.training import about_training
 from danceopd.bench.report.verdict import MARGIN, check_margin
-from danceopd.bench.results import BenchResult, summarise
+from danceopd.bench.results import BenchResult, summarise, used_plugins
 from danceopd.bench.scoring import Scoring
 from danceopd.bench.suites.protocol import ExactSuite, Item, JudgedSuite, Suite
 from danceopd.bench.suites.registry import load_suite, suite_items
 from danceopd.common.distributed import Processes
 from danceopd.common.files import disk_errors, lock_file, remove_partial_files, write_json
-from danceopd.common.system import describe_machine, redacted, resolve_device
+from danceopd.common.system import describe_machine, redacted
 from danceopd.errors import UserError
 from danceopd.models.base import pipeline_call
 from danceopd.pipelines.registry import family_of
+from danceopd.plugins import name_of
 from danceopd.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ CEILING = 96
 
 def bench(
     student: str | Path | None = None,
-    suite: str = "scenes",
+    suite: str | Suite | type[Suite] = "scenes",
     against: Sequence[str] | None = None,
     output: str | Path | None = None,
     **options: Any,
@@ -86,13 +88,14 @@ class Bench:
 
     `limit`: items of each capability. `categories`: only these. `probes` adds held-out and compound items. `batch`:
     images generated at once, by default what their size allows. `only_score` generates nothing and loads no model.
-    `features`: networks for judge-free metrics (`features.load_networks`). `drift`: "auto" or a file of prompts that no
-    teacher is for, drawn for the distance from the base and diversity (evidence/drift.py). `margin`: the share of the
-    scale that may be lost and still counts as nothing (verdict.py). Raises UserError for wrong input.
+    `features`: networks for judge-free metrics (`features.load_networks`); `metrics`: functions of one image
+    (`own.load_metrics`). `suite`, a judge, blend methods and metrics are names or objects. `drift`: "auto" or a file of
+    prompts that no teacher is for, drawn for the distance from the base and diversity (evidence/drift.py). `margin`:
+    the share of the scale that may be lost and still counts as nothing (verdict.py). Raises UserError for wrong input.
     """
 
     student: str | Path | None = None
-    suite: str = "scenes"
+    suite: str | Suite | type[Suite] = "scenes"
     against: Sequence[str] | None = None
     output: str | Path | None = None
     images: Mapping[str, str | Path] = field(default_factory=dict)
@@ -109,6 +112,7 @@ class Bench:
     judge: JudgeOptions = field(default_factory=JudgeOptions)
     features: Sequence[str] = ()
     drift: str | None = None
+    metrics: Sequence[str | Callable[..., float | None]] = ()
     margin: float = MARGIN
     progress: Progress = _silent
 
@@ -177,7 +181,7 @@ class Bench:
             if session is not None:
                 scoring = self._scoring()
                 cost = session.estimate(scoring.questions(), scoring.questions_to_come(missing, self.call or {}))
-                found[which] = {"name": redacted(name or ""), **vars(cost)}
+                found[which] = {"name": redacted(name_of("judge", name or "")), **vars(cost)}
         return found
 
     # -- the models, the items, the judge ------------------------------------------------------------------
@@ -239,11 +243,11 @@ class Bench:
         judge = self.judge.judge
         if not isinstance(self.loaded_suite, JudgedSuite):
             if judge not in (None, "none"):
-                raise UserError(f"suite {self.suite} scores without a judge; leave --judge out")
+                raise UserError(f"suite {self.loaded_suite.name} scores without a judge; leave --judge out")
             return None
         if judge is None:
             raise UserError(
-                f"suite {self.suite} needs a judge; give --judge openai:MODEL@URL, hf:PATH, cmd:PROGRAM or "
+                f"suite {self.loaded_suite.name} needs a judge; give --judge openai:MODEL@URL, hf:PATH, cmd:PROGRAM or "
                 "replay:FILE, or --judge none for images and judge-free metrics only"
             )
         if judge == "none":
@@ -279,12 +283,8 @@ class Bench:
 
     @cached_property
     def networks(self) -> tuple[Network, ...]:
-        """The networks of `features`."""
-        if not self.features:
-            return ()
-        from danceopd.bench.metrics.features import load_networks
-
-        return load_networks(self.features, resolve_device(self.device).type)
+        """The networks of `features`, and the functions of `metrics`."""
+        return load_measures(self.features, self.metrics, self.device)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -381,6 +381,7 @@ class Bench:
             "margin": self.margin,
             **about_training(self.student, self.folder),
             "ceiling": json.loads(ceiling.read_text(encoding="utf-8")) if ceiling.is_file() else None,
+            "plugins": used_plugins(name_of("suite", self.suite), self.metrics, self.lineup),
             "machine": describe_machine(str(processes.device)),
             "seconds": seconds | {"total": round(time.perf_counter() - started, 2)},
         }

@@ -21,6 +21,7 @@ from PIL import Image
 from danceopd.bench.generate import Missing, Progress, seed_of
 from danceopd.bench.images import ImageStore, pixels_sha256
 from danceopd.bench.lineup import Lineup, Model
+from danceopd.bench.metrics.own import OwnMetric
 from danceopd.bench.results import NO_JUDGE
 from danceopd.bench.suites.protocol import ExactSuite, Item, JudgedSuite, Score, Suite
 from danceopd.common.files import disk_errors, json_line, read_lines, write_atomic
@@ -60,6 +61,7 @@ class Scoring:
     ) -> None:
         self.suite, self.lineup, self.items, self.store = suite, lineup, items, store
         self.seed, self.progress, self.networks = seed, progress, networks
+        self.own = [network for network in networks if isinstance(network, OwnMetric)]
         self.network_ids = [network.identity for network in networks]
         self.file = store.folder / "samples.jsonl"
         self.total = len(lineup.models) * sum(map(len, items.values()))
@@ -136,7 +138,7 @@ class Scoring:
                 continue
             try:
                 row["pixels_sha256"] = pixels_sha256(self.store.read(path))
-                if item.capability == "editing":
+                if item.capability == "editing" or self.own:
                     row |= self._measured(model, item, path, row["pixels_sha256"], known.get((model.name, item.id), {}))
             except UserError as error:
                 made = model.image_folder and self.store.original(model.image_folder, item)
@@ -147,12 +149,13 @@ class Scoring:
     def _measured(self, model: Model, item: Item, path: str, pixels: str, old: dict) -> dict[str, Any]:
         """Judge-free metrics, and the hash of what they were measured on: the `old` row's where that is the same.
 
-        Without mask and target, the editing teacher's image defines the edited region.
+        Without mask and target, the editing teacher's image defines the edited region. Of generated images those of the
+        user's alone are measured.
         """
         from danceopd.bench.metrics.metrics import measure
 
-        teacher = next(iter(self.lineup.teachers_for("editing")), None)
-        known = item.mask is not None or item.target is not None or teacher in (None, model.name)
+        edit, teacher = item.capability == "editing", next(iter(self.lineup.teachers_for("editing")), None)
+        known = not edit or item.mask is not None or item.target is not None or teacher in (None, model.name)
         other = None if known or teacher is None else self.store.existing(teacher, item)
         images = (item.source, item.target, item.mask, other and self.store.folder / other)
         measured = _hash_of(METRICS, pixels, *images)
@@ -162,7 +165,11 @@ class Scoring:
             reference = None if other is None else self.store.read(other)
         except UserError:  # the teacher's own row says so
             reference = None
-        metrics = measure(item, self.store.read(path), reference=reference, networks=self.networks)
+        image = self.store.read(path)
+        if edit:
+            metrics = measure(item, image, reference=reference, networks=self.networks)
+        else:
+            metrics = {k: round(v, 6) for one in self.own for k, v in one.measure(item, image, None, None).items()}
         return {"measured": measured, "metrics": metrics}
 
     def _row(self, model: Model, item: Item, path: str | None) -> dict:

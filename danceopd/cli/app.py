@@ -16,6 +16,7 @@ from danceopd.cli import kernels as machine
 from danceopd.cli.boundary import Commands, echo, prepare, traceback_in
 from danceopd.cli.flags import App, Json, number, one_of, print_json, settings, words
 from danceopd.cli.openmoji import app as openmoji
+from danceopd.cli.plugins import plugins
 from danceopd.errors import UserError
 from danceopd.worlds.toy.effects import EFFECTS
 
@@ -283,7 +284,7 @@ def blend(
         str,
         typer.Option(
             help="linear, slerp, task-arithmetic, ties, dare-linear, dare-ties, magnitude-prune, breadcrumbs, sce, "
-            "knots, tsv or iso-c (docs/blending.md)."
+            "knots, tsv or iso-c (docs/blending.md); or a plug-in, module:name."
         ),
     ] = "linear",
     weights: Annotated[str, typer.Option(help="One for each, with commas; default: the method's own.")] = "",
@@ -377,7 +378,7 @@ def inspect(
         show(facts, names)
 
 
-for about in (machine.kernels, machine.schema, machine.version):
+for about in (plugins, machine.kernels, machine.schema, machine.version):
     app.command()(about)
 app.callback()(machine.program)
 

@@ -62,7 +62,7 @@ def bench(
         Path | None,
         typer.Argument(help="The model to score: a run folder, LoRA, pipeline or shipped name; or give --images."),
     ] = None,
-    suite: Annotated[str, typer.Option(help="The suite; `danceopd suites` lists them.")] = "scenes",
+    suite: Annotated[str, typer.Option(help="The suite; `danceopd suites` lists them. Or module:Class.")] = "scenes",
     against: Annotated[
         str,
         typer.Option(help='Models to compare with: base, teachers, a teacher, blend, a path; or "none". Default: all.'),
@@ -103,10 +103,13 @@ def bench(
     drift: Annotated[
         str, typer.Option(help='Also draw prompts that no teacher is for: "auto", or a file with one in each line.')
     ] = "",
+    metrics: Annotated[
+        str, typer.Option(help="Judge-free metrics of your own: plug-ins, or module:function; comma-separated.")
+    ] = "",
     judge: Annotated[
         str | None,
         typer.Option(
-            help='openai:MODEL@URL, hf:PATH, cmd:PROGRAM, replay:FILE; or "none": images and metrics only.',
+            help='openai:MODEL@URL, hf:PATH, cmd:PROGRAM, replay:FILE, a plug-in; or "none": images and metrics only.',
             rich_help_panel=JUDGE,
         ),
     ] = None,
@@ -192,6 +195,7 @@ def bench(
             judge=JudgeOptions(judge, arguments, repeats, max_cost, second_judge),
             features=words(features),
             drift=drift or None,
+            metrics=words(metrics),
             margin=MARGIN if margin is None else margin,
             progress=progress,
         )
@@ -268,10 +272,10 @@ def suites(as_json: Json = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from danceopd.bench.suites.registry import SUITES, suite_class
+    from danceopd.bench.suites.registry import suite_class, suite_names
 
     if as_json:
-        classes = {name: suite_class(name) for name in SUITES}
+        classes = {name: suite_class(name) for name in suite_names()}
         return print_json(
             {name: {"version": c.version, "about": about(c), "data": data_sentence(c)} for name, c in classes.items()}
         )
@@ -279,7 +283,7 @@ def suites(as_json: Json = False) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for name in SUITES:
+    for name in suite_names():
         cls = suite_class(name)
         table.add_row(name, cls.version, f"{about(cls)} {data_sentence(cls)}")
     Console(markup=False).print(table, highlight=False)

@@ -24,7 +24,7 @@ from danceopd.adapters.blend import (
 )
 from danceopd.adapters.blending.conflict import Block, measure, sentences
 from danceopd.adapters.blending.layers import LayerRule
-from danceopd.adapters.blending.methods import METHODS
+from danceopd.adapters.blending.methods import METHODS, Method, method_of
 from danceopd.adapters.header import WEIGHTS, LoraHeader, inspect_adapter
 from danceopd.adapters.read import adapter_shapes, read_adapter
 from danceopd.adapters.write import write_adapter
@@ -35,6 +35,7 @@ from danceopd.common.tensors import DTYPES
 from danceopd.errors import UserError
 from danceopd.models.base import base_fingerprint, base_folder, empty_transformer
 from danceopd.models.lora import Adapter
+from danceopd.plugins import name_of, origin
 
 MOST = 1e4
 """The largest weight or strength of a LoRA."""
@@ -54,7 +55,7 @@ class Request:
 
     paths: Sequence[str | os.PathLike]
     output: str | os.PathLike
-    method: str = "linear"
+    method: str | Method = "linear"
     weights: Sequence[float] | None = None
     rank: int | None = None
     density: float | None = None
@@ -71,6 +72,11 @@ class Request:
     def file(self) -> Path:
         """The LoRA to write."""
         return Path(self.output).expanduser() / WEIGHTS
+
+    @property
+    def how(self) -> Method:
+        """The method itself."""
+        return method_of(self.method)
 
     def check(self) -> None:
         """UserError for an output that is there already, and for numbers and names that are none."""
@@ -120,19 +126,22 @@ def run(request: Request, tell: Callable[[str], None] | None = None) -> tuple[Pa
     if delta_norm(found.adapter) <= 1e-6 * sum(abs(w) * delta_norm(part) for w, part in zip(weights, adapters)):
         raise UserError("the blend changes nothing, since its adapters cancel out; give other weights")
     names = _names(headers)
-    record["blend"] = f"{request.method}: " + " + ".join(f"{w:g} x {name}" for w, name in zip(weights, names))
+    record["blend"] = f"{request.how.name}: " + " + ".join(f"{w:g} x {name}" for w, name in zip(weights, names))
+    name = name_of("blend method", request.method)
+    if name not in METHODS:
+        record["method"] = f"{name} ({origin('blend method', name)})"
     record["residual"] = f"{found.residual:.6f}"
     if request.layers:
         record["layers"] = ", ".join(rule.given for rule in request.layers)
     if found.scale != 1:
         record["scale"] = f"{found.scale:.6g}"
-    drawn = request.seed if METHODS[request.method].random else None
+    drawn = request.seed if request.how.random else None
     for key, value in (("space", request.space), ("density", request.density), ("seed", drawn)):
         if value is not None:
             record[key] = str(value)
     file = write_adapter(found.adapter, request.file.parent, DTYPES[request.dtype], record)
     if tell is not None:
-        parts = blend_parts(adapters, weights, METHODS[request.method], request.layers)
+        parts = blend_parts(adapters, weights, request.how, request.layers)
         entering = []
         for i, adapter in enumerate(adapters):
             strengths = {n: p.factor * dict(zip(p.adapters, p.weights)).get(i, 0.0) for n, p in parts.items()}
@@ -152,9 +161,9 @@ def planned(request: Request) -> str:
     item, most = DTYPES[request.dtype].itemsize, max(ranks.values())
     size = sum(most * (into + out) * item for into, out in sizes.values()) + _HEADER * len(sizes)
     parts = " + ".join(f"{w:g} x {name}" for w, name in zip(weights, _names(headers)))
-    space = request.space or METHODS[request.method].space
+    space = request.space or request.how.space
     dense = max(into * out for into, out in sizes.values()) * 4 * (len(adapters) + 2) if space == "full" else 0
-    dense = 0 if METHODS[request.method].coefficients is not None else dense
+    dense = 0 if request.how.coefficients is not None else dense
     memory = 8 * sum(one.parameters for one in adapters) + 2 * size + dense
     left_out = len({name for one in adapters for name in one.tensors}) - len(ranks)
     return "\n".join(
@@ -164,7 +173,7 @@ def planned(request: Request) -> str:
             f"rank: {_ranks(ranks)}",
             f"dtype: {request.dtype}",
             f"size: about {size / 1e6:.3g} MB",
-            f"blend: {request.method} of {parts}",
+            f"blend: {request.how.name} of {parts}",
             f"base: {record.get('base', 'not named by the files')}",
             f"memory: about {memory / 1e6:.0f} MB",
         ]

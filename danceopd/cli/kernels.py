@@ -94,13 +94,13 @@ def schema(
     from danceopd.recipe.reference import schema as made
 
     if output is None:
-        return print_json(made())
+        return print_json(made(installed=True))
     from danceopd.common.files import disk_errors, write_json
 
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; name a file, such as {output / 'recipe.schema.json'}")
     with disk_errors(output):
-        write_json(output, made())
+        write_json(output, made(installed=True))
     echo(f"schema: {output}; the first line of a recipe beside it: # yaml-language-server: $schema={output.name}")
 
 

@@ -145,7 +145,7 @@ class Batches:
         query, lengths = self.query, [len(t.dataset) for t in self.teachers]
         teachers, samples = sample_batch(self.sampling, step, lengths, self.shares)
         dropped = stream(self.seed, step, "blank").random(len(teachers)) < self.dropout
-        queries = draw_queries(self.seed, step, self.rows, query.count, query.law, query.beta)
+        queries = draw_queries(self.seed, step, self.rows, query.count, query.law, query.beta, query.law_options)
         if self.one_level:
             queries = queries[:: self.group].repeat_interleave(self.group, dim=0)
         return Draw(teachers, samples, np.asarray(dropped).tolist(), queries)

@@ -1,9 +1,9 @@
 """The two places where optional parts plug into the trainer, which knows none of them by name.
 
-A `Callback` watches a run: checkpoints, logs, samples, validation, early stopping, the monitor, limits. A `QueryHook`
-changes how a batch is queried and how much an answer counts (the label-free gates), or gives it pictures to learn from
-(the student's own, ranked). Both keep what must survive an
-interruption in their `state_dict`.
+A `Callback` watches a run: checkpoints, logs, samples, validation, early stopping, the monitor, limits, and the user's
+own, which are plug-ins. A `QueryHook` changes how a batch is queried and how much an answer counts (the label-free
+gates), or gives it pictures to learn from (the student's own, ranked). Both keep what must survive an interruption in
+their `state_dict`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
+
+from danceopd.errors import UserError
+from danceopd.plugins import KINDS, check_made, check_options, load
 
 if TYPE_CHECKING:
     from danceopd.data.dataset import Dataset
@@ -45,6 +48,70 @@ class Callback:
 
     def load_state_dict(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
         """`state` is all that the checkpoint holds, of the trainer and of every callback."""
+
+
+@dataclass
+class Reporter(Callback):
+    """Calls `report(metrics, steps)` after every update."""
+
+    report: Callable[[StepMetrics, int], None]
+
+    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        self.report(metrics, trainer.steps)
+
+
+@dataclass
+class OwnCallback(Callback):
+    """A callback of the user's, a plug-in, whose part of a checkpoint is kept apart from that of all others."""
+
+    name: str
+    callback: Callback
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        self.callback.on_train_start(trainer)
+
+    def on_step_start(self, trainer: Trainer) -> None:
+        self.callback.on_step_start(trainer)
+
+    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        self.callback.on_step_end(trainer, metrics)
+
+    def sentences(self) -> list[str]:
+        return self.callback.sentences()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {f"callback {self.name}.{key}": value for key, value in self.callback.state_dict().items()}
+
+    def load_state_dict(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
+        """Nothing where the checkpoint was saved without this callback."""
+        start = f"callback {self.name}."
+        mine = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+        if mine:
+            self.callback.load_state_dict(trainer, mine)
+
+
+def check_callback(name: str, options: Mapping[str, Any]) -> Any:
+    """A plug-in's callback, or what makes it; UserError where it is neither or does not take the options."""
+    found = load("callback", name, fits=lambda value: callable(value) or isinstance(value, Callback))
+    made = isinstance(found, Callback)
+    if made and options:
+        raise UserError(f"callback {name} is made already, so it takes no options; leave them out, or name its class")
+    if isinstance(found, type) and not issubclass(found, Callback):
+        raise UserError(f"callback {name} is the class {found.__name__}; it must be {KINDS['callback'].must}")
+    if not made:
+        check_options("callback", name, found, options)
+    return found
+
+
+def own_callbacks(named: Mapping[str, Mapping[str, Any]]) -> list[Callback]:
+    """The callbacks of a recipe's `callbacks`; UserError as `check_callback`, and where a function makes none."""
+    made: list[Callback] = []
+    for name, options in named.items():
+        found = check_callback(name, options)
+        callback = found if isinstance(found, Callback) else found(**options)
+        check_made("callback", name, callback, isinstance(callback, Callback))
+        made.append(OwnCallback(name, callback))
+    return made
 
 
 @dataclass(frozen=True)

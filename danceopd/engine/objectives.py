@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from danceopd.common.tensors import append_dims
 from danceopd.engine.batches import Batch
 from danceopd.engine.solvers import FlowSDE
 from danceopd.engine.velocities import Velocities
+from danceopd.errors import UserError
+from danceopd.plugins import check_options, load
 
 
 @dataclass(frozen=True)
@@ -212,3 +216,31 @@ def _noised(batch: Batch, k: int, clean: Tensor) -> tuple[Tensor, Tensor]:
 OBJECTIVES: dict[str, Callable[..., Iterator[RowLoss]]] = {
     f.__name__: f for f in (danceopd, diffusionopd, flowopd, offpolicy, supervised, nft)
 }
+
+
+def objective_of(name: str, options: Mapping[str, Any]) -> Objective:
+    """The objective of a name with its options; a plug-in's losses are looked at as they come.
+
+    UserError as `load`, for options that it does not take, and for anything but a loss with a gradient for each row.
+    """
+    function = load("objective", name, OBJECTIVES)
+    if name in OBJECTIVES:
+        return partial(function, **options)
+    check_options("objective", name, function, options)
+
+    def objective(batch: Batch, velocities: Velocities) -> Iterator[RowLoss]:
+        found = None
+        for found in function(batch, velocities, **options) or ():
+            if not isinstance(found, RowLoss) or found.loss.shape != (len(batch),) or not found.loss.requires_grad:
+                loss = getattr(found, "loss", found)
+                what = f"a {type(found).__name__}"
+                what += f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
+                raise UserError(
+                    f"objective {name} yielded {what} for {len(batch)} rows; let it yield RowLoss(loss, sigma, error) "
+                    "with one loss a row, made of velocities.student, which has the gradient"
+                )
+            yield found
+        if found is None:
+            raise UserError(f"objective {name} yielded no RowLoss; let it yield one for each query")
+
+    return objective

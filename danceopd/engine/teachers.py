@@ -3,7 +3,8 @@
 `check_teachers` reads LoRAs and the headers of whole models, and refuses all that can be refused before the base is
 loaded; `load_teacher` decides how a whole model is kept (as its low-rank difference from the base where that loses
 less than the recipe's `residual`, else streamed block by block, so that no second model is resident);
-`TeacherWeights.attach` puts it on the backbone. Any teacher may be guided (classifier-free).
+`TeacherWeights.attach` puts it on the backbone. A plug-in may answer in its place (`own_field`), and any teacher may be
+guided (classifier-free).
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from danceopd.adapters.blend import blend, scaled
 from danceopd.adapters.extract import difference
@@ -32,6 +35,7 @@ from danceopd.models.fields import AdapterField, GuidedField, MergedField, Veloc
 from danceopd.models.lora import Adapter
 from danceopd.models.streamed import StreamedField
 from danceopd.pipelines.condition import Condition
+from danceopd.plugins import check_made, check_options, load
 from danceopd.recipe.fast import Fast
 from danceopd.recipe.parts import Teacher
 
@@ -85,11 +89,38 @@ class TeacherWeights:
             name = None if adapter is None else teacher.name
             cheaper = merged and name is not None and backbone.merging_is_cheaper(name)
             field = MergedField(backbone, teacher.name) if cheaper else AdapterField(backbone, name)
+        if teacher.field is not None:
+            field = own_field(teacher.field, field, teacher.field_options)
         if teacher.guidance is None:
             return field
         if null is None:
             raise ValueError(f"teacher {teacher.name!r} is guided and has no null condition")
         return GuidedField(field, null, teacher.guidance)
+
+
+@dataclass(frozen=True)
+class OwnField:
+    """A teacher's velocity from a plug-in, which may ask the teacher's weights. Guidance stands around it."""
+
+    name: str
+    field: VelocityField
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        velocity = self.field(x, sigma, condition)
+        if not isinstance(velocity, Tensor) or velocity.shape != x.shape:
+            what = f"shape {tuple(velocity.shape)}" if isinstance(velocity, Tensor) else f"a {type(velocity).__name__}"
+            raise UserError(f"teacher field {self.name} gave {what}; let it give a velocity of x's, {tuple(x.shape)}")
+        return velocity.to(x.device, torch.float32)
+
+
+def own_field(name: str, field: VelocityField, options: Mapping[str, Any]) -> VelocityField:
+    """The field that a plug-in makes of a teacher's own; UserError where it makes none."""
+    function = load("teacher field", name)
+    check_options("teacher field", name, function, options)
+    made = function(field, **options)
+    check_made("teacher field", name, made, callable(made))
+    return OwnField(name, made)
 
 
 def check_teachers(

@@ -9,7 +9,6 @@ several processes learns its own rows of the same update. Optional parts are a h
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from danceopd.engine.batches import Batches
 from danceopd.engine.callbacks import Callback, QueryHook
 from danceopd.engine.metrics import MetricSums, StepMetrics
-from danceopd.engine.objectives import OBJECTIVES, Objective
+from danceopd.engine.objectives import Objective, objective_of
 from danceopd.engine.optimizer import StudentOptimizer
 from danceopd.engine.rollout import StudentRollout
 from danceopd.engine.teachers import RoutedTeacher
@@ -49,7 +48,7 @@ class Trainer:
         self.backbone, self.device, self.steps, self.rows = backbone, device, recipe.steps, recipe.batch
         self.world, self.all_reduce, self.hook, self.callbacks = world, all_reduce, hook, list(callbacks)
         self.batches = Batches(recipe, teachers, device, rank, world)
-        self.objective: Objective = partial(OBJECTIVES[recipe.objective], **recipe.objective_options)
+        self.objective: Objective = objective_of(recipe.objective, recipe.objective_arguments)
         self.optimizer = StudentOptimizer(
             backbone.parameters(STUDENT), recipe.optimizer, recipe.ema, recipe.steps, recipe.dtype == "fp16"
         )

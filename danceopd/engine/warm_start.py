@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from danceopd.adapters.blend import blend_with_residual, scaled
-from danceopd.adapters.blending.methods import METHODS
+from danceopd.adapters.blending.methods import method_of
 from danceopd.models.lora import Adapter
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class StudentInit:
 
 def blend_weights(student: Student, names: Iterable[str], teachers: int) -> list[float]:
     """The weights of these teachers in the blend that a student starts as, of so many `teachers` in all."""
-    even = METHODS[student.init_method].weights(teachers)[0]
+    even = method_of(student.init_method).weights(teachers)[0]
     return [student.init_weights.get(name, even) for name in names]
 
 

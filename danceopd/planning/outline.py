@@ -27,7 +27,6 @@ from danceopd.engine.teachers import TeacherWeights
 from danceopd.errors import UserError
 from danceopd.kernels.autotune import model_spec
 from danceopd.labelfree.gates.variants import with_variants
-from danceopd.labelfree.rewards import check_rewards
 from danceopd.models.base import empty_transformer, pipeline_call, pipeline_index
 from danceopd.models.flops import TokenCounts, forward_flops
 from danceopd.models.lora import Adapter
@@ -38,6 +37,7 @@ from danceopd.pipelines.generation import GenerationPipeline
 from danceopd.pipelines.record import empty_module
 from danceopd.pipelines.registry import class_name, family_of
 from danceopd.planning import checks
+from danceopd.planning.plugins import check_plugins
 from danceopd.recipe.recipe import Recipe
 
 LOOKED = 256
@@ -141,6 +141,7 @@ def outline(recipe: Recipe, folder: Path, teachers: Sequence[TeacherWeights]) ->
 
     `teachers` as `check_teachers` returns them.
     """
+    own = check_plugins(recipe)
     family, transformer = family_of(folder, recipe.family), empty_transformer(folder)
     saved, stored_bytes, whole = checks.check_storage(recipe, folder, transformer)
     checks.check_encoders(folder, family)
@@ -149,7 +150,6 @@ def outline(recipe: Recipe, folder: Path, teachers: Sequence[TeacherWeights]) ->
     streamed = [replace(one, streamed=True) for one in teachers if one.checkpoint and one.teacher.residual == 0]
     checks.check_streamed(recipe, streamed, sharded=False)
     call = pipeline_call(folder, recipe.call, family)
-    check_rewards(recipe.nft)
     adapters = {one.teacher.name: _shapes(one, transformer) for one in teachers}
     checks.check_start(recipe, adapters)
     datasets = with_variants(
@@ -157,7 +157,7 @@ def outline(recipe: Recipe, folder: Path, teachers: Sequence[TeacherWeights]) ->
     )
     checks.check_contrast(recipe, datasets)
     pipe = _pipeline(folder, family, transformer)
-    notes = checks.check_prompts_of(recipe, folder, family, pipe, call, datasets)
+    notes = own + checks.check_prompts_of(recipe, folder, family, pipe, call, datasets)
     refused = None
     if recipe.has("editing") and recipe.editing_base is None and class_name(folder) == family.generation:
         try:

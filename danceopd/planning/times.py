@@ -42,7 +42,7 @@ def queries(recipe: Recipe, run: Outline) -> dict[str, Any]:
         levels, depths = schedule[:-1], []
         mean_depth = float(len(levels) - (recipe.objective == "diffusionopd"))
     else:
-        drawn = [draw_queries(recipe.seed, s, recipe.batch, query.count, query.law, query.beta)
+        drawn = [draw_queries(recipe.seed, s, recipe.batch, query.count, query.law, query.beta, query.law_options)
                  for s in range(max(1, min(recipe.steps, COUNTED, DRAWN // (recipe.batch * query.count))))]  # fmt: skip
         stops, levels = place(torch.cat(drawn), schedule, query.law, query.jitter)
         depth = stops.max(1).values

@@ -1,18 +1,22 @@
 """What must hold between the parts of a recipe: a table of faults, each with its sentence.
 
 `check` is called when a `Recipe` is made. A row is (when it is wrong, what to say); `{r...}` in a sentence is looked up
-in the recipe. Checks of one part alone stand in that part, checks that need a model in the room that has it.
+in the recipe. Checks of one part alone stand in that part, checks that need a model in the room that has it. `plugged`
+lists the plug-ins that a recipe names, which are looked at where they are used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from danceopd.common.messages import did_you_mean, shown
+from danceopd.errors import UserError
+from danceopd.plugins import check_name
 from danceopd.recipe.labelfree import REFERENCES
-from danceopd.recipe.nft import NFT, Likelihood
+from danceopd.recipe.nft import NFT, Likelihood, OwnReward
 from danceopd.recipe.parts import FlowOPD, OffPolicy, Query, Rollout
+from danceopd.recipe.values import BLENDS, LAWS, OBJECTIVES
 
 if TYPE_CHECKING:
     from danceopd.recipe.recipe import Recipe
@@ -85,7 +89,8 @@ CHECKS: tuple[Check, ...] = (
     # teachers
     (lambda r: len(r.teachers) < 2, "a merge needs at least two teachers and here is {n_teachers}; add another"),
     (
-        lambda r: r.small_steps == 1 and all(t.adapter == "base" and t.guidance is None for t in r.teachers),
+        lambda r: r.small_steps == 1
+        and all(t.adapter == "base" and t.guidance is None and t.field is None for t in r.teachers),
         "every teacher is the bare base, so there is nothing to merge; give one an adapter",
     ),
     (
@@ -139,6 +144,18 @@ CHECKS: tuple[Check, ...] = (
     (
         lambda r: r.objective != "offpolicy" and r.offpolicy != OffPolicy(),
         "offpolicy is set, and the objective is {r.objective}; leave it out",
+    ),
+    (
+        lambda r: r.objective_options and r.objective in OBJECTIVES,
+        "objective_options are for a plug-in, and objective {r.objective} is built in; leave them out",
+    ),
+    (
+        lambda r: r.query.law_options and r.query.law in LAWS,
+        "query.law_options are for a plug-in, and law {r.query.law} is built in; leave them out",
+    ),
+    (
+        lambda r: r.query.beta and r.query.law not in LAWS,
+        "query.beta is of the built-in laws, and law {r.query.law} is a plug-in; leave it out",
     ),
     (
         lambda r: r.objective in NO_ROLLOUT and r.rollout != Rollout(steps=r.rollout.steps, merged=r.rollout.merged),
@@ -296,6 +313,8 @@ def _names(recipe: Recipe) -> Iterator[str]:
             hint = did_you_mean(contrast.reference, [*REFERENCES, *names])
             yield f"contrast.{key}.reference is {contrast.reference!r}{hint}"
     for teacher in recipe.teachers:
+        if teacher.field_options and teacher.field is None:
+            yield f"teacher {teacher.name!r} has field_options and no field; name the plug-in that takes them"
         moved = recipe.contrast_of(teacher)
         if moved is not None and moved.reference == teacher.name:
             yield f"contrast of teacher {teacher.name!r} has the teacher itself as its reference; name another"
@@ -314,9 +333,38 @@ def _names(recipe: Recipe) -> Iterator[str]:
                 f"and teacher {teacher.name!r} draws such; add likelihood"
             )
     if recipe.family is not None:
-        from danceopd.pipelines.registry import FAMILIES  # late: it imports torch
+        from danceopd.pipelines.registry import BUILTIN  # late: it imports torch
 
-        if recipe.family not in FAMILIES:
-            yield f"family is {recipe.family!r}, which is unknown{did_you_mean(recipe.family, FAMILIES)}"
+        try:
+            check_name("family", recipe.family, BUILTIN)
+        except UserError as error:
+            yield f"family: {error}"
     if recipe.output.exists() and not recipe.output.is_dir():
         yield f"output {recipe.output} is a file; name a folder"
+
+
+class Plugged(NamedTuple):
+    """A plug-in of a kind, and the options that the recipe gives it."""
+
+    kind: str
+    name: str
+    options: Mapping[str, Any] = {}
+
+
+def plugged(recipe: Recipe) -> list[Plugged]:
+    """Every plug-in that a recipe names and a merge of it uses, each once."""
+    found = []
+    if recipe.family is not None:
+        from danceopd.pipelines.registry import BUILTIN  # late: it imports torch
+
+        found += [Plugged("family", recipe.family)] if recipe.family not in BUILTIN else []
+    if recipe.objective not in OBJECTIVES:
+        found.append(Plugged("objective", recipe.objective, recipe.objective_options))
+    if recipe.query.law not in LAWS:
+        found.append(Plugged("query law", recipe.query.law, recipe.query.law_options))
+    if recipe.student.init == "blend" and recipe.student.init_method not in BLENDS:
+        found.append(Plugged("blend method", recipe.student.init_method))
+    found += [Plugged("teacher field", t.field, t.field_options) for t in recipe.teachers if t.field is not None]
+    rewards = recipe.nft.rewards.items()
+    found += [Plugged("reward", name, part.options) for name, part in rewards if isinstance(part, OwnReward)]
+    return found + [Plugged("callback", name, options) for name, options in recipe.callbacks.items()]

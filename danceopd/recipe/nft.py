@@ -9,14 +9,14 @@ A number alone is a reward's weight. docs/labelfree.md has the equations; a key 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny, ValidationError, WithJsonSchema
 
-from danceopd.common.messages import did_you_mean, explain_validation_error
+from danceopd.common.messages import explain_validation_error
 from danceopd.recipe.parts import Part, Weight
+from danceopd.recipe.values import part_name
 
 
 class Reward(Part):
@@ -60,7 +60,6 @@ EDITING_ONLY = ("consensus", "preserve")
 """Rewards that say nothing of a picture without a source."""
 REWARDS = {"type": "object", "additionalProperties": {"anyOf": [{"type": "number"}, {"type": "object"}]}}
 """Their JSON schema: a weight, or the reward's own keys."""
-_OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def _rewards(value: Any) -> Any:
@@ -68,11 +67,9 @@ def _rewards(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     found = {}
-    for name, given in value.items():
+    for key, given in value.items():
+        name = part_name("reward", key, tuple(KINDS))
         kind = KINDS.get(name, OwnReward)
-        if kind is OwnReward and not _OWN.fullmatch(str(name)):
-            known = [*KINDS, "module:function"]
-            raise ValueError(f"{name!r} is no reward{did_you_mean(str(name), known)}")
         fields = {"weight": given} if isinstance(given, int | float) and not isinstance(given, bool) else given
         try:
             found[name] = kind.model_validate(fields)

@@ -16,16 +16,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PlainValidator,
     PositiveFloat,
     PositiveInt,
-    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from danceopd.common.shipped import resolve
-from danceopd.errors import UserError
+from danceopd.recipe.values import BlendName, FieldName, LawName, existing
 
 Unit = Annotated[float, Field(ge=0, lt=1)]
 Strength = Annotated[float, Field(ge=-1e4, le=1e4)]
@@ -37,14 +34,6 @@ Rank = Annotated[int, Field(gt=0, le=2**14)]  # no layer is wider
 
 def _adapter(value: Any) -> Any:
     return value if value == "base" else existing(value, "adapter")
-
-
-def existing(value: Any, what: str, **how: Any) -> Any:
-    """`shipped.resolve` as a validator; ValueError for what does not exist."""
-    try:
-        return resolve(value, what, **how)
-    except UserError as error:  # as a ValueError, to which pydantic adds the key
-        raise ValueError(str(error)) from None
 
 
 PROMPT = "{prompt}"
@@ -75,50 +64,6 @@ def _data(value: Any) -> Any:
 DataSource = Annotated[str, BeforeValidator(_data)]
 ColumnName = Annotated[str, Field(min_length=1, max_length=200)]
 
-
-BlendMethod = Literal[
-    "linear",
-    "slerp",
-    "task-arithmetic",
-    "ties",
-    "dare-linear",
-    "dare-ties",
-    "magnitude-prune",
-    "breadcrumbs",
-    "sce",
-    "knots",
-    "tsv",
-    "iso-c",
-]
-"""The names of `blending.methods.METHODS`, which a recipe may say before torch is there."""
-
-
-MICRO_BATCH = {"anyOf": [{"type": "integer", "minimum": 1, "maximum": 2**14}, {"const": "auto"}, {"type": "null"}]}
-"""Its JSON schema, which a plain validator does not say."""
-
-
-def _micro_batch(value: Any) -> Any:
-    if value in (None, "auto") or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 2**14):
-        return value
-    raise ValueError(f"{value!r} is neither auto nor a whole number from 1 to 16384; give one of them")
-
-
-def _base(value: Any) -> Any:
-    return existing(value, "base model", hub=True)
-
-
-def _editing_base(value: Any) -> Any:
-    return None if value is None else existing(value, "editing base", hub=True, shipped_names=False)
-
-
-def _gguf(value: Any) -> Any:
-    return existing(value, "GGUF file", shipped_names=False)
-
-
-MicroBatch = Annotated[int | Literal["auto"] | None, PlainValidator(_micro_batch), WithJsonSchema(MICRO_BATCH)]
-BaseName = Annotated[str, BeforeValidator(_base)]
-EditingBase = Annotated[str | None, BeforeValidator(_editing_base)]
-GgufFile = Annotated[str, BeforeValidator(_gguf)]
 TWO_TEACHERS = [
     {"name": "draws", "adapter": "./a.safetensors", "capability": "generation"},
     {"name": "edits", "adapter": "./b.safetensors", "capability": "editing"},
@@ -205,6 +150,10 @@ class Teacher(Part):
     columns: Columns | None = Field(None, examples=[{"prompt": "description"}])
     """What the columns of its data are called; null: `data.columns`, or the known names where it has data of its own.
     """
+    field: FieldName | None = Field(None, examples=["my_module:smoothed"])
+    """A plug-in that changes what this teacher answers, or answers in its place (docs/plugins.md); null: none."""
+    field_options: dict[str, Any] = Field({}, examples=[{"strength": 0.5}])
+    """Keyword arguments of `field`."""
 
 
     def worded(self, prompt: str) -> str:
@@ -225,7 +174,7 @@ class Student(Part):
     name, or a LoRA's path."""
     init_weights: dict[str, Strength] = Field({}, examples=[{"draws": 0.7, "edits": 0.9}])
     """Of `blend`: strength of each teacher by name; empty: 1/N each, or 1 where a method adds them up."""
-    init_method: BlendMethod = Field("linear", examples=["ties"])
+    init_method: BlendName = Field("linear", examples=["ties"])
     """Of `blend`: how the LoRAs are merged, as in `danceopd blend --method`."""
 
 
@@ -273,9 +222,11 @@ class Rollout(Part):
 class Query(Part):
     """At which noise level the teacher is queried."""
 
-    law: Literal["low-noise", "uniform", "mid", "high-noise", "paper"] = Field("paper", examples=["high-noise"])
+    law: LawName = Field("paper", examples=["high-noise"])
     """At which noise levels teachers are queried: `paper` is over the step's index, the others are over the noise level
-    (docs/method.md)."""
+    (docs/method.md); or a plug-in (docs/plugins.md)."""
+    law_options: dict[str, Any] = Field({}, examples=[{"peak": 0.6}])
+    """Keyword arguments of a law that is a plug-in."""
     beta: tuple[Weight, Weight] | None = Field(None, examples=[[5, 2]])
     """Parameters a and b of a Beta distribution in place of the law's own; null: the law's."""
     count: Steps = 1

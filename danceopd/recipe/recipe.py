@@ -16,20 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from danceopd.common.messages import did_you_mean, explain_validation_error, read_yaml
-from danceopd.common.parse import local_path
 from danceopd.common.shipped import demo, portable
 from danceopd.errors import UserError
+from danceopd.plugins import load
 from danceopd.recipe.aliases import modernise, with_settings
 from danceopd.recipe.checks import CALL_MOST, check, check_call
 from danceopd.recipe.fast import Fast, with_fast_steps
@@ -37,14 +29,10 @@ from danceopd.recipe.labelfree import Contrast, Gates, Monitor
 from danceopd.recipe.nft import NFT
 from danceopd.recipe.parts import (
     TWO_TEACHERS,
-    BaseName,
     Columns,
     Data,
-    EditingBase,
     FlowOPD,
-    GgufFile,
     Guidance,
-    MicroBatch,
     OffPolicy,
     Optimizer,
     Part,
@@ -56,10 +44,21 @@ from danceopd.recipe.parts import (
     Student,
     Teacher,
     Unit,
-    existing,
 )
 from danceopd.recipe.sampling import Sampling
 from danceopd.recipe.validation import Validation
+from danceopd.recipe.values import (
+    OBJECTIVES,
+    BaseName,
+    Callbacks,
+    EditingBase,
+    FamilyName,
+    GgufFile,
+    MicroBatch,
+    ObjectiveName,
+    Output,
+    existing,
+)
 
 CAPABILITIES = ("generation", "editing")
 AUTO = ("dtype", "micro_batch", "gradient_checkpointing", "rollout.merged")
@@ -80,19 +79,13 @@ CONTINUES = (
     "offload",
     "validation",
     "monitor",
+    "callbacks",
 )
 """Fields that may differ between a run and its continuation: but for rounding they change nothing a step computes."""
 
 _log = logging.getLogger("danceopd")
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-
-
-def _output(value: Any) -> Any:
-    try:
-        return local_path(value, "output folder") if isinstance(value, str | Path) else value
-    except UserError as error:
-        raise ValueError(str(error)) from None
 
 
 @cache
@@ -116,7 +109,7 @@ class Recipe(Part):
     )
     """Two or more teachers. `generation: X` and `editing: Y` at the top level stand for two teachers with these
     adapters."""
-    output: Annotated[Path, BeforeValidator(_output)] = Path("student")
+    output: Output = Path("student")
     """Run folder; the student is in it."""
     steps: int = Field(2000, gt=0, le=10**7)
     """Optimizer steps."""
@@ -159,9 +152,11 @@ class Recipe(Part):
     """Where the teachers are queried."""
     routing: Routing = Routing()
     """Which row has which teacher."""
-    objective: Literal["danceopd", "diffusionopd", "flowopd", "offpolicy", "supervised", "nft"] = "danceopd"
+    objective: ObjectiveName = "danceopd"
     """What is learnt: `danceopd` is the method, `nft` learns from ranked samples of the student's own, the others are
-    for comparison (docs/method.md)."""
+    for comparison (docs/method.md); or a plug-in (docs/plugins.md)."""
+    objective_options: dict[str, Any] = Field({}, examples=[{"delta": 0.5}])
+    """Keyword arguments of an objective that is a plug-in."""
     flowopd: FlowOPD = FlowOPD()
     """Of objective flowopd."""
     offpolicy: OffPolicy = OffPolicy()
@@ -190,8 +185,10 @@ class Recipe(Part):
     """Minutes after which the run stops, with a student; null: none."""
     call: Annotated[dict[str, Any], AfterValidator(check_call)] = Field({}, examples=[{"height": 1024, "width": 1024}])
     """Settings of the pipeline's call that you will generate with, over the base's own."""
-    family: str | None = Field(None, examples=["flux1"])
-    """Pipeline family (docs/bring-your-own-model.md); null: by the base's pipeline class."""
+    family: FamilyName | None = Field(None, examples=["flux1"])
+    """Pipeline family (docs/bring-your-own-model.md), or a plug-in; null: by the base's pipeline class."""
+    callbacks: Callbacks = Field({}, examples=[{"my_module:Notes": {"every": 100}}])
+    """Plug-ins that watch the run, by name, with their options (docs/plugins.md)."""
     editing_base: EditingBase = Field(None, examples=["Qwen/Qwen-Image-Edit"])
     """A pipeline that has what the base lacks for editing, such as an image processor; null: none."""
 
@@ -350,8 +347,10 @@ class Recipe(Part):
         return Sampling(self.seed, self.steps, self.batch // self.group_size, shares, self.routing, *rounds)
 
     @property
-    def objective_options(self) -> dict[str, Any]:
-        """The objective's own options, where it has any."""
+    def objective_arguments(self) -> dict[str, Any]:
+        """What the objective is called with besides a batch and velocities."""
+        if self.objective not in OBJECTIVES:
+            return self.objective_options
         if self.objective == "nft":
             return self.nft.model_dump(include={"beta", "share", "anchor"})
         options = {"flowopd": self.flowopd, "offpolicy": self.offpolicy}.get(self.objective)
@@ -359,7 +358,9 @@ class Recipe(Part):
 
     @property
     def needs_targets(self) -> bool:
-        """Whether the objective learns from finished pictures of the data."""
+        """Whether the objective learns from finished pictures of the data; a plug-in says so itself."""
+        if self.objective not in OBJECTIVES:
+            return bool(getattr(load("objective", self.objective), "needs_targets", False))
         return self.objective == "supervised" or (self.objective == "offpolicy" and self.offpolicy.clean == "targets")
 
     def has(self, capability: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from danceopd.common.files import write_atomic
+from danceopd.plugins import KINDS, MODULE_NAME, plugin_names
 from danceopd.recipe.checks import CALL_MOST
 from danceopd.recipe.recipe import CAPABILITIES, Recipe
 
@@ -41,8 +42,11 @@ recipe's first line names the schema, which `danceopd schema -o recipe.schema.js
 """
 
 
-def schema() -> dict[str, Any]:
-    """The JSON schema of a recipe as it may be written: with its short forms, without the old names of keys."""
+def schema(installed: bool = False) -> dict[str, Any]:
+    """The JSON schema of a recipe as it may be written: with its short forms, without the old names of keys.
+
+    `installed`: the plug-ins of installed packages are among the names of parts.
+    """
     found = Recipe.model_json_schema()
     properties, models = found["properties"], found["$defs"]
     for capability in CAPABILITIES:
@@ -54,7 +58,19 @@ def schema() -> dict[str, Any]:
     properties["call"] |= {"properties": dict(_call()), "additionalProperties": False}
     for gate in ("evidence", "consensus", "skills"):
         models["Gates"]["properties"][gate]["anyOf"].append({"type": "boolean"})
+    if installed:
+        _add_plugins(found)
     return {"$schema": DIALECT, **_tidied(found)}
+
+
+def _add_plugins(part: Any) -> None:
+    """Beside each pattern of module:name the names of the entry points that its comment speaks of, in place."""
+    for value in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        _add_plugins(value)
+    for option in part.get("anyOf", ()) if isinstance(part, dict) else ():
+        if option.get("pattern") == MODULE_NAME:
+            kind = next(kind for kind, how in KINDS.items() if option["$comment"].endswith(how.group))
+            part["anyOf"] = [*part["anyOf"], *([{"enum": names}] if (names := plugin_names(kind)) else [])]
 
 
 def markdown() -> str:
@@ -165,6 +181,8 @@ def _kind(value: dict[str, Any], headings: dict[str, str]) -> str:
         if isinstance(of, dict):
             return f"mapping of names to: {_kind(of, headings)}"
         return "mapping of: " + ", ".join(f"`{k}`" for k in value["properties"]) if "properties" in value else "mapping"
+    if value.get("pattern") == MODULE_NAME:
+        return "`module:name`"
     words = {"integer": "whole number", "string": "text", "boolean": "`true`, `false`", "null": "`null`"}
     return words.get(str(kind), str(kind)) + _limits(value)
 

@@ -1,6 +1,6 @@
 """The run directory: what a merge writes, so that it can be followed, trusted and continued.
 
-    recipe.yaml  data.json  teachers.json  metrics.jsonl  logs/
+    recipe.yaml  data.json  teachers.json  plugins.json  metrics.jsonl  logs/
     samples/step-000050.png  validation.json  validation.png
     checkpoints/step-000050/{state.safetensors,meta.json,manifest.json}
     monitor.jsonl  monitor.json  checkpoints/good-000050/…         of a monitored run (labelfree/monitor.py)
@@ -38,11 +38,13 @@ from danceopd.run.logger import Logger
 FINISHED, WEIGHTS = "finished.json", "pytorch_lora_weights.safetensors"
 DATA, TEACHERS = "data.json", "teachers.json"
 """Fingerprints of what a run learns from (provenance.py)."""
+PLUGINS = "plugins.json"
+"""The plug-ins of a run, and all that each was (provenance.py)."""
 DIVERGED = "diverged.json"
 """Where the loss was not finite, from which checkpoint the run went on, and the learning rate before that."""
 START = "start"
 """A folder with the LoRA of another run that this one starts as (provenance.py)."""
-AT_START = (DATA, TEACHERS, DIVERGED, "validation.json", "validation.png", "monitor.json")
+AT_START = (DATA, TEACHERS, PLUGINS, DIVERGED, "validation.json", "validation.png", "monitor.json")
 """What a run writes as it begins, which is deleted where nothing was trained yet."""
 OLD_NAMES = {"gap.json": "validation.json", "gap.png": "validation.png", "watch.json": "monitor.json",
              "watch.jsonl": "monitor.jsonl"}  # fmt: skip
@@ -93,7 +95,8 @@ class RunDirectory:
         """Writes `recipe.yaml`."""
         with disk_errors(self.path):
             here = self.recipe.model_copy(update={"output": self.path.absolute()})
-            write_atomic(self.path / "recipe.yaml", here.to_yaml().encode())
+            known = "".join(f"# {line}\n" for line in self._plugins())
+            write_atomic(self.path / "recipe.yaml", (known + here.to_yaml()).encode())
 
     @property
     def finished(self) -> bool:
@@ -123,14 +126,19 @@ class RunDirectory:
         return last
 
     def sentences(self) -> list[str]:
-        """What the model card says of updates that were not finite."""
+        """What the model card says of updates that were not finite, and of plug-ins."""
         notes = _notes(self.path)
         rates = [*(note["lr"] for note in notes[1:]), self.recipe.optimizer.lr]
-        return [
+        return [f"Plug-in: {line}." for line in self._plugins()] + [
             f"After step {note['step']} the loss was not finite with optimizer.lr {note['lr']:g}; the run went on from "
             f"step {note['from']} with {f'{lr:g}' if lr != note['lr'] else 'other settings of the optimizer'}."
             for note, lr in zip(notes, rates)
         ]
+
+    def _plugins(self) -> list[str]:
+        """Which plug-ins the run had, and what each was, as they were recorded."""
+        known = read_json(self.path / PLUGINS, "the record of plug-ins") if (self.path / PLUGINS).is_file() else {}
+        return [f"{name}: {', then '.join(map(str, places))}" for name, places in known.items()]
 
     def close(self) -> None:
         """Closes the logs and frees the folder for another process."""

@@ -37,9 +37,20 @@ from danceopd.engine.teachers import TeacherWeights
 from danceopd.errors import UserError
 from danceopd.models.base import base_fingerprint, base_fingerprints, base_folder, empty_transformer
 from danceopd.models.lora import Adapter
+from danceopd.plugins import origin
+from danceopd.recipe.checks import plugged
 from danceopd.recipe.recipe import Recipe
 from danceopd.run.checkpoints import CheckpointStore
-from danceopd.run.directory import DATA, START, TEACHERS, begun_recipe, check_directory, differences, init_sha256
+from danceopd.run.directory import (
+    DATA,
+    PLUGINS,
+    START,
+    TEACHERS,
+    begun_recipe,
+    check_directory,
+    differences,
+    init_sha256,
+)
 from danceopd.worlds.scenes.rows import is_scenes
 
 _log = logging.getLogger("danceopd")
@@ -196,6 +207,23 @@ def check_weights(
     return facts
 
 
+def record_plugins(run: Path, recipe: Recipe) -> None:
+    """Write down which plug-ins a run learns with; one that is another than before is warned of, and the run goes on.
+
+    `plugins.json` has, by kind and name, each version in order: package and version, or file, and the file's sha256.
+    """
+    path, used = run / PLUGINS, plugged(recipe)
+    known: dict[str, Any] = read_json(path, "the record of plug-ins") if path.is_file() else {}
+    for kind, name, _ in used:
+        now, before = str(origin(kind, name)), known.setdefault(f"{kind} {name}", [])
+        if before and before[-1] != now:
+            _log.warning("%s %s is %s and was %s before; the run goes on with it", kind, name, now, before[-1])
+        if not before or before[-1] != now:
+            before.append(now)
+    if used:
+        write_json(path, known)
+
+
 def start_from(recipe: Recipe, run: Path) -> Recipe:
     """A recipe whose student starts at what the run in folder `run` has learnt: its student, else the EMA of its newest
     checkpoint. That LoRA is copied into the output folder, so the run need not stay where it is.
@@ -265,7 +293,8 @@ def shared_facts(recipe: Recipe) -> dict[str, Any]:
         del given[place]
     given["teachers"] = [{k: v for k, v in one.items() if k not in ("adapter", "data")} for one in given["teachers"]]
     given["fast"] = {key: value for key, value in (given["fast"] or {}).items() if key != "adapter"}
-    return {**given, "rows": recipe.data.rows}
+    plugins = {f"{kind} {name}": str(origin(kind, name)) for kind, name, _ in plugged(recipe)}
+    return {**given, "rows": recipe.data.rows, "plugins": plugins}
 
 
 def refuse_unequal(processes: Processes, mine: dict[str, Any], what: str) -> None:

@@ -29,7 +29,7 @@ from danceopd.common.cache import cache_key
 from danceopd.common.rng import RandomState
 from danceopd.data.dataset import TeacherData
 from danceopd.data.encode import Encoder
-from danceopd.engine.query import LEVELS, PAPER, place
+from danceopd.engine.query import BUILTIN, levels_at, place
 from danceopd.engine.rollout import rollout
 from danceopd.engine.solvers import SOLVERS
 from danceopd.models.fields import VelocityField, acting, mean_velocity
@@ -175,10 +175,14 @@ def quarters(recipe: Recipe, sigmas: Tensor) -> list[int]:
     steps, query = len(sigmas) - 1, recipe.query
     share = torch.ones(steps, dtype=torch.float64)
     if recipe.objective not in ("diffusionopd", "flowopd"):
-        a, b = query.beta or (PAPER if query.law == "paper" else LEVELS[query.law])
-        drawn = (torch.arange(_FINE, dtype=torch.float64) + 0.5) / _FINE
+        even = (torch.arange(_FINE, dtype=torch.float64) + 0.5) / _FINE
+        if query.law in BUILTIN:
+            a, b = query.beta or BUILTIN[query.law]
+            drawn, weight = even, even ** (a - 1) * (1 - even) ** (b - 1)
+        else:
+            drawn, weight = levels_at(even, query.law, query.law_options), torch.ones_like(even)
         index, _ = place(drawn, sigmas, query.law)
-        share = torch.bincount(index, drawn ** (a - 1) * (1 - drawn) ** (b - 1), minlength=steps)
+        share = torch.bincount(index, weight, minlength=steps)
     middle = (torch.arange(QUARTERS, dtype=torch.float64) + 0.5) / QUARTERS
     return torch.searchsorted(share.cumsum(0) / share.sum(), middle).clamp(max=steps - 1).tolist()
 

@@ -16,7 +16,8 @@ from danceopd.engine.warm_start import student_init
 from danceopd.errors import UserError
 from danceopd.models.base import base_fingerprint
 from danceopd.models.lora import Adapter
-from danceopd.recipe.parts import BlendMethod, Student
+from danceopd.recipe.parts import Student
+from danceopd.recipe.values import BlendMethod
 
 
 def residual(whole: Adapter, part: Adapter) -> float:

@@ -83,7 +83,7 @@ def update(files):
 def backward(recipe: Recipe, batch: Batch, velocities: Velocities) -> list[RowLoss]:
     """Add the objective's gradient, as the trainer does; its row losses."""
     found = []
-    for query in OBJECTIVES[recipe.objective](batch, velocities, **recipe.objective_options):
+    for query in OBJECTIVES[recipe.objective](batch, velocities, **recipe.objective_arguments):
         (query.loss.sum() / ROWS).backward()
         found.append(query.detach())
     return found

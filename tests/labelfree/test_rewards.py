@@ -195,7 +195,7 @@ def test_rewards_of_a_recipe_ask_the_routed_teacher_without_guidance(data, files
     [
         ("def score(groups):\n    return 1.0\n", "returned a float; let it return a tensor of shape (1, 3)"),
         ("def score(groups):\n    return groups[0].clean\n", "returned shape (3, 4, 2); let it return a tensor"),
-        ("def other(groups):\n    return 1.0\n", "has no function 'score'"),
+        ("def other(groups):\n    return 1.0\n", "has no 'score'"),
         ("import nowhere_at_all\n", "does not import (ModuleNotFoundError"),
     ],
 )
@@ -211,7 +211,7 @@ def test_a_wrong_own_reward_is_refused_in_one_sentence(tmp_path, monkeypatch, te
 @pytest.mark.parametrize(
     "rewards, sentence",
     [
-        ({"likelyhood": 1}, "'likelyhood' is no reward; did you mean 'likelihood'?"),
+        ({"likelyhood": 1}, "there is no reward 'likelyhood'; did you mean 'likelihood'?"),
         ({"likelihood": {"levls": [0.5]}}, "unknown key 'levls' in reward likelihood; did you mean 'levels'?"),
         ({"likelihood": 0}, "weight is 0 in reward likelihood"),
         ({"likelihood": {"levels": [1.5]}}, "levels.0 is 1.5 in reward likelihood"),

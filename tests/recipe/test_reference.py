@@ -50,7 +50,9 @@ def faults(value: Any, rule: dict[str, Any], where: str = "recipe") -> list[str]
         rules = rule.get("prefixItems") or [rule["items"]] * len(value)
         enough = rule.get("minItems", 0) <= len(value) <= rule.get("maxItems", len(value))
         return [f"{where} has {len(value)}"] * (not enough) + [f for v, r in zip(value, rules) for f in faults(v, r)]
-    if isinstance(value, str | bool | None):
+    if isinstance(value, str):
+        return [] if re.search(rule.get("pattern", ""), value) else [f"{where} is {value!r}"]
+    if isinstance(value, bool | None):
         return []
     bounds = {"minimum": float.__ge__, "exclusiveMinimum": float.__gt__, "maximum": float.__le__,
               "exclusiveMaximum": float.__lt__}  # fmt: skip
@@ -113,6 +115,7 @@ def test_a_whole_recipe_fits_the_schema(files: dict) -> None:
     [
         ({"stepz": 3}, "recipe.stepz is unknown"),
         ({"steps": 0}, "recipe.steps is 0"),
+        ({"objective": "dansopd"}, "recipe.objective is 'dansopd'"),
         ({"dtype": "float"}, "recipe.dtype is 'float'"),
         ({"call": {"steps": 4}}, "recipe.call.steps is unknown"),
         ({"teachers": [{"adapter": "x"}]}, "recipe has no name"),

@@ -23,8 +23,10 @@ from danceopd.adapters.blending.entries import (
     sce,
     ties,
 )
-from danceopd.adapters.blending.subspace import iso_c, knots, tsv
+from danceopd.adapters.blending.subspace import SPACES, iso_c, knots, tsv
 from danceopd.adapters.svd import Factors
+from danceopd.errors import UserError
+from danceopd.plugins import load
 
 
 @dataclass(frozen=True)
@@ -93,3 +95,15 @@ METHODS: dict[str, Method] = {
         Method("iso-c", mean=False, merge=iso_c, space="core"),
     )
 }
+
+
+def method_of(method: str | Method) -> Method:
+    """The method of a name, built in or a plug-in, or the one that is given; UserError for what is none."""
+    how = method
+    if not isinstance(how, Method):
+        how = load("blend method", how, METHODS, lambda value: isinstance(value, Method))
+    if (how.coefficients is None) == (how.merge is None) or how.space not in (*SPACES, "outputs"):
+        raise UserError(
+            f"blend method {how.name} needs one of coefficients and merge, and the space full, outputs or core; mend it"
+        )
+    return how

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from danceopd.bench.suites.protocol import Item, Suite
+from danceopd.bench.suites.protocol import ExactSuite, Item, JudgedSuite, Suite
 from danceopd.common.messages import did_you_mean
 from danceopd.errors import UserError
+from danceopd.plugins import check_options, load, name_of, plugin_names
 from danceopd.recipe.recipe import CAPABILITIES
 
 SUITES = {
@@ -21,6 +22,7 @@ SUITES = {
     "folder": "danceopd.bench.suites.folder",
 }
 """Name -> module with a class ``Suite``."""
+KINDS_OF_SUITE = (ExactSuite, JudgedSuite)
 FLAGS = {
     "data": "--data",
     "language": "--language",
@@ -30,24 +32,48 @@ FLAGS = {
 """Options that a suite may take, and their flags."""
 
 
+def suite_names() -> list[str]:
+    """The suites that are built in, and those that installed packages add."""
+    return [*SUITES, *plugin_names("suite")]
+
+
 def suite_class(name: str) -> type[Suite]:
-    """The class of the suite of that name; UserError suggests the nearest name when there is none."""
-    if name not in SUITES:
-        raise UserError(f"there is no suite {name!r}{did_you_mean(name, SUITES)}")
-    return import_module(SUITES[name]).Suite
+    """The class of the suite of that name, built in or a plug-in; UserError suggests the nearest name."""
+    found = load("suite", name, SUITES, lambda value: isinstance(value, type) and issubclass(value, KINDS_OF_SUITE))
+    if name in SUITES:
+        return import_module(found).Suite
+    check_suite(name, found)
+    return found
 
 
-def load_suite(name: str, **options: Any) -> Suite:
-    """The suite of that name; ``options`` are those of ``FLAGS``, None for what was not given.
+def check_suite(name: str, suite: Suite | type[Suite]) -> None:
+    """UserError for a suite of the user's that lacks a part; some parts a class need not have, but its objects."""
+    parts = ("name", "version", "scale", "share") + (() if isinstance(suite, type) else ("rules", "protocol"))
+    lacks = [key for key in parts if not hasattr(suite, key)]
+    if lacks := sorted({*lacks, *getattr(suite, "__abstractmethods__", ())}):
+        raise UserError(f"suite {name} has no {', '.join(lacks)}; see the class it inherits from")
 
-    UserError for an unknown name, an option that the suite does not take, and missing data.
+
+def load_suite(suite: str | Suite | type[Suite], **options: Any) -> Suite:
+    """The suite of a name or a class, or the one given; ``options``: those of ``FLAGS``, None for what was not given.
+
+    UserError for an unknown name, a suite that lacks a part, an option that the suite does not take, and missing data.
     """
-    made = suite_class(name)
+    name = name_of("suite", suite)
     given = {key: value for key, value in options.items() if value is not None}
+    if isinstance(suite, Suite):
+        check_suite(name, suite)
+        if given:
+            raise UserError(f"suite {name} is made already, so it takes no {next(iter(given))}; leave it out")
+        return suite
+    made = suite_class(name)
     for key in given:
         if key not in inspect.signature(made).parameters:
             raise UserError(f"suite {name} takes no {FLAGS.get(key, key)}; leave it out")
-    return made(**given)
+    check_options("suite", name, made, given)
+    found = made(**given)
+    check_suite(name, found)
+    return found
 
 
 def suite_items(suite: Suite, limit: int | None, probes: bool, categories: Sequence[str] = ()) -> dict[str, list[Item]]:

@@ -14,7 +14,7 @@ from danceopd.engine.teachers import RoutedTeacher
 from danceopd.labelfree.rewards.agreement import consensus, preserve
 from danceopd.labelfree.rewards.group import Reward
 from danceopd.labelfree.rewards.likelihood import likelihood
-from danceopd.labelfree.rewards.own import find, own
+from danceopd.labelfree.rewards.own import own
 from danceopd.models.fields import VelocityField, unguided
 from danceopd.recipe import nft as parts
 
@@ -50,13 +50,6 @@ def rewards_for(
         else:
             found[name] = own(name, reward.options) if isinstance(reward, parts.OwnReward) else REWARDS[name]()
     return found
-
-
-def check_rewards(part: parts.NFT) -> None:
-    """UserError for a reward of the user's that cannot be found."""
-    for name, reward in part.rewards.items():
-        if isinstance(reward, parts.OwnReward):
-            find(name)
 
 
 def standard_scores(rewards: Tensor) -> Tensor:

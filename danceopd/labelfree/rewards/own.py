@@ -1,10 +1,7 @@
-"""A reward of the user's: a function named "module:function" in the recipe."""
+"""A reward of the user's, a plug-in: a function named "module:function" in the recipe, or an entry point."""
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,14 +10,15 @@ from torch import Tensor
 
 from danceopd.errors import UserError
 from danceopd.labelfree.rewards.group import Group, Reward
+from danceopd.plugins import check_options, load
 
 
 def own(name: str, options: Mapping[str, Any] | None = None) -> Reward:
-    """A reward: `function(groups, **options)` of "module:function", imported from the working folder or as installed.
+    """A reward: `function(groups, **options)` of a name.
 
     UserError where it cannot be found, and where it returns no tensor (Q, G) of numbers or NaN.
     """
-    function, keys = find(name), dict(options or {})
+    function, keys = find(name, options), dict(options or {})
 
     def rewards(groups: Sequence[Group]) -> Tensor:
         found = function(groups, **keys)
@@ -37,20 +35,8 @@ def own(name: str, options: Mapping[str, Any] | None = None) -> Reward:
     return rewards
 
 
-def find(name: str) -> Callable[..., Any]:
-    """The function that "module:function" names; UserError where there is none."""
-    module, _, function = name.partition(":")
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        found = getattr(importlib.import_module(module), function, None)
-    except Exception as error:  # whatever the user's module raises while it loads
-        raise UserError(
-            f"reward {name}: module {module!r} does not import ({type(error).__name__}: {error}); it must lie in "
-            f"{here} or be installed"
-        ) from error
-    finally:
-        sys.path.remove(here)
-    if not callable(found):
-        raise UserError(f"reward {name}: module {module!r} has no function {function!r}")
-    return found
+def find(name: str, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+    """The function of a name; UserError where there is none, or it does not take the options."""
+    function = load("reward", name)
+    check_options("reward", name, function, options or {})
+    return function

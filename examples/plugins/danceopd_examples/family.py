@@ -1,0 +1,14 @@
+"""A family: FLUX.2 klein, of which the student adapts the attention layers alone.
+
+For a model that danceopd does not know, fill in every field of `Family`: docs/bring-your-own-model.md.
+"""
+
+from dataclasses import replace
+
+from danceopd.pipelines import FAMILIES
+
+KLEIN_ATTENTION = replace(
+    FAMILIES["flux2-klein"],
+    name="klein-attention",
+    lora_targets=r"transformer_blocks\.\d+\.attn\.(to_[qkv]|add_[qkv]_proj|to_add_out|to_out\.0)",
+)
