@@ -39,7 +39,7 @@ from danceopd.common.rng import stream
 from danceopd.common.system import command_line, describe_machine, resolve_device
 from danceopd.data.dataset import CachedConditions
 from danceopd.data.encode import Encoder, free_encoders, open_pipelines, park_components
-from danceopd.data.images import open_image
+from danceopd.data.images import edited_picture, flattened
 from danceopd.data.null_prompt import contrast_null, null_condition
 from danceopd.engine.teachers import RoutedTeacher, TeacherWeights, check_teachers
 from danceopd.engine.trainer import STUDENT
@@ -326,7 +326,7 @@ class _Asker:
             began = time.monotonic()
             values[signal] = one.reward(groups).double().cpu().tolist()
             seconds[signal] = (time.monotonic() - began) / len(clean)
-        pictures = pipeline.images(clean)
+        pictures = [flattened(one) for one in pipeline.images(clean)]
         for n, i in enumerate(members):
             own = pictures[n * samples : (n + 1) * samples]
             truth, judged_by = self._truth(name, i, rows[n], own)
@@ -355,7 +355,7 @@ class _Asker:
             return found, EXACT
         if self.session is None or row.source is None:
             return None, None
-        prompts, source = viescore.judge_prompts(None), open_image(row.source)
+        prompts, source = viescore.judge_prompts(None), edited_picture(row.source)
         asked = []
         for place, picture in enumerate(pictures):
             item = Item(f"{number}-{place}", "editing", "audit", "audit", row.prompt, source=source)
@@ -372,4 +372,4 @@ class _Asker:
 
 def picture_of(row: Row) -> Image.Image | None:
     """The small source of an edit."""
-    return None if row.source is None else small(open_image(row.source))
+    return None if row.source is None else small(edited_picture(row.source))

@@ -159,7 +159,7 @@ def _merge(recipe: Recipe, report: Report | None, processes: Processes, began: f
             if processes.is_main:
                 run = RunDirectory(recipe.output, recipe)
             if run is not None and run.moved and prepared.run is None:  # ended; what it is asked for may be another
-                check_data(run.path, recipe, open_datasets(recipe), record=False)
+                check_data(run.path, recipe, open_datasets(recipe, family_of(base, recipe.family).alpha), record=False)
                 check_weights(run.path, recipe, base, teachers, record=False)
                 run.settle()
             if prepared.run is not None:

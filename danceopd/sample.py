@@ -1,4 +1,4 @@
-"""`sample`: a student and a prompt (and a source image) go in, PNG files from the stock diffusers pipeline come out.
+"""`sample`: a student and a prompt (and source images) go in, PNG files from the stock diffusers pipeline come out.
 
 Added to the stock call are only the base's settings (`danceopd.json` beside its `model_index.json`: size, steps,
 guidance), those of the student's recipe, one CPU generator for each image (`seed + i`), and a new file name. An edit
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ _log = logging.getLogger("danceopd")
 def _generate(
     pipe: Any,
     prompt: str,
-    image: Image | None,
+    image: Image | Sequence[Image] | None,
     seed: int,
     count: int,
     editing_base: str | None,
@@ -36,7 +36,8 @@ def _generate(
     size: tuple[int, int] | None,
     family: str | None = None,
 ) -> Iterator[Image]:
-    """`count` images of a prompt, or edits of `image`, one after the other, so that each is saved before the next.
+    """`count` images of a prompt, or edits of `image` (or of several in their order), one after the other, so that each
+    is saved before the next.
 
     `editing_base` has what the base's editing pipeline may lack; `settings` override the base's own, `size` (height,
     width) theirs. `family` None: that of the pipeline's class.
@@ -52,8 +53,9 @@ def _generate(
         pipe = generation_pipe(pipe, known)
     else:
         pipe = editing_pipe(pipe, editing_base, known)
-        size = size or known.size_of(pipe, image, call)
-        call["image"] = image
+        sources = list(image) if isinstance(image, list | tuple) else [image]
+        size = size or known.edited_size(pipe, [one.size for one in sources], call)
+        call["image"] = sources if len(sources) > 1 else sources[0]
     if size is not None:
         call["height"], call["width"] = size
     call = known.extra(pipe, call) | call
@@ -73,7 +75,7 @@ def _warn_if_truncated(pipe: Any, family: Any, prompt: str, call: dict[str, Any]
 def sample(
     student: str | Path,
     prompt: str,
-    image: str | Path | None = None,
+    image: str | Path | Sequence[str | Path] | None = None,
     seed: int = 0,
     count: int = 1,
     output: str | Path = "samples",
@@ -84,7 +86,8 @@ def sample(
 ) -> list[Path]:
     """Write `count` PNGs into `output` and return their paths; image i has the seed `seed + i`.
 
-    `student` and `base` as for `load_student`; `device` None or "auto" takes a GPU where there is one. Each image is
+    `image` is the source of an edit, or several in their order, where the model takes several references. `student` and
+    `base` as for `load_student`; `device` None or "auto" takes a GPU where there is one. Each image is
     saved, and `report(path)` called, before the next is generated. `size` is (height, width) in pixels; None: the
     settings' own, and of an edit the source's shape. UserError for an empty prompt, a bad count, seed or size, and an
     image that cannot be read.
@@ -97,11 +100,10 @@ def sample(
         raise UserError(f"the seed is {seed}; give a whole number from 0, below 2**63")
     if size is not None and min(size) < 16:
         raise UserError(f"the size is {size[1]}x{size[0]} pixels; give at least 16 a side")
-    source = None if image is None else open_image(Path(image))
-    if source is not None:
-        from danceopd.pipelines.editing import check_aspect
-
-        check_aspect(*source.size, str(image))
+    paths = [] if image is None else [image] if isinstance(image, str | Path) else list(image)
+    settings = _recipe_settings(Path(student))
+    editing_base, family = settings.pop("editing_base", None), settings.pop("family", None)
+    sources = _sources([Path(path) for path in paths], student, base, editing_base, family)
     folder = Path(output)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,15 +113,38 @@ def sample(
 
     pipe = load_student(student, base=base, device=resolve_device(device or "auto"))
     pipe.set_progress_bar_config(disable=True)
-    settings, written = _recipe_settings(Path(student)), []
-    editing_base, family = settings.pop("editing_base", None), settings.pop("family", None)
-    for i, picture in enumerate(_generate(pipe, prompt, source, seed, count, editing_base, settings, size, family)):
+    written, shown = list[Path](), sources or None
+    for i, picture in enumerate(_generate(pipe, prompt, shown, seed, count, editing_base, settings, size, family)):
         path = _new_path(folder, prompt, seed + i)
         with disk_errors(path):
             picture.save(path)
         written.append(path)
         report(path)
     return written
+
+
+def _sources(
+    paths: Sequence[Path], student: str | Path, base: str | Path | None, editing_base: str | None, name: str | None
+) -> list[Image]:
+    """The source images, opened; UserError for what the base's editing pipeline would not take."""
+    found = [open_image(path, alpha=True) for path in paths]
+    if not found:
+        return []
+    from danceopd.pipelines.editing import check_aspect, check_references, editing_class
+    from danceopd.pipelines.registry import class_name, family_of
+
+    for path, one in zip(paths, found, strict=True):
+        check_aspect(*one.size, str(path))
+    if len(found) > 1 or found[0].mode == "RGBA":
+        from danceopd.adapters.load import base_of_student
+
+        where = base_of_student(student, base)
+        family = family_of(where, name)
+        if family.editing is not None:
+            check_references(len(found), editing_class(family, class_name(where), editing_base), family, "the edit")
+        if not family.alpha:
+            found = [open_image(path) for path in paths]
+    return found
 
 
 def _recipe_settings(student: Path) -> dict[str, Any]:

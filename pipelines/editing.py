@@ -57,7 +57,7 @@ class EditingPipeline(GenerationPipeline):
         given = [list(one) if isinstance(one, list | tuple) else [one] for one in images]
         for number, each in enumerate(given, start=1):
             name = f"source image {number} of {len(images)}"
-            check_references(len(each), self.pipe, self.family, name)
+            check_references(len(each), type(self.pipe).__name__, self.family, name)
             for image in each:
                 check_image(image, self.family, name)
         if len(counts := {len(each) for each in given}) > 1:
@@ -87,16 +87,21 @@ def editing_pipe(pipe: Any, components: str | Path | None = None, family: Family
     family = family or family_of(pipe)
     if family.editing is None:
         raise UserError(f"{family.name} has no editing pipeline in diffusers; give it generation teachers only")
-    editing = (family.editing, *family.other_editing)
-    if type(pipe).__name__ in editing:
+    name = editing_class(family, type(pipe).__name__, components)
+    if type(pipe).__name__ == name:
         return family.prepare_editing(pipe)
-    name = family.editing
-    if components is not None:
-        given = class_name(components)
-        if given not in family.classes:
-            raise UserError(f"{components} is a {given}; give {family.name} the folder of a {' or '.join(editing)}")
-        name = given if given in editing else name
     return family.prepare_editing(_rebuilt(pipe, name, components, family.optional))
+
+
+def editing_class(family: Family, base: str, components: str | Path | None = None) -> str:
+    """The stock class that edits: the base's class `base` where it does, else that of `components`, or the family's."""
+    editing = tuple(name for name in (family.editing, *family.other_editing) if name)
+    if base in editing or components is None:
+        return base if base in editing else editing[0]
+    given = class_name(components)
+    if given not in family.classes:
+        raise UserError(f"{components} is a {given}; give {family.name} the folder of a {' or '.join(editing)}")
+    return given if given in editing else editing[0]
 
 
 def generation_pipe(pipe: Any, family: Family | None = None) -> Any:
@@ -158,17 +163,17 @@ def _components(place: str | Path, names: list[str], like: torch.nn.Module) -> d
     return {k: v.to(weights.device).eval() if isinstance(v, torch.nn.Module) else v for k, v in found.items()}
 
 
-def check_references(count: int, pipe: Any, family: Family, name: str) -> None:
-    """UserError for an edit without a source, or with more than its stock pipeline `pipe` takes.
+def check_references(count: int, editing: str, family: Family, name: str) -> None:
+    """UserError for an edit without a source, or with more than the stock class `editing` takes.
 
     `name` is how the message names the edit.
     """
-    most = family.references(pipe)
+    most = family.references(editing)
     if count == 0:
         raise UserError(f"{name} is an empty list; give the picture to edit")
     if count > most:
         takes = "one picture" if most == 1 else f"at most {most} pictures"
-        raise UserError(f"{name} has {count} pictures, and {type(pipe).__name__} takes {takes}; leave some out")
+        raise UserError(f"{name} has {count} pictures, and {editing} takes {takes}; leave some out")
 
 
 def check_image(image: Image, family: Family, name: str = "the source image") -> None:

@@ -65,7 +65,7 @@ def source_size(pipe: Any, image: Image, call: dict[str, Any]) -> tuple[int, int
     return max(side, height // side * side), max(side, width // side * side)
 
 
-def one_source(pipe: Any) -> int:
+def one_source(editing: str) -> int:
     """Default of `references`: an edit has one source picture."""
     return 1
 
@@ -139,7 +139,7 @@ class Family:
     extra: Callable[[Any, dict[str, Any]], dict[str, Any]] = no_extra  # (pipe, call) -> more kwargs of the stock call
     # (pipe, source image, call) -> (height, width) of the edited picture
     size_of: Callable[[Any, Image, dict[str, Any]], tuple[int, int]] = source_size
-    references: Callable[[Any], int] = one_source  # (editing pipe) -> source pictures that one edit may have
+    references: Callable[[str], int] = one_source  # (editing class) -> source pictures that one edit may have
     shaped_by: int = 0  # which of several sources gives an edit its shape: 0 the first, -1 the last
     alpha: bool = False  # pictures are RGBA: the alpha channel of a source is read, and the decoder draws one
     smallest_source: int = 64  # pixels a side

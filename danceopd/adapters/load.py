@@ -59,6 +59,12 @@ def load_student(
     return pipe if device is None else pipe.to(device)
 
 
+def base_of_student(student: str | os.PathLike, base: str | os.PathLike | None) -> Path:
+    """The pipeline folder that `load_student` would load."""
+    folder = Path(resolve(os.fspath(student), "student"))
+    return folder if (folder / "model_index.json").is_file() else check_base(folder, base)[1]
+
+
 def check_base(folder: Path, base: str | os.PathLike | None) -> tuple[LoraHeader, Path]:
     """The student's header and its base's folder; UserError when the file was trained on another base."""
     header = inspect_adapter(folder)

@@ -27,7 +27,7 @@ from danceopd.common.distributed import Processes
 from danceopd.common.files import disk_errors, read_lines, write_atomic
 from danceopd.data.dataset import CachedConditions, Size
 from danceopd.data.encode import Encoder, free_encoders
-from danceopd.data.images import picture
+from danceopd.data.images import flattened, open_image, picture
 from danceopd.data.sources import Edits, Prompts
 
 if TYPE_CHECKING:
@@ -102,8 +102,8 @@ class _ItemPrompts(Prompts):
     def where(self, row: int) -> str:
         return f"item {self.items[row].key} ({self.items[row].category})"
 
-    def shape(self, row: int) -> Size | None:
-        """(width, height) of an item's source image; None without one."""
+    def shape(self, row: int) -> Hashable:
+        """(width, height) of each of an item's source images; None without one."""
         return None
 
 
@@ -113,14 +113,20 @@ class _ItemEdits(_ItemPrompts, Edits):
     def __getitem__(self, row: Any) -> Any:
         item = self.items[row]
         assert item.source is not None
-        return item.prompt, picture(item.source)
+        given = (item.source, *item.references)
+        read = [open_image(one, check=False, alpha=True) if self.alpha else picture(one) for one in given]
+        return item.prompt, read if len(read) > 1 else read[0]
 
-    def shape(self, row: int) -> Size | None:
-        source = self.items[row].source
-        if isinstance(source, Path):
-            with suppress(OSError), Image.open(source) as opened:
-                return opened.size  # rows of one size share a block; EXIF orientation does not matter here
-        return picture(source).size if source is not None else None
+    def shape(self, row: int) -> Hashable:
+        return tuple(map(_size_of, (self.items[row].source, *self.items[row].references)))
+
+
+def _size_of(source: Image.Image | Path | None) -> Size | None:
+    """(width, height) of a source; rows of one size share a block, so EXIF orientation does not matter here."""
+    if isinstance(source, Path):
+        with suppress(OSError), Image.open(source) as opened:
+            return opened.size
+    return picture(source).size if source is not None else None
 
 
 def missing_images(lineup: Lineup, items: Mapping[str, Sequence[Item]], generated: Generated) -> Missing:
@@ -269,7 +275,7 @@ class ImageGenerator:
 
     def _save(self, model: Model, item: Item, image: Image.Image) -> None:
         path = self.store.path(model.name, item)
-        pixels = self.store.save(path, image)
+        pixels = self.store.save(path, flattened(image))
         self.store.save_extra_files(model.name, item)
         self._log.add(self.processes.rank, model.name, item.id, path, pixels)
 

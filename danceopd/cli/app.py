@@ -189,7 +189,9 @@ def audit(
 def sample(
     student: Annotated[Path, typer.Argument(help="A student's folder, a LoRA, or a whole pipeline.")],
     prompt: Annotated[str, typer.Argument(help="What the image shows, or what to change in the source image.")],
-    image: Annotated[Path | None, typer.Option(help="Source image to edit.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Source image to edit; again for each further reference.")
+    ] = None,
     seed: Seed = 0,
     count: Annotated[int, typer.Option("-n", "--count", help="Number of images; seeds count up from --seed.")] = 1,
     output: Output = Path("samples"),

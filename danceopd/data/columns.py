@@ -37,6 +37,7 @@ _ROLES = (
     ("target", re.compile(rf"(?:{_TARGET}){_FILE}?{_NUMBER}|(?:{_TARGET})s")),
     ("picture", re.compile(rf"(?:image|img|picture|photo){_FILE}?s?{_NUMBER}|(?:image_?|img_?|file_?)names?")),
 )
+_STEM = re.compile(r"\d+$")
 Role = Literal["mask", "source", "target", "picture"]
 
 
@@ -147,15 +148,23 @@ def looks_like_picture(value: Any) -> bool:
     return callable(value) or isinstance(value, bytes | Image.Image)
 
 
+def numbered(cells: Mapping[str, Any], column: str) -> list[str]:
+    """`column` and those of its name with another number, as `source_1` and `source_2`: the filled, in their order."""
+    found = [name for name in cells if _STEM.sub("", name) == _STEM.sub("", column) and _STEM.search(name)]
+    filled = sorted((n for n in found if cells[n] not in (None, "")), key=lambda n: int(_STEM.search(n)[0]))  # type: ignore[index]
+    return filled if column in found and filled else [column]
+
+
 def _one(cells: Mapping[str, Any], names: list[str], what: str) -> str:
     """The one column; of several the only filled one. ValueError where several are filled."""
     filled = [name for name in names if cells[name] not in (None, "")] if len(names) > 1 else names
     if len(filled) < 2:
         return (filled or names)[0]
-    stems = {re.sub(r"\d+$", "", name) for name in filled}
     listed = clipped(", ".join(filled), 120)
-    if len(stems) == 1:
-        raise ValueError(f"has several pictures as {what} ({listed}), and one is all there is today; keep one column")
+    if len({_STEM.sub("", name) for name in filled}) == 1:
+        if what == "the source":
+            return numbered(cells, filled[0])[0]
+        raise ValueError(f"has several pictures as {what} ({listed}), and one is all there can be; keep one column")
     raise ValueError(
         f"has several columns that may be {what} ({listed}); name it in the recipe with "
         "columns: {source: …, target: …}"
@@ -165,19 +174,22 @@ def _one(cells: Mapping[str, Any], names: list[str], what: str) -> str:
 # -- cells ------------------------------------------------------------------------------------------------
 
 
-def image_cell(value: Any, home: str) -> ImageSource:
-    """The picture in a cell, or its path below the folder `home`; ValueError, the end of a sentence, for neither.
-
-    A path, a picture, its bytes, a mapping of `bytes` and `path` as in published parquet files, or a list of one.
-    """
+def image_cells(value: Any, home: str) -> list[ImageSource]:
+    """The pictures in a cell, each as `image_cell` reads it: of a list, or of a list in JSON, all in their order."""
     value = value() if callable(value) else value
     if isinstance(value, str) and value.lstrip().startswith("["):
         with suppress(ValueError, RecursionError):  # a path
             value = json.loads(value)
-    if isinstance(value, list | tuple):
-        if len(value) > 1:
-            raise ValueError(f"holds {len(value)} pictures, and one source is all there is today; keep one")
-        value = value[0] if value else None
+    return [image_cell(one, home) for one in (value if isinstance(value, list | tuple) and value else [value])]
+
+
+def image_cell(value: Any, home: str) -> ImageSource:
+    """The picture in a cell, or its path below the folder `home`; ValueError, the end of a sentence, for neither.
+
+    A path, a picture, its bytes, or a mapping of `bytes` and `path` as in published parquet files.
+    """
+    if isinstance(value, list | tuple) and not value:
+        value = None
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, Image.Image | bytes):

@@ -112,10 +112,11 @@ class TeacherData:
     variants: Mapping[str, Variant] = field(default_factory=dict)
 
 
-def open_datasets(recipe: Recipe) -> dict[str, TeacherData]:
+def open_datasets(recipe: Recipe, alpha: bool = False) -> dict[str, TeacherData]:
     """Each teacher's data by its name, opened, with the rows that will be sampled; UserError for any faulty row.
 
-    Where the objective learns from finished pictures, each sampled row must have one.
+    `alpha`: the model reads alpha channels. Where the objective learns from finished pictures, each sampled row must
+    have one.
     """
     check_cache()
     targets = recipe.needs_targets
@@ -129,6 +130,7 @@ def open_datasets(recipe: Recipe) -> dict[str, TeacherData]:
     data = [opened[key] for key in keys]
     sampled = sampled_rows(recipe.sampling, [len(d) for d in data])
     for found in opened.values():
+        found.alpha = alpha
         rows = set().union(*(rows for d, rows in zip(data, sampled) if d is found))
         found.check(rows)
         if targets:

@@ -18,18 +18,17 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from PIL import Image
 
 from danceopd.common.cache import cache_folder, cache_key
 from danceopd.common.files import sha256
 from danceopd.data.dataset import CachedConditions, CachedTargets, Size
-from danceopd.data.images import READING, ImageSource, image_size, open_image
+from danceopd.data.images import READING, ImageSource, each_source, image_size, open_image
 from danceopd.data.sources import Edits, Prompts
 from danceopd.data.store import Store, missing
 from danceopd.errors import UserError
 from danceopd.models.base import file_sha256, pipeline_index
 from danceopd.pipelines.condition import Condition
-from danceopd.pipelines.editing import EditingPipeline, editing_pipe, generation_pipe
+from danceopd.pipelines.editing import EditingPipeline, check_references, editing_pipe, generation_pipe
 from danceopd.pipelines.family import Family
 from danceopd.pipelines.generation import GenerationPipeline, check_prompts
 
@@ -100,10 +99,11 @@ class Encoder:
         keys: dict[int, str] = {}
         sizes: dict[int, Size] = {}
         by_size: dict[Hashable, list[int]] = {}
+        data.alpha = self.family.alpha
         for row in sorted(set(rows)):
-            size, shape, facts = self._facts_of(capability, data, row)
+            size, shapes, facts = self._facts_of(capability, data, row)
             keys[row], sizes[row] = cache_key(capability, *facts), size
-            by_size.setdefault((size, shape), []).append(row)
+            by_size.setdefault((size, shapes), []).append(row)
         absent = set(missing(self.store, keys.values(), Condition.from_state))
         with self.store.add() as add:
             for (size, _), group in by_size.items():  # type: ignore[misc]
@@ -125,7 +125,7 @@ class Encoder:
         keys: dict[int, str] = {}
         for row, size in sizes.items():
             picture = data.target(row)
-            check_target(image_size(picture, data.where(row)), size, data.where(row))
+            check_target(image_size(picture, data.where(row), data.alpha), size, data.where(row))
             keys[row] = cache_key("clean", capability, _image_hash(picture), size)
         wanted = set(missing(self.store, keys.values(), lambda tensors: tensors["clean"]))
         absent: dict[Size, dict[str, int]] = {}
@@ -137,23 +137,28 @@ class Encoder:
                 pipeline, order = self.sized(capability, size), list(new.items())
                 for first in range(0, len(order), pipeline.chunk):
                     chunk = order[first : first + pipeline.chunk]
-                    clean = pipeline.encode_images([open_image(data.target(row), data.where(row)) for _, row in chunk])
+                    clean = pipeline.encode_images(
+                        [open_image(data.target(row), data.where(row), alpha=data.alpha) for _, row in chunk]
+                    )
                     for (key, _), latents in zip(chunk, clean.cpu(), strict=True):
                         add(key, {"clean": latents})
         return keys
 
-    def _facts_of(self, capability: str, data: Prompts, row: int) -> tuple[Size, Size | None, list[Any]]:
-        """The row's picture size, its source's size, and what its encoding depends on."""
+    def _facts_of(self, capability: str, data: Prompts, row: int) -> tuple[Size, tuple[Size, ...], list[Any]]:
+        """The row's picture size, its sources' sizes, and what its encoding depends on."""
         call = self.pipelines[capability].call
         fixed = {key: value for key, value in call.items() if key != "num_inference_steps"}
         if not isinstance(data, Edits):
-            size, shape, prompt, source = (call["height"], call["width"]), None, data[row], None
+            size, shapes, prompt, source = (call["height"], call["width"]), (), data[row], None
         else:
-            prompt, picture = data[row]
-            shape = image_size(picture, data.where(row))
-            size = self.family.size_of(self.pipelines[capability].pipe, Image.new("1", shape), call)
-            source = _image_hash(picture)
-        return size, shape, [prompt, source, {**fixed, "height": size[0], "width": size[1]}]
+            prompt, given = data[row]
+            pictures, pipe = each_source(given), self.pipelines[capability].pipe
+            check_references(len(pictures), type(pipe).__name__, self.family, data.where(row))
+            shapes = tuple(image_size(picture, data.where(row), data.alpha) for picture in pictures)
+            size = self.family.edited_size(pipe, shapes, call)
+            hashes = [_image_hash(picture) for picture in pictures]
+            source = hashes if len(hashes) > 1 else hashes[0]
+        return size, shapes, [prompt, source, {**fixed, "height": size[0], "width": size[1]}]
 
     def _encode(self, pipeline: GenerationPipeline, data: Prompts, rows: list[int]) -> Condition:
         names = [data.where(row) for row in rows]
@@ -163,7 +168,10 @@ class Encoder:
             return pipeline.conditions(prompts)
         edits = [data[row] for row in rows]
         check_prompts(pipeline.pipe, pipeline.family, [prompt for prompt, _ in edits], pipeline.call, names)
-        sources = [open_image(source, name) for name, (_, source) in zip(names, edits, strict=True)]
+        sources = [
+            [open_image(one, name, alpha=data.alpha) for one in each_source(given)]
+            for name, (_, given) in zip(names, edits, strict=True)
+        ]
         return pipeline.conditions([prompt for prompt, _ in edits], sources)
 
 

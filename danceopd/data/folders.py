@@ -2,9 +2,10 @@
 
 In a folder, `name.png` is the source image of the instruction in `name.txt`. Where there is a folder `control` (or
 `source`, `input`, …), as trainers lay out edits, `control/name.png` is the source, and `name.png` beside the text, or
-in a folder `target` (`edited`, …), is the target image, which only objectives that train on images need. Folders may
-lie within folders. Only the listing is kept; texts are read when a row is. A folder with a `metadata.csv`,
-`metadata.jsonl` or `metadata.parquet` is that table.
+in a folder `target` (`edited`, …), is the target image, which only objectives that train on images need. An edit of
+several sources has `control/name_1.png`, `control/name_2.png` and so on. Folders may lie within folders. Only the
+listing is kept; texts are read when a row is. A folder with a `metadata.csv`, `metadata.jsonl` or `metadata.parquet` is
+that table.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from danceopd.common.messages import clipped
 from danceopd.data.columns import role_of
 from danceopd.data.images import IMAGES
 from danceopd.data.tables import LONGEST, TABLES, Row, Table
@@ -36,7 +36,7 @@ class FolderTable(Table):
             twice = min(targets.keys() & plain.keys(), default=None)
             if twice is not None:
                 raise _two(path, targets[twice], plain[twice])
-        self._sources = (sources if control else plain) if images else {}
+        self._sources = _numbered(path, texts, sources if control else plain) if images else {}
         self._targets = ({**plain, **targets} if control else targets) if images else {}
         if images:
             self._refuse_lone(texts, control)
@@ -50,14 +50,6 @@ class FolderTable(Table):
         """UserError for a text without a source, and for a picture without a text."""
         path, missing = self._folder, sorted(texts.keys() - self._sources.keys())
         if missing:
-            numbered = re.compile(re.escape(missing[0]) + r"_\d+")
-            several = [file for key, file in self._sources.items() if numbered.fullmatch(key)]
-            if several:
-                listed = clipped(", ".join(several), 100)
-                raise UserError(
-                    f"{path / texts[missing[0]]} has several sources ({listed}), and one source is all there is today; "
-                    "keep one, under the name of the text"
-                )
             wanted = "image of the same name"
             if control:
                 wanted = f"source image {path / control / os.path.basename(missing[0])}.png"
@@ -65,7 +57,7 @@ class FolderTable(Table):
             raise UserError(f"{path / texts[missing[0]]} has no {wanted}; add it or remove the text{more}")
         lone = min({**self._targets, **self._sources}.keys() - texts.keys(), default=None)
         if lone is not None:
-            picture = self._sources.get(lone) or self._targets[lone]
+            picture = self._sources[lone][0] if lone in self._sources else self._targets[lone]
             raise UserError(f"{path / picture} has no instruction; write it into {path / lone}.txt")
 
     def __len__(self) -> int:
@@ -86,7 +78,9 @@ class FolderTable(Table):
             raise UserError(f"{file} has more than {LONGEST:,} characters, more than any prompt; shorten it")
         home = self._folder.absolute()
         if stem in self._sources:
-            found[self._key] = str(home / self._sources[stem])
+            found[self._key] = [str(home / file) for file in self._sources[stem]]
+            if len(found[self._key]) == 1:
+                found[self._key] = found[self._key][0]
         if stem in self._targets:
             found["target"] = str(home / self._targets[stem])
         return found
@@ -148,6 +142,20 @@ def _listing(path: Path, images: bool) -> tuple[dict[str, str], dict[str, str], 
                 raise _two(path, mine[key], file)
             mine[key] = file
     return texts, pictures["source"], pictures["target"], pictures["picture"], control
+
+
+def _numbered(path: Path, texts: dict[str, str], sources: dict[str, str]) -> dict[str, list[str]]:
+    """The sources of each text: the one of its name, and then `name_1`, `name_2`, … unless that is a text's own."""
+    found: dict[str, dict[int, str]] = {}
+    for key, file in sources.items():
+        stem, number = key, 0
+        if key not in texts and (match := re.fullmatch(r"(.+)_(\d+)", key)) and match[1] in texts:
+            stem, number = match[1], int(match[2]) + 1
+        mine = found.setdefault(stem, {})
+        if number in mine:
+            raise _two(path, mine[number], file)
+        mine[number] = file
+    return {stem: [mine[number] for number in sorted(mine)] for stem, mine in found.items()}
 
 
 def _two(path: Path, one: str, other: str) -> UserError:

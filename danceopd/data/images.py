@@ -1,5 +1,7 @@
 """Open images: a path, a picture or a picture's bytes go in, an upright RGB image comes out; its size, from the header.
 
+Where the model reads alpha channels, a picture that has one comes out as RGBA.
+
 Pictures of more than 8 bits are scaled to 8. What cannot be shown as it is meant is refused, or said in one warning:
 alpha channels that are not opaque, pictures that are cut off, numbers of an unknown range, CMYK, animations.
 """
@@ -37,21 +39,42 @@ DAMAGE = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, Ar
 
 ImageSource = Image.Image | Path | bytes
 """An image, or the path or the bytes of one that is opened when it is needed."""
+Sources = ImageSource | list[ImageSource]
+"""What an edit starts from: a picture, or several in their order."""
 _log = logging.getLogger("danceopd")
 _sizes: dict[tuple[str, int, int], tuple[int, int]] = {}  # of files, by path, time and bytes
 
 
-def open_image(source: ImageSource, where: str = "", check: bool = True) -> Image.Image:
+def each_source(sources: Sources) -> list[ImageSource]:
+    """The pictures of an edit as a list; the first is the one that is edited."""
+    return sources if isinstance(sources, list) else [sources]
+
+
+def open_image(source: ImageSource, where: str = "", check: bool = True, alpha: bool = False) -> Image.Image:
     """The image in RGB, turned upright by its EXIF orientation. `where` is how a message names the row.
 
-    UserError for what is no readable image. With `check` as for training data: also for an alpha channel that is not
-    opaque, and for a side below 64 pixels.
+    With `alpha` an image that has an alpha channel is in RGBA. UserError for what is no readable image. With `check` as
+    for training data: also for an alpha channel that is not opaque, where it is not kept, and for a side below 64
+    pixels.
     """
     name = _name(source, where)
     with _opened(source, where) as image, _damage(name):
         if check:
-            _check(image, name)
-        return _rgb(ImageOps.exif_transpose(image), name)
+            _check(image, name, alpha)
+        upright = ImageOps.exif_transpose(image)
+        return upright.convert("RGBA") if alpha and _has_alpha(upright) else _rgb(upright, name)
+
+
+def flattened(image: Image.Image) -> Image.Image:
+    """The image in RGB, on white where it is transparent, as Qwen-Image-2.1 was trained to see it."""
+    if not _has_alpha(image):
+        return image.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+
+
+def edited_picture(sources: Sources) -> Image.Image:
+    """The picture that is edited, to be shown or compared with: the first source, flattened."""
+    return flattened(open_image(each_source(sources)[0], alpha=True))
 
 
 def picture(source: ImageSource | str) -> Image.Image:
@@ -59,7 +82,7 @@ def picture(source: ImageSource | str) -> Image.Image:
     return open_image(Path(source) if isinstance(source, str) else source, check=False)
 
 
-def image_size(source: ImageSource, where: str = "") -> tuple[int, int]:
+def image_size(source: ImageSource, where: str = "", alpha: bool = False) -> tuple[int, int]:
     """(width, height) in pixels once upright, from the header; UserError as `open_image`, also for a file cut off."""
     key = None
     if isinstance(source, Path):
@@ -69,11 +92,11 @@ def image_size(source: ImageSource, where: str = "") -> tuple[int, int]:
     name = _name(source, where)
     with _opened(source, where) as image, _damage(name):
         late = isinstance(source, Image.Image) or _check_whole(image)
-        _check(image, name)
+        _check(image, name, alpha)
         # PngImageFile.getexif reads all pixels on its way to the last chunk
         exif = Image.Image.getexif(image) if image.format == "PNG" and not late else image.getexif()
         size = image.size[::-1] if exif.get(ORIENTATION) in QUARTER_TURNS else image.size
-    if key is not None:
+    if key is not None and not alpha:
         _sizes[key] = size
     return size
 
@@ -142,17 +165,18 @@ def _damage(name: str) -> Iterator[None]:
 # -- checks -----------------------------------------------------------------------------------------------
 
 
-def _check(image: Image.Image, name: str) -> None:
-    """UserError for an alpha channel that is not opaque, and for a side that is too small; warnings, once each."""
+def _check(image: Image.Image, name: str, alpha: bool = False) -> None:
+    """UserError for an alpha channel that is not opaque and not kept, and for a side that is too small; warnings, once
+    each."""
     if min(image.size) < MIN_SIDE:
         size = f"{image.width}x{image.height}"
         raise UserError(f"{name} is {size} pixels, too small; give at least {MIN_SIDE}x{MIN_SIDE}")
-    if _has_alpha(image) and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
-        raise UserError(f"{name} has an alpha channel, which no model here reads; flatten it onto a background")
+    if not alpha and _has_alpha(image) and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
+        raise UserError(f"{name} has an alpha channel, which this model does not read; flatten it onto a background")
     if image.mode == "CMYK":
-        _warn_once("is CMYK, and is converted to RGB without its colour profile", name)
+        warn_once("is CMYK, and is converted to RGB without its colour profile", name)
     if getattr(image, "is_animated", False) and image.format != "MPO":  # a camera's second picture of the same
-        _warn_once("has several frames or pages, of which the first is read", name)
+        warn_once("has several frames or pages, of which the first is read", name)
 
 
 def _has_alpha(image: Image.Image) -> bool:
@@ -162,11 +186,11 @@ def _has_alpha(image: Image.Image) -> bool:
 _warned: set[str] = set()
 
 
-def _warn_once(what: str, name: str) -> None:
+def warn_once(what: str, name: str) -> None:
     """One warning for all pictures of the kind."""
     if what not in _warned:
         _warned.add(what)
-        _log.warning("%s %s (said of the first such picture only)", name, what)
+        _log.warning("%s %s (said of the first only)", name, what)
 
 
 def _check_whole(image: Any) -> bool:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Self, overload
 
 from danceopd.common.messages import clipped
-from danceopd.data.columns import INSTRUCTION, PROMPT, Layout, image_cell, is_text, no_column, shown
+from danceopd.data.columns import INSTRUCTION, PROMPT, Layout, image_cells, is_text, no_column, numbered, role_of, shown
 from danceopd.data.folders import FolderTable, HubTable, metadata_of, refuse_target_folder
-from danceopd.data.images import ImageSource, image_size, missing_image
+from danceopd.data.images import ImageSource, Sources, each_source, image_size, missing_image, warn_once
 from danceopd.data.parquet import ParquetTable
 from danceopd.data.tables import TABLES, CsvTable, InMemoryTable, JsonTable, Row, Table, TextTable
 from danceopd.errors import UserError
@@ -37,6 +37,7 @@ class Prompts(Sequence[str]):
 
     texts: tuple[str, ...] = PROMPT  # names of a text's column
     parts: tuple[str, ...] = ("text",)  # what a row always has
+    alpha = False  # whether the model reads alpha channels
 
     def __init__(self, table: Table, columns: Columns = KNOWN) -> None:
         self.table, self.named = table, columns
@@ -121,7 +122,10 @@ class Prompts(Sequence[str]):
 
     def target(self, row: int) -> ImageSource:
         """The target image of a row, or its path; UserError where the row has none."""
-        return self._image(row, self.table[row], "target")
+        found = self._images(row, self.table[row], "target")
+        if len(found) > 1:
+            raise UserError(f"{self.where(row)} has {len(found)} finished pictures, where one is wanted; keep one")
+        return found[0]
 
     def where(self, row: int) -> str:
         """The file and line of a row, for messages."""
@@ -156,7 +160,7 @@ class Prompts(Sequence[str]):
     def check_targets(self, rows: Iterable[int]) -> None:
         """UserError for the first of `rows` without a target image, or with a wrong one, by its header."""
         for row in sorted(set(rows)):
-            image_size(self.target(row), self.where(row))
+            image_size(self.target(row), self.where(row), self.alpha)
 
     def check(self, rows: Iterable[int] | None = None) -> None:
         """UserError for the first wrong row, which says how many more there are.
@@ -226,22 +230,28 @@ class Prompts(Sequence[str]):
             raise UserError(f"{self.where(row)}: {column} has half a character (a lone surrogate); write it again")
         return self._worded(value.strip())
 
-    def _image(self, row: int, cells: Row, what: str) -> ImageSource:
-        """The "source" or "target" of a row, or its path."""
+    def _images(self, row: int, cells: Row, what: str) -> list[ImageSource]:
+        """The "source" pictures of a row, or its "target", or their paths, in their order."""
         column = self._column(row, cells, what)
         if column is None:
             raise UserError(f"{self.where(row)} {no_column(cells, what)}")
-        try:
-            found = image_cell(cells[column], self._home)
-            if isinstance(cells[column], list) and column == "image":  # of one, here: other rows may have several
-                raise ValueError("is a list; give one path, or call the column images")
-            return found
-        except ValueError as error:
-            raise UserError(f"{self.where(row)}: {column} {error}") from None
+        several = what == "source" and what not in self._mapped and column[-1:].isdigit()
+        found = []
+        for name in numbered(cells, column) if several else [column]:
+            try:
+                found += image_cells(cells[name], self._home)
+            except ValueError as error:
+                raise UserError(f"{self.where(row)}: {name} {error}") from None
+        if len(found) > 1 and role_of(column) == "picture" and what not in self._mapped:
+            warn_once("holds several pictures, read as the sources of one edit in their order", self.where(row))
+        return found
 
 
 class Edits(Prompts):
-    """(instruction, source image or its path) pairs of a table; the image is not opened here."""
+    """(instruction, source image or its path) pairs of a table; the image is not opened here.
+
+    A row of several sources has a list of them in place of the one.
+    """
 
     texts, parts = INSTRUCTION, ("text", "source")
 
@@ -254,23 +264,25 @@ class Edits(Prompts):
         named = {"instruction": text, "source": columns.source, "target": columns.target}
         return {role: name for role, name in named.items() if name is not None}
 
-    def _item(self, row: int, cells: Row) -> tuple[str, ImageSource]:
-        return self._prompt(row, cells), self._image(row, cells, "source")
+    def _item(self, row: int, cells: Row) -> tuple[str, Sources]:
+        found = self._images(row, cells, "source")
+        return self._prompt(row, cells), found if len(found) > 1 else found[0]
 
     def _source_column(self, row: int, cells: Row) -> str | None:
         return self._column(row, cells, "source")
 
-    def size(self, row: int) -> tuple[int, int]:
-        """(width, height) of a row's source image in pixels, from its header; UserError for a shape no family edits."""
+    def sizes(self, row: int) -> list[tuple[int, int]]:
+        """(width, height) of a row's sources in pixels, from their headers; UserError for a shape no family edits."""
         from danceopd.pipelines.editing import check_aspect  # late: it imports torch
 
-        picture, where = self[row][1], self.where(row)
-        size = image_size(picture, where)
-        check_aspect(*size, f"{where}: {clipped(str(picture), 160)}" if isinstance(picture, Path) else where)
-        return size
+        found, where = [], self.where(row)
+        for picture in each_source(self[row][1]):
+            found.append(image_size(picture, where, self.alpha))
+            check_aspect(*found[-1], f"{where}: {clipped(str(picture), 160)}" if isinstance(picture, Path) else where)
+        return found
 
     def _open(self, row: int) -> None:
-        self.size(row)
+        self.sizes(row)
 
     def _quick_test(self) -> Callable[[Row], bool]:
         passes, exists = super()._quick_test(), self._exists()
@@ -288,6 +300,8 @@ class Edits(Prompts):
             value = None if column is None else cells[column]
             if type(value) is not str:
                 return callable(value)
+            if column[-1:].isdigit() or value.lstrip().startswith("["):  # type: ignore[index]
+                return False  # there may be several, which `_fault` looks at
             folder, slash, name = value.rpartition(os.sep)
             if (slash, folder) not in names:
                 names[slash, folder] = _names(os.path.join(self._home, folder + slash))
@@ -297,9 +311,10 @@ class Edits(Prompts):
 
     def _fault(self, row: int, cells: Row) -> UserError | None:
         fault = super()._fault(row, cells)
-        if fault is None and isinstance(path := self._image(row, cells, "source"), Path):
+        for path in self._images(row, cells, "source") if fault is None else ():
             try:
-                path.stat()
+                if isinstance(path, Path):
+                    path.stat()
             except (OSError, ValueError):
                 return UserError(missing_image(path, self.where(row)))
         return fault

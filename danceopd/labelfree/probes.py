@@ -17,7 +17,7 @@ from torch import Tensor
 
 from danceopd.data.dataset import TeacherData
 from danceopd.data.encode import Encoder
-from danceopd.data.images import open_image
+from danceopd.data.images import edited_picture
 from danceopd.labelfree.gates import evidence
 from danceopd.labelfree.gates.consensus import agreement
 from danceopd.labelfree.gates.variants import other_prompts
@@ -238,7 +238,7 @@ class _Maker:
         tasks = [row.task for row in rows if row.task is not None]
         scorer: Scorer
         if self.model is not None:
-            sources = [open_image(row.source) for row in rows if row.source is not None]
+            sources = [edited_picture(row.source) for row in rows if row.source is not None]
             scorer = SimilarityScorer(self.model, pipeline.images, [row.prompt for row in rows], sources)
             judge = self.model.sentence
         elif len(tasks) == len(rows) and (pipeline.height, pipeline.width) == (IMAGE, IMAGE):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import nn
 
 from danceopd.adapters.blend import check_blend
@@ -20,7 +20,7 @@ from danceopd.common.shipped import portable
 from danceopd.common.system import out_of_memory
 from danceopd.data.dataset import TeacherData
 from danceopd.data.encode import check_target
-from danceopd.data.images import image_size
+from danceopd.data.images import each_source, image_size
 from danceopd.data.null_prompt import check_guidance
 from danceopd.engine.teachers import TeacherWeights
 from danceopd.engine.warm_start import blend_weights
@@ -29,6 +29,7 @@ from danceopd.models.base import call_defaults, pipeline_index, transformer_conf
 from danceopd.models.checkpoint import check_stored
 from danceopd.models.lora import Adapter
 from danceopd.models.storage import check_gguf, check_package, saved_as
+from danceopd.pipelines.editing import check_references, editing_class
 from danceopd.pipelines.family import Family
 from danceopd.pipelines.generation import check_prompts
 from danceopd.recipe.checks import fault_of_quantised
@@ -179,6 +180,19 @@ def check_contrast(recipe: Recipe, datasets: Mapping[str, TeacherData]) -> None:
             )
 
 
+def check_sources(recipe: Recipe, datasets: Mapping[str, TeacherData], family: Family, base_class: str) -> None:
+    """UserError for an edit with more sources than the stock pipeline takes."""
+    for teacher in recipe.teachers:
+        mine = datasets[teacher.name]
+        if teacher.capability != "editing" or family.editing is None:
+            continue
+        counts = {row: len(each_source(mine.data[row][1])) for row in mine.rows}
+        if max(counts.values()) > 1:
+            editing = editing_class(family, base_class, recipe.editing_base)
+            for row, count in counts.items():
+                check_references(count, editing, family, mine.data.where(row))
+
+
 def check_streamed(recipe: Recipe, teachers: Iterable[TeacherWeights], sharded: bool) -> None:
     """UserError for a whole model that would be streamed into weights which are not there as they were stored."""
     name = next((one.teacher.name for one in teachers if one.streamed), None)
@@ -200,8 +214,8 @@ def check_prompts_of(
     for teacher in recipe.teachers:
         if teacher.guidance is not None or not unguided:
             check_guidance(family, teacher.name)
-    named = tokenizers(pipeline_index(folder))
-    if not named or any(pipe.components.get(name) is None for name in named):
+    named, cuts = tokenizers(pipeline_index(folder)), family.prompt_limit(pipe, dict(call)) < sys.maxsize
+    if cuts and (not named or any(pipe.components.get(name) is None for name in named)):
         return [f"{folder} has no tokenizer, so the length of prompts is not checked, and a merge would not load it"]
     settings = {key: value for key, value in call.items() if key != "num_inference_steps"}
     for teacher in recipe.teachers:
@@ -223,8 +237,8 @@ def check_target_shapes(
         for row in datasets[teacher.name].rows:
             size = (call["height"], call["width"])
             if teacher.capability == "editing":
-                size = family.size_of(pipe, Image.new("1", data.size(row)), settings)  # type: ignore[attr-defined]
-            check_target(image_size(data.target(row), data.where(row)), size, data.where(row))
+                size = family.edited_size(pipe, data.sizes(row), settings)  # type: ignore[attr-defined]
+            check_target(image_size(data.target(row), data.where(row), data.alpha), size, data.where(row))
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from danceopd.adapters.read import adapter_shapes
@@ -153,9 +152,10 @@ def outline(recipe: Recipe, folder: Path, teachers: Sequence[TeacherWeights]) ->
     adapters = {one.teacher.name: _shapes(one, transformer) for one in teachers}
     checks.check_start(recipe, adapters)
     datasets = with_variants(
-        recipe.gates, recipe.sampling, recipe.rollout.steps, recipe.teachers, open_datasets(recipe)
+        recipe.gates, recipe.sampling, recipe.rollout.steps, recipe.teachers, open_datasets(recipe, family.alpha)
     )
     checks.check_contrast(recipe, datasets)
+    checks.check_sources(recipe, datasets, family, class_name(folder))
     pipe = _pipeline(folder, family, transformer)
     notes = own + checks.check_prompts_of(recipe, folder, family, pipe, call, datasets)
     refused = None
@@ -205,6 +205,20 @@ def _student_modules(
     }
 
 
+class _NoProcessor:
+    """Stands in for a processor of pictures and text, of which a pipeline reads how long its template is."""
+
+    def apply_chat_template(self, *args: Any, **options: Any) -> list[list[int]]:
+        return [[]]
+
+    @property
+    def tokenizer(self) -> _NoProcessor:
+        return self
+
+    def encode(self, text: str) -> list[int]:
+        return [0]
+
+
 def _pipeline(folder: Path, family: Family, transformer: nn.Module) -> Any:
     """The stock generation pipeline without a weight: its models are their configurations, its tokenizers real."""
     import diffusers
@@ -223,6 +237,8 @@ def _pipeline(folder: Path, family: Family, transformer: nn.Module) -> Any:
     for name in (n for n in checks.tokenizers(index) if n in needed and (folder / n).is_dir()):
         with checks.does_not_load(folder / name):
             parts[name] = getattr(transformers, index[name][1]).from_pretrained(folder / name)
+    if "processor" in needed:
+        parts["processor"] = _NoProcessor()
     same = class_name(folder) == family.generation
     pipe = kind(**parts, **({key: index[key] for key in settings if key in index} if same else {}))
     pipe.transformer = empty_module(transformer, torch.empty(0))  # a device and a dtype, no weight
@@ -235,22 +251,24 @@ def _pictures(
 ) -> list[Picture]:  # fmt: skip
     """Picture sizes by capability, the commonest first."""
     found: dict[str, Counter[Size]] = {}
+    sources = 1  # of an edit, at most
     settings = {key: value for key, value in call.items() if key != "num_inference_steps"}
     for teacher in recipe.teachers:
         sizes = found.setdefault(teacher.capability, Counter())
         mine = datasets[teacher.name]
         if isinstance(mine.data, Edits):
             for row in mine.rows[:: max(1, len(mine.rows) // LOOKED)]:
-                image = Image.new("1", mine.data.size(row))
-                sizes[family.size_of(pipe, image, settings)] += 1
+                shapes = mine.data.sizes(row)
+                sizes[family.edited_size(pipe, shapes, settings)] += 1
+                sources = max(sources, len(shapes))
         else:
             sizes[call["height"], call["width"]] += 1
-    side = 2 * pipe.vae_scale_factor
+    side = family.token_side(pipe)
     pictures = []
     for capability, sizes in found.items():
         for size, count in sizes.most_common():
             tokens = (size[0] // side) * (size[1] // side)
             edits, text = capability == "editing", call.get("max_sequence_length") or 512
-            one = TokenCounts(tokens, edits * tokens, text + edits * family.source_text)
+            one = TokenCounts(tokens, edits * sources * tokens, text + edits * sources * family.source_text)
             pictures.append(Picture(capability, size, count / sizes.total(), one, forward_flops(transformer, one)))
     return pictures

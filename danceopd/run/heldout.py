@@ -17,7 +17,7 @@ from PIL import Image
 
 from danceopd.data.dataset import CachedConditions, TeacherData
 from danceopd.data.encode import Encoder
-from danceopd.data.images import ImageSource
+from danceopd.data.images import Sources, each_source
 from danceopd.data.sources import Edits, Prompts
 from danceopd.data.tables import InMemoryTable
 from danceopd.errors import UserError
@@ -42,7 +42,7 @@ class Row:
     """
 
     prompt: str
-    source: ImageSource | None = None
+    source: Sources | None = None
     task: Prompt | Edit | None = None
     index: int | None = None
 
@@ -64,7 +64,7 @@ def held_out_rows(teacher: Teacher, spec: str, data: TeacherData, count: int, se
         try:
             prompt, source = table[row] if isinstance(table, Edits) else (table[row], None)
             if isinstance(table, Edits):
-                table.size(row)
+                table.sizes(row)
             found.setdefault(prompt, Row(prompt, source, None, row))
         except UserError:
             continue
@@ -93,7 +93,7 @@ def encode_rows(
         data = Prompts(InMemoryTable("held-out rows", [{"prompt": prompt} for prompt in prompts]))
     else:
         cells = [
-            {"instruction": prompt, "source": str(row.source) if isinstance(row.source, Path) else row.source}
+            {"instruction": prompt, "source": [str(s) if isinstance(s, Path) else s for s in each_source(row.source)]}
             for prompt, row in zip(prompts, rows, strict=True)
         ]
         data = Edits(InMemoryTable("held-out rows", cells))

@@ -31,7 +31,7 @@ from danceopd.common.shipped import portable
 from danceopd.data.dataset import TeacherData, sampled_rows
 from danceopd.data.encode import encoders_fingerprint
 from danceopd.data.folders import HubTable
-from danceopd.data.images import ImageSource
+from danceopd.data.images import ImageSource, each_source
 from danceopd.data.sources import Edits, Prompts
 from danceopd.engine.teachers import TeacherWeights
 from danceopd.errors import UserError
@@ -145,7 +145,7 @@ def _facts(recipe: Recipe, data: Prompts, row: int) -> list[Any]:
     pictures = not isinstance(data.table, HubTable)
     facts: list[Any] = [row, data.prompt(row)]
     if isinstance(data, Edits) and pictures:
-        facts.append(_picture(data[row][1]))
+        facts += [_picture(one) for one in each_source(data[row][1])]
     if recipe.needs_targets and pictures:
         facts.append(_picture(data.target(row)))
     if recipe.gates.on:

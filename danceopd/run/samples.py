@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from danceopd.data.encode import Encoder
-from danceopd.data.images import open_image
+from danceopd.data.images import edited_picture, flattened
 from danceopd.data.sources import Edits, edits_from, prompts_from
 from danceopd.engine.callbacks import Callback
 from danceopd.engine.metrics import StepMetrics
@@ -54,7 +54,8 @@ class SampleGrid:
                 found = [data[row] for row in rows]
                 prompts, originals = found, list[Image.Image]()
                 if isinstance(data, Edits):
-                    prompts, originals = [p for p, _ in found], [open_image(image) for _, image in found]
+                    prompts = [p for p, _ in found]
+                    originals = [edited_picture(given) for _, given in found]
                 self.parts.append((pipeline, dataset.rows(rows), noise, prompts, originals))
 
     def draw(self, student: VelocityField) -> Image.Image:
@@ -65,7 +66,7 @@ class SampleGrid:
             field = in_micro_batches(student, self.micro_batch)
             with acting(student):
                 *_, last = pipeline.denoise(condition.to(self.device), noise.to(self.device), field)
-            made = pipeline.images(last.x)
+            made = [flattened(one) for one in pipeline.images(last.x)]
             if not sources:
                 rows.append(list(made))
                 labels.append("generation: " + "; ".join(prompts))

@@ -166,7 +166,7 @@ def _keep(transformer: Any, condition: Condition) -> Condition:
         return condition
     if not transformer.config.causal_condition:
         raise UserError(
-            "rollout.cache_source: this base reads its source at the picture's time (causal_condition is false), so its "
+            "rollout.cache_source: this base reads a source at the picture's time (causal_condition is false), so its "
             "keys and values change at every step; leave it out"
         )
     (call, lengths), cache, x = _prompt(condition), _cache(transformer), condition.context[:, :SLOT]
@@ -210,7 +210,7 @@ QWEN_IMAGE_21 = Family(
     call=("output_resolution",),
     prompt_lengths=lambda pipe, prompts: [0] * len(prompts),  # nothing is cut
     dummy_prompt=_dummy_prompt,
-    references=lambda pipe: 10,
+    references=lambda editing: 10,
     shaped_by=-1,
     alpha=True,
     source_text=1024,  # a slot for every 32 by 32 pixels of a megapixel

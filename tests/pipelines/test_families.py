@@ -156,7 +156,7 @@ def test_a_stacked_batch_equals_its_rows(case):
 def test_several_sources_are_read_as_the_stock_pipeline_reads_them_in_their_order(case):
     if case.task == "generation":
         pytest.skip("sources are for edits")
-    pair, most = [random_image(1), random_image(2, 96, 64)], case.family.references(case.pipe)
+    pair, most = [random_image(1), random_image(2, 96, 64)], case.family.references(type(case.pipe).__name__)
     if most == 1:
         with pytest.raises(UserError, match=r"source image 1 of 1 has 2 pictures, and \w+ takes one picture"):
             case.ours.conditions(PROMPTS["editing"][:1], [pair])

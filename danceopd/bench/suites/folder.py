@@ -10,7 +10,7 @@ category. Targets and masks are for the judge-free metrics; the judge never sees
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from danceopd.bench.suites.judged import files_sha256, refuse_duplicates
 from danceopd.bench.suites.protocol import Item, JudgedSuite, json_sha256
 from danceopd.bench.suites.records import any_case, file_name, header_checked, located
 from danceopd.data.folders import CONTROL
-from danceopd.data.images import IMAGES
+from danceopd.data.images import IMAGES, each_source
 from danceopd.data.sources import Edits, edits_from
 from danceopd.errors import UserError
 
@@ -67,7 +67,7 @@ class Suite(JudgedSuite):
                 "name": self.data.name,
                 "items": len(self.items),
                 "texts_sha256": json_sha256(texts),
-                "pictures_sha256": files_sha256(Path(str(i.source)) for i in self.items),
+                "pictures_sha256": files_sha256(Path(str(p)) for i in self.items for p in (i.source, *i.references)),
             },
         }
 
@@ -105,7 +105,7 @@ def _rows_of(edits: Edits) -> Iterator[tuple[Item, str]]:
     home = Path(edits.table.path).parent
     for number in range(len(edits)):
         where, cells = edits.where(number), edits.table[number]
-        instruction, source = edits[number]
+        instruction, sources = edits[number]
         own = _first(cells, KEYS)
         if own is None:
             picture = cells.get(edits.column(number, "source") or "")
@@ -115,7 +115,7 @@ def _rows_of(edits: Edits) -> Iterator[tuple[Item, str]]:
         given = {name: _first(cells, columns) for name, columns in (("target", TARGETS), ("mask", ("mask",)))}
         beside = {k: None if v is None else header_checked(home / str(v).strip(), where) for k, v in given.items()}
         category = file_name(str(_first(cells, CATEGORY_COLUMNS) or CATEGORY).strip(), f"{where}: category")
-        yield _item(key, category, instruction, Path(source), beside, f"{key}.png"), where
+        yield _item(key, category, instruction, each_source(sources), beside, f"{key}.png"), where
 
 
 def _files_of(folder: Path, category: str | None) -> Iterator[tuple[Item, str]]:
@@ -124,26 +124,28 @@ def _files_of(folder: Path, category: str | None) -> Iterator[tuple[Item, str]]:
     controlled = (folder / CONTROL).is_dir()
     for number in range(len(edits)):
         where = edits.where(number)
-        instruction, source = edits[number]
+        instruction, sources = edits[number]
         stem = file_name(Path(where).stem, where)
         targets = [folder / f"{stem}{kind}" for kind in IMAGES] if controlled else []
         target = next((header_checked(path, where) for path in targets if any_case(path)), None)
         key = stem if category is None else f"{category}-{stem}"
         path = f"{stem}.png" if category is None else f"{category}/{stem}.png"
         beside = {"target": target, "mask": None}
-        yield _item(key, category or CATEGORY, instruction, Path(source), beside, path), where
+        yield _item(key, category or CATEGORY, instruction, each_source(sources), beside, path), where
 
 
 def _item(
-    key: str, category: str, instruction: str, source: Path, beside: Mapping[str, Path | None], path: str
+    key: str, category: str, instruction: str, sources: Sequence[Any], beside: Mapping[str, Path | None], path: str
 ) -> Item:
+    first, *others = map(Path, sources)
     return Item(
         key=key,
         capability="editing",
         group="edits",
         category=category,
         prompt=instruction,
-        source=source,
+        source=first,
+        references=tuple(others),
         target=beside["target"],
         task={"path": path},
         mask=beside["mask"],

@@ -37,9 +37,10 @@ class Item:
     GEdit-Bench do, `id` tells the two apart. `capability` is "generation" or "editing". `category` is what scores are
     averaged over first; `group` ("generation", "local", "global", …) is a set of categories that is reported together.
     `probe` names the set of items that is reported apart and counts in no overall score; None for ordinary items.
-    `source` is the image to edit (None for generation), `target` a known right result (None where there is none),
-    `mask` marks in white what the edit may change; each is an image or a path. `task` is what the suite itself scores
-    against, `tags` are the subsets that the item belongs to, `heldout` means that no teacher was trained on its like.
+    `source` is the image to edit (None for generation), `references` are further ones that the edit reads, `target` is
+    a known right result (None where there is none), `mask` marks in white what the edit may change; each is an image or
+    a path. `task` is what the suite itself scores against, `tags` are the subsets that the item belongs to, `heldout`
+    means that no teacher was trained on its like.
     """
 
     key: str
@@ -55,6 +56,7 @@ class Item:
     tags: tuple[str, ...] = ()
     heldout: bool = False
     shared: bool = False
+    references: tuple[Image.Image | Path, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def id(self) -> str:

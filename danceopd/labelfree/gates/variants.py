@@ -10,11 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from PIL import Image
-
 from danceopd.data.dataset import TeacherData, Variant
 from danceopd.data.degrade import degrade
-from danceopd.data.images import ImageSource, open_image
+from danceopd.data.images import ImageSource, Sources, each_source, flattened, open_image
 from danceopd.data.routing import draws_all, sample_batch
 from danceopd.data.sources import Edits, Prompts
 from danceopd.errors import UserError
@@ -48,7 +46,7 @@ class RewordedEdits(Edits):
         super().__init__(data.table, data.named)
         self._prompts = prompts
 
-    def _item(self, row: int, cells: Any) -> tuple[str, ImageSource]:
+    def _item(self, row: int, cells: Any) -> tuple[str, Sources]:
         return self._prompts[row], super()._item(row, cells)[1]
 
 
@@ -59,10 +57,13 @@ class Degraded(Edits):
         super().__init__(data.table, data.named)
         self._kind, self._seed = kind, seed
 
-    def _item(self, row: int, cells: Any) -> tuple[str, ImageSource]:
-        prompt, source = super()._item(row, cells)
-        picture: Image.Image = open_image(source, self.where(row))
-        return prompt, degrade(picture, self._kind, self._seed + row)
+    def _item(self, row: int, cells: Any) -> tuple[str, Sources]:
+        prompt, given = super()._item(row, cells)
+        worse: list[ImageSource] = [
+            degrade(flattened(open_image(one, self.where(row), alpha=self.alpha)), self._kind, self._seed + row)
+            for one in each_source(given)
+        ]
+        return prompt, worse if len(worse) > 1 else worse[0]
 
 
 def with_variants(
