@@ -58,11 +58,11 @@ def _generate(
         call["image"] = sources if len(sources) > 1 else sources[0]
     if size is not None:
         call["height"], call["width"] = size
-    call = known.extra(pipe, call) | call
+    prompt = known.prompt(prompt, image is not None)
     _warn_if_truncated(pipe, known, prompt, call)
     for i in range(count):
         generator = torch.Generator("cpu").manual_seed(seed + i)
-        yield pipe(prompt=prompt, generator=generator, **call).images[0]
+        yield pipe(prompt=prompt, generator=generator, **known.arguments(pipe, call)).images[0]
 
 
 def _warn_if_truncated(pipe: Any, family: Any, prompt: str, call: dict[str, Any]) -> None:

@@ -53,7 +53,8 @@ class EditingPipeline(GenerationPipeline):
             raise UserError(
                 f"there are {len(prompts)} prompts and {len(images)} source images; give one image for each prompt"
             )
-        check_prompts(self.pipe, self.family, prompts, self.call)
+        check_prompts(self.pipe, self.family, prompts, self.call, editing=True)
+        prompts = [self.family.prompt(prompt, True) for prompt in prompts]
         given = [list(one) if isinstance(one, list | tuple) else [one] for one in images]
         for number, each in enumerate(given, start=1):
             name = f"source image {number} of {len(images)}"

@@ -7,7 +7,6 @@ in the package asks which family it works on, and tests compare every family wit
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -16,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .modular import call_defaults
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .condition import Condition
 
 
-def classifier_free(v: Tensor, v_null: Tensor, scale: float) -> Tensor:
+def classifier_free(v: Tensor, v_null: Tensor, scale: float, condition: Condition | None = None) -> Tensor:
     """Classifier-free guidance `v_null + scale (v - v_null)` (arXiv 2207.12598); shapes and dtype of `v`."""
     return v_null + scale * (v - v_null)
 
@@ -45,8 +46,8 @@ def stock_limit(pipe: Any, call: dict[str, Any]) -> int:
 
     A stock pipeline that has no such setting cuts nothing.
     """
-    stock = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
-    return sys.maxsize if stock is None else call.get("max_sequence_length") or stock.default
+    stock = call_defaults(type(pipe))
+    return call.get("max_sequence_length") or stock.get("max_sequence_length", sys.maxsize)
 
 
 def no_extra(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
@@ -80,6 +81,20 @@ def prompts_as_text(
 ) -> list[dict[str, Any]]:
     """Default of `encode_prompts`: the pipeline encodes each prompt itself when its row is recorded."""
     return [{"prompt": prompt} for prompt in prompts]
+
+
+def unchanged_prompt(prompt: str, editing: bool) -> str:
+    """Default of `prompt`: the stock classes take any text."""
+    return prompt
+
+
+def nothing_to_change(pipe: Any) -> None:
+    """Default of `prepare_recording`: the stock call can be told all by its arguments."""
+
+
+def as_called(pipe: Any, height: int, width: int) -> tuple[int, int]:
+    """Default of `drawn`: the stock pipeline draws the size that it is called with."""
+    return height, width
 
 
 def unchanged_condition(condition: Condition) -> Condition:
@@ -125,11 +140,14 @@ class Family:
     prompt_kwargs: tuple[str, ...]  # the Condition's kwargs that hold the prompt (guidance replaces these)
     prompt_lengths: Callable[[Any, list[str]], list[int]]  # (pipe, prompts) -> tokens each, untruncated
     prompt_limit: Callable[[Any, dict[str, Any]], int] = stock_limit  # (pipe, call) -> tokens before a prompt is cut
+    # (prompt, whether it is an edit's) -> the text that the stock class takes; UserError for one that it refuses
+    prompt: Callable[[str, bool], str] = unchanged_prompt
     # (pipe, prompts, sources, **call) -> the call kwargs of each row; `sources` are the pictures of each row, as many
     # in every row, or None without any
     encode_prompts: Callable[..., list[dict[str, Any]]] = prompts_as_text
     guidance_on: Callable[[float], dict[str, Any]] | None = None  # scale -> call kwargs; None: it has no such guidance
-    guide: Callable[[Tensor, Tensor, float], Tensor] = classifier_free  # (v, v_null, scale) -> the guided velocity
+    # (v, v_null, scale, condition of v, None: one without a source) -> the guided velocity
+    guide: Callable[..., Tensor] = classifier_free
     other_editing: tuple[str, ...] = ()  # further editing classes on the same transformer
     optional: tuple[str, ...] = ()  # components that the editing class takes and `prepare_editing` can do without
     # (editing pipe) -> one that can edit; the pipe given is left as it is
@@ -137,6 +155,9 @@ class Family:
     # (editing pipe) -> whether pictures without a source come from the editing class, too
     editing_generates: Callable[[Any], bool] = never
     extra: Callable[[Any, dict[str, Any]], dict[str, Any]] = no_extra  # (pipe, call) -> more kwargs of the stock call
+    # (a copy of the pipe, thrown away after its first transformer call) -> None: changes in it what the stock call
+    # cannot be told by its arguments
+    prepare_recording: Callable[[Any], None] = nothing_to_change
     # (pipe, source image, call) -> (height, width) of the edited picture
     size_of: Callable[[Any, Image, dict[str, Any]], tuple[int, int]] = source_size
     references: Callable[[str], int] = one_source  # (editing class) -> source pictures that one edit may have
@@ -144,6 +165,8 @@ class Family:
     alpha: bool = False  # pictures are RGBA: the alpha channel of a source is read, and the decoder draws one
     smallest_source: int = 64  # pixels a side
     source_text: int = 0  # text tokens that the encoder makes of a source image, at most
+    # (pipe, height, width) -> the (height, width) that the generation class draws when it is called with that size
+    drawn: Callable[[Any, int, int], tuple[int, int]] = as_called
     token_side: Callable[[Any], int] = latent_pairs  # (pipe) -> pixels a side of a picture's token
     grid: Callable[[Condition], tuple[int, int] | None] = image_grid  # rows and columns of a picture's latents
     # (transformer, condition) -> the same with its source's keys and values, computed once, in place of the source;
@@ -152,8 +175,8 @@ class Family:
     cache_source: Callable[[Any, Condition], Condition] | None = None
     # condition -> the same with all in `fixed` that `velocity` would read back from the device (a host sync), so that a
     # CUDA graph can hold the forward; text may be padded to a round length where that changes nothing. The result is
-    # not to be cut into rows.
-    sync_free: Callable[[Condition], Condition] = unchanged_condition
+    # not to be cut into rows. None: the forward itself waits for the device, so no graph can hold it.
+    sync_free: Callable[[Condition], Condition] | None = unchanged_condition
     call: tuple[str, ...] = ("max_sequence_length",)  # settings of the stock call a recipe may give besides the size
 
     @property
@@ -175,10 +198,15 @@ class Family:
 
         return self.size_of(pipe, Image.new("1", shapes[self.shaped_by]), call)
 
+    def arguments(self, pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
+        """`call` as the stock class takes it: with `extra`, without a size where it has that of the source image."""
+        taken, given = call_defaults(type(pipe)), {**self.extra(pipe, call), **call}
+        return {key: value for key, value in given.items() if key in taken or key not in ("height", "width")}
+
     def stock_call(self) -> dict[str, Any]:
         """Size, steps and settings that the generation class uses when it is called with a prompt alone."""
         import diffusers
 
-        parameters = inspect.signature(getattr(diffusers, self.generation).__call__).parameters
-        settings = {key: parameters[key].default for key in ("num_inference_steps", *self.call) if key in parameters}
+        defaults = call_defaults(getattr(diffusers, self.generation))
+        settings = {key: defaults[key] for key in ("num_inference_steps", *self.call) if key in defaults}
         return {"height": 1024, "width": 1024, **settings}

@@ -73,7 +73,7 @@ class GenerationPipeline:
                 raise UserError(f"{key} is {call.get(key)!r} in the pipeline's call; give a whole number, 1 or more")
         self.pipe, self.family, self.chunk = pipe, family, chunk
         self.generation_pipe = pipe  # noise and schedule are recorded from it
-        self.height, self.width = call["height"], call["width"]
+        self.height, self.width = family.drawn(pipe, call["height"], call["width"])
         self.call = call
         self._sigmas: Tensor | None = None
 
@@ -81,6 +81,7 @@ class GenerationPipeline:
     def conditions(self, prompts: list[str]) -> Condition:
         """Conditions of the prompts, one row each, in order. UserError for an empty or a truncated prompt."""
         check_prompts(self.pipe, self.family, prompts, self.call)
+        prompts = [self.family.prompt(prompt, False) for prompt in prompts]
         chunks = [prompts[i : i + self.chunk] for i in range(0, len(prompts), self.chunk)]
         return stack([record(self.pipe, self.family, prompt=chunk, **self.call)[0] for chunk in chunks])
 
@@ -149,9 +150,11 @@ class GenerationPipeline:
 
 
 def check_prompts(
-    pipe: Any, family: Family, prompts: list[str], call: dict[str, Any], names: Sequence[str] | None = None
-) -> None:
-    """UserError for no prompt, an empty one, or one the tokenizer would cut at `max_sequence_length`.
+    pipe: Any, family: Family, prompts: list[str], call: dict[str, Any], names: Sequence[str] | None = None,
+    editing: bool = False,
+) -> None:  # fmt: skip
+    """UserError for no prompt, an empty one, one of an edit (`editing`) or a picture that the stock class refuses, or
+    one the tokenizer would cut at `max_sequence_length`.
 
     `names` is how the message names each prompt, such as by file and line.
     """
@@ -161,6 +164,10 @@ def check_prompts(
     for name, prompt in zip(names, prompts, strict=True):
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"{name} is empty; write what the picture should show")
+        try:
+            family.prompt(prompt, editing)
+        except UserError as error:
+            raise UserError(f"{name} {error}") from error
     limit = family.prompt_limit(pipe, call)
     for name, prompt, length in zip(names, prompts, family.prompt_lengths(pipe, prompts), strict=True):
         if length > limit:

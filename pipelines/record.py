@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from .condition import Condition
+from .modular import is_modular, prepare_modular
 
 if TYPE_CHECKING:
     from .family import Family
 
 
-class _Recorded(Exception):
-    """Ends a pipeline's run at its first transformer call."""
+class _Recorded(BaseException):
+    """Ends a pipeline's run at its first transformer call; modular pipelines log every `Exception`."""
 
 
 def first_call(
@@ -44,16 +45,20 @@ def first_call(
         raise _Recorded
 
     call.setdefault("generator", torch.Generator().manual_seed(0))
-    copied = _disposable_copy(pipe, family.text_components if call.get("prompt") is None else (), dtype)
+    encoded = call.get("prompt") is None
+    copied = _disposable_copy(pipe, family.text_components if encoded else (), dtype)
+    if is_modular(type(pipe)):
+        prepare_modular(copied, encoded)
+    family.prepare_recording(copied)
     hook = copied.transformer.register_forward_pre_hook(keep, with_kwargs=True)
     lists = {key: list(value) for key, value in call.items() if isinstance(value, list)}  # pipelines write into them
     try:
-        copied(**{**family.extra(pipe, call), **call, **lists, **family.guidance_off})
+        copied(**{**family.arguments(pipe, call), **lists, **family.guidance_off})
     except _Recorded:
         return caught, copied.scheduler.sigmas.detach().to("cpu", torch.float32, copy=True)
     finally:
         hook.remove()
-        pipe.maybe_free_model_hooks()
+        getattr(pipe, "maybe_free_model_hooks", list)()
     raise RuntimeError(f"{type(pipe).__name__} returned without calling its transformer")
 
 

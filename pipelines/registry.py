@@ -15,21 +15,24 @@ from danceopd.errors import UserError
 from danceopd.plugins import load, name_of, plugin_names
 
 from .condition import Condition
+from .families.anima import ANIMA
+from .families.fibo import BRIA_FIBO
 from .families.flux1 import FLUX1
 from .families.flux2 import FLUX2_DEV, FLUX2_KLEIN, FLUX2_KLEIN_KV
+from .families.hidream import HIDREAM
 from .families.krea2 import KREA2
+from .families.longcat import LONGCAT_IMAGE
 from .families.qwen import QWEN_IMAGE
 from .families.qwen21 import QWEN_IMAGE_21
 from .families.sd3 import SD3
 from .families.zimage import Z_IMAGE
 from .family import Family
 
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        FLUX2_KLEIN, FLUX2_KLEIN_KV, FLUX2_DEV, FLUX1, QWEN_IMAGE, QWEN_IMAGE_21, Z_IMAGE, KREA2, SD3,
-    )  # fmt: skip
-}
+_FAMILIES = (
+    FLUX2_KLEIN, FLUX2_KLEIN_KV, FLUX2_DEV, FLUX1, QWEN_IMAGE, QWEN_IMAGE_21, Z_IMAGE, KREA2, SD3, LONGCAT_IMAGE,
+    BRIA_FIBO, HIDREAM, ANIMA,
+)  # fmt: skip
+FAMILIES: dict[str, Family] = {family.name: family for family in _FAMILIES}
 BUILTIN = dict(FAMILIES)
 """Those that are no plug-ins."""
 

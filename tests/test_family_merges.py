@@ -15,7 +15,7 @@ import torch
 from tinies import TINYS
 from tiny import random_adapter, random_image
 from tiny_merge import FAMILY_EDITS, FAMILY_PROMPTS, family_recipe, json_lines
-from tiny_parts import recorded_steps
+from tiny_parts import load_lora, recorded_steps
 
 import danceopd
 from danceopd.adapters.read import read_adapter
@@ -75,7 +75,7 @@ def test_the_stock_pipelines_with_the_exported_lora_draw_what_the_student_draws(
     assert "`{prompt}, a star`" in card and "**2 steps**" in card
     backbone.add_adapter("student", read_adapter(tmp_path / "student"))
     fields = {"student": AdapterField(backbone, "student"), "base": BaseField(backbone)}
-    stock.load_lora_weights(tmp_path / "student")
+    load_lora(stock, tmp_path / "student")
     for task in tiny.tasks:
         call = {**tiny.call, "steps": 2}
         if task == "generation":
@@ -84,10 +84,10 @@ def test_the_stock_pipelines_with_the_exported_lora_draw_what_the_student_draws(
         else:
             ours = EditingPipeline(tiny.editing(stock), family, call)
             condition = ours.conditions(FAMILY_EDITS[:1], [random_image(0)])
-            inputs = {"prompt": FAMILY_EDITS[0], "image": random_image(0)}
+            inputs = {"prompt": family.prompt(FAMILY_EDITS[0], True), "image": random_image(0)}
         call = {**tiny.call, **inputs, "num_inference_steps": call["steps"], "output_type": "latent"}
         del call["steps"]
-        call |= {**family.extra(ours.pipe, call), **family.guidance_off}
+        call = {**family.arguments(ours.pipe, call), **family.guidance_off}
         final = recorded_steps(ours.pipe, **call, generator=torch.Generator().manual_seed(3))[1][-1][2]
         for name, field in fields.items():
             *_, last = ours.denoise(condition, ours.noise([3]), field)

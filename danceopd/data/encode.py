@@ -167,7 +167,7 @@ class Encoder:
             check_prompts(pipeline.pipe, pipeline.family, prompts, pipeline.call, names)
             return pipeline.conditions(prompts)
         edits = [data[row] for row in rows]
-        check_prompts(pipeline.pipe, pipeline.family, [prompt for prompt, _ in edits], pipeline.call, names)
+        check_prompts(pipeline.pipe, pipeline.family, [prompt for prompt, _ in edits], pipeline.call, names, True)
         sources = [
             [open_image(one, name, alpha=data.alpha) for one in each_source(given)]
             for name, (_, given) in zip(names, edits, strict=True)

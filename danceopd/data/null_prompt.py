@@ -90,8 +90,7 @@ def _null(pipeline: GenerationPipeline, negative: str) -> Condition | None:
     rows = []
     for colour in ("grey", "red"):
         image = Image.new("RGB", size, colour)
-        prompts = family.encode_prompts(pipe, [negative], [image], **call)[0]
-        rows.append(record(pipe, family, **{**call, "image": image, **prompts})[0])
+        rows.append(record(pipe, family, **{**call, "image": image, "prompt": negative})[0])
     one, other = ([row.kwargs[key] for key in family.prompt_kwargs] for row in rows)
     same = all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(one, other))
     return rows[0] if same else None

@@ -291,6 +291,8 @@ class Trial:
 
     def graphs(self, graphs: GraphCapture) -> tuple[bool, str]:
         """Whether a forward replayed as a CUDA graph is right and faster, and a sentence."""
+        if self.family.sync_free is None:
+            return False, f"eager rollouts: a forward of {self.family.name} waits for the device"
         condition = self.family.sync_free(_cast(self.condition, self.dtype))
         try:
             eager, call = capture_forward(self.velocity, graphs, self.x, self.sigma, condition)

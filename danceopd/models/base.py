@@ -70,6 +70,11 @@ def base_folder(base: str | Path) -> Path:
                 "the name and the connection, or download it first and give its folder"
             ) from None
     folder = Path(place)
+    if (folder / "modular_model_index.json").is_file():
+        raise UserError(
+            f"base model {folder} is a modular pipeline, which a merge does not load; record its conditions in Python "
+            "(docs/bring-your-own-model.md)"
+        )
     if not (folder / "model_index.json").is_file():
         raise UserError(
             f"base model {folder} is not a diffusers pipeline (it has no model_index.json); give a folder that "

@@ -78,7 +78,7 @@ class CapturedField:
     @torch.no_grad()
     def __call__(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """`x (B, …)`, `sigma (B,)` -> velocity, shape of `x`, fp32; a new tensor."""
-        if self.off is not None or not len(x):
+        if self.off is not None or not len(x) or FAMILIES[condition.family].sync_free is None:
             return self.field(x, sigma, condition)
         padded = self._padded(condition, padded_rows(len(x)))
         key = _layout(x, sigma, padded)
@@ -106,7 +106,9 @@ class CapturedField:
         padded, more = condition, rows - len(condition)
         if more:
             padded = condition.rows([*range(len(condition)), *[0] * more])
-        padded = FAMILIES[condition.family].sync_free(padded)
+        sync_free = FAMILIES[condition.family].sync_free
+        assert sync_free is not None
+        padded = sync_free(padded)
         self._recent.append((condition, padded))
         return padded
 

@@ -82,7 +82,7 @@ class GuidedField:
     @torch.no_grad()
     def __call__(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         v_null = self.field(x, sigma, with_prompt_of(condition, self.null_condition))
-        return FAMILIES[condition.family].guide(self.field(x, sigma, condition), v_null, self.scale)
+        return FAMILIES[condition.family].guide(self.field(x, sigma, condition), v_null, self.scale, condition)
 
 
 @dataclass(frozen=True)

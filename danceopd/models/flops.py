@@ -12,15 +12,16 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
-ONE = re.compile(r"(^|\.)(\w*modulation\w*|\w+_mod|norm\w*\.linear|norm_out|time_\w+|t_embedder)(\.|$)")
+ONE = re.compile(r"(^|\.)(\w*modulation\w*|\w+_mod|norm\w*\.linear|norm_out|time_\w+|[pt]_embedder)(\.|$)")
 TEXT = re.compile(
-    r"(^|\.)(add_[qkv]_proj|to_add_out|ff_context|context_embedder|context_refiner|cap_embedder|txt_\w+)(\.|$)"
+    r"(^|\.)(add_[qkv]_proj|to_add_out|ff_context|context_embedder|context_refiner|cap_embedder|txt_\w+"
+    r"|caption_projection|to_\w+_t|ff_t)(\.|$)"
 )
-JOINT = re.compile(r"^(single_transformer_blocks|layers)\.")
+JOINT = re.compile(r"^(single_transformer_blocks|single_stream_blocks|layers)\.")
 IMAGE = re.compile(r"(^|\.)(noise_refiner|attn2)(\.|$)")
 
 
@@ -77,7 +78,9 @@ class TokenCounts:
 
 def forward_flops(transformer: nn.Module, tokens: TokenCounts) -> float:
     """FLOPs of a forward of one row; a multiply-add counts as two."""
-    linears = sum(2 * m.weight.numel() * tokens.through(path) for path, m in _linears(transformer))
+    linears = sum(
+        2 * m.weight.numel() * tokens.through(path) * _share(transformer, path) for path, m in _linears(transformer)
+    )
     attention = sum(4 * tokens.attending(path) ** 2 * width for path, width in _attentions(transformer))
     return float(linears + attention)
 
@@ -89,9 +92,12 @@ def activation_bytes(transformer: nn.Module, tokens: TokenCounts, size: int, che
     `checkpointed`: with gradient checkpointing, the input of each block, and one block whole, in its backward. Weights,
     their gradients and adapters are not counted.
     """
-    blocks = {block: 0 for block in block_paths(transformer)}
+    blocks = {block: 0 for block in block_paths(transformer) if not TEXT.search(block)}
     rest = 0
-    widths = [(path, 2 * tokens.through(path) * m.out_features) for path, m in _linears(transformer)]
+    widths = [
+        (path, int(2 * tokens.through(path) * m.out_features * _share(transformer, path)))
+        for path, m in _linears(transformer)
+    ]
     widths += [(path, tokens.attending(path) * width) for path, width in _attentions(transformer)]
     for path, numbers in widths:
         block = ".".join(path.split(".")[:2])
@@ -124,6 +130,14 @@ def _width(transformer: nn.Module) -> int:
 
 def _linears(transformer: nn.Module) -> Iterable[tuple[str, nn.Linear]]:
     return [(path, m) for path, m in transformer.named_modules() if isinstance(m, nn.Linear)]
+
+
+def _share(transformer: nn.Module, path: str) -> float:
+    """The share of its tokens that goes through a Linear: below 1 for one of several experts."""
+    if ".experts." not in path:
+        return 1.0
+    config: Any = transformer.config
+    return config.num_activated_experts / config.num_routed_experts
 
 
 def _attentions(transformer: nn.Module) -> Iterable[tuple[str, int]]:

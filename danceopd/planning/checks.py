@@ -221,7 +221,9 @@ def check_prompts_of(
     for teacher in recipe.teachers:
         mine = datasets[teacher.name]
         prompts = {mine.data.prompt(row): mine.data.where(row) for row in reversed(mine.rows)}  # each once
-        check_prompts(pipe, family, list(prompts), settings, list(prompts.values()))
+        check_prompts(
+            pipe, family, list(prompts), settings, list(prompts.values()), teacher.capability == "editing"
+        )
         if teacher.negative and teacher.negative.strip():
             check_prompts(pipe, family, [teacher.negative], settings, [f"the negative prompt of {teacher.name!r}"])
     return []

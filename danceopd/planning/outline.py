@@ -237,8 +237,7 @@ def _pipeline(folder: Path, family: Family, transformer: nn.Module) -> Any:
     for name in (n for n in checks.tokenizers(index) if n in needed and (folder / n).is_dir()):
         with checks.does_not_load(folder / name):
             parts[name] = getattr(transformers, index[name][1]).from_pretrained(folder / name)
-    if "processor" in needed:
-        parts["processor"] = _NoProcessor()
+    parts |= {name: _NoProcessor() for name in needed if name.endswith("processor")}
     same = class_name(folder) == family.generation
     pipe = kind(**parts, **({key: index[key] for key in settings if key in index} if same else {}))
     pipe.transformer = empty_module(transformer, torch.empty(0))  # a device and a dtype, no weight
@@ -262,7 +261,7 @@ def _pictures(
                 sizes[family.edited_size(pipe, shapes, settings)] += 1
                 sources = max(sources, len(shapes))
         else:
-            sizes[call["height"], call["width"]] += 1
+            sizes[family.drawn(pipe, call["height"], call["width"])] += 1
     side = family.token_side(pipe)
     pictures = []
     for capability, sizes in found.items():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from danceopd.adapters.header import WEIGHTS
 from danceopd.common.files import disk_errors, write_atomic
 from danceopd.common.shipped import SHIPPED
 from danceopd.recipe.parts import PROMPT
@@ -112,8 +113,10 @@ def load_snippet(
     else:
         where = base if _HUB.fullmatch(base) else f"path/to/{Path(base).name}"
         load.append(f'pipe = DiffusionPipeline.from_pretrained("{where}")')
-        loads = "load_lora_weights" if family is None or family.loads_loras else "transformer.load_lora_adapter"
-        load.append(f'pipe.{loads}("path/to/this/folder")')
+        if family is None or family.loads_loras:
+            load.append('pipe.load_lora_weights("path/to/this/folder")')
+        else:
+            load.append(f'pipe.transformer.load_lora_adapter("path/to/this/folder", weight_name="{WEIGHTS}")')
     inputs = {"generation": ("drawn", "", "a red circle above a blue square")}
     if family is None or family.editing == family.generation:
         inputs["editing"] = "edited", "image=drawn, ", "make the circle green"

@@ -123,7 +123,7 @@ class ValidationError:
             if held.null is None:
                 return velocity
             null = student(x, sigma, with_prompt_of(condition, held.null))
-            return FAMILIES[condition.family].guide(velocity, null, self.rollout.guidance)
+            return FAMILIES[condition.family].guide(velocity, null, self.rollout.guidance, condition)
 
         steps = sorted(set(batch.query_steps))
         stops = torch.tensor(steps).expand(len(noise), len(steps))

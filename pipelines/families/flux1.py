@@ -86,13 +86,13 @@ def _velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) 
     return out[:, : x.shape[1]].float()
 
 
-def _decode(pipe: Any, x: Tensor, height: int, width: int) -> list[Image]:
+def decode(pipe: Any, x: Tensor, height: int, width: int) -> list[Image]:
     grid = pipe._unpack_latents(x.to(pipe.vae.dtype), height, width, pipe.vae_scale_factor)
     grid = grid / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
     return pipe.image_processor.postprocess(pipe.vae.decode(grid, return_dict=False)[0], output_type="pil")
 
 
-def _encode_images(pipe: Any, pixels: Tensor) -> Tensor:
+def encode_images(pipe: Any, pixels: Tensor) -> Tensor:
     grid = pipe.vae.encode(pixels).latent_dist.mode().float()
     grid = (grid - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
     return pipe._pack_latents(grid, *grid.shape)
@@ -118,6 +118,6 @@ FLUX1 = Family(
     grid=lambda condition: grid_from_ids(condition.shared["img_ids"], condition.shape[0]),
     split=_split,
     velocity=_velocity,
-    decode=_decode,
-    encode_images=_encode_images,
+    decode=decode,
+    encode_images=encode_images,
 )

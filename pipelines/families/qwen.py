@@ -99,7 +99,7 @@ def _velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) 
     return out[:, : x.shape[1]].float()
 
 
-def _guide(v: Tensor, v_null: Tensor, scale: float) -> Tensor:
+def _guide(v: Tensor, v_null: Tensor, scale: float, condition: Condition | None = None) -> Tensor:
     """Classifier-free guidance, then each token's velocity rescaled to the norm it has in `v`."""
     guided = classifier_free(v, v_null, scale)
     return guided * (v.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))

@@ -49,11 +49,16 @@ def put(folder, tensors, name="x.safetensors", metadata=None):
 
 # Names
 
+OWN_NAMES_ONLY = ("longcat-image", "bria-fibo", "hidream")  # their LoRAs are read in the names of diffusers
+
 
 @pytest.mark.parametrize("tiny", {tiny.family: tiny for tiny in reversed(TINYS)}.values(), ids=lambda t: t.family)
 def test_every_linear_of_every_family_has_a_name_in_the_tables(tiny, tmp_path):
     tiny.build(tmp_path)
     model = empty_transformer(tmp_path)
+    if tiny.family in OWN_NAMES_ONLY:
+        assert type(model).__name__ not in ARCHITECTURES
+        return
     names = ARCHITECTURES[type(model).__name__]
     sizes = linear_sizes(model)
     assert [name for name in sizes if not (names.is_own(name) and names.has(name))] == []

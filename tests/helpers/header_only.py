@@ -1,6 +1,6 @@
 """Models of true size in no space: configurations and safetensors headers are real, the weights are holes in the files.
 
-`header_only(family, folder)` makes the pipeline folder of klein-4B, FLUX.1-dev, Qwen-Image, Z-Image or SD3.5-M.
+`header_only(family, folder)` makes the pipeline folder of a model of `MODELS`.
 """
 
 from __future__ import annotations
@@ -63,6 +63,30 @@ MODELS = {
         "z-image", "ZImagePipeline", ("ZImageTransformer2DModel", {}), ("AutoencoderKL", VAE),
         {"text_encoder": ("Qwen3Model", 4_022_468_096)},
     ),
+    "longcat-image": Model(
+        "longcat-image", "LongCatImagePipeline",
+        ("LongCatImageTransformer2DModel", {"num_layers": 10, "num_single_layers": 20}), ("AutoencoderKL", VAE),
+        {"text_encoder": ("Qwen2_5_VLForConditionalGeneration", 8_292_166_656)},
+    ),
+    "bria-fibo": Model(
+        "bria-fibo", "BriaFiboPipeline",
+        ("BriaFiboTransformer2DModel", {"in_channels": 48, "num_layers": 8, "num_single_layers": 38}),
+        ("AutoencoderKLWan", {
+            "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12,
+            "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16, "latents_mean": (0.0,) * 48,
+            "latents_std": (1.0,) * 48}),
+        {"text_encoder": ("SmolLM3ForCausalLM", 3_075_098_624)},
+    ),
+    "hidream-i1": Model(
+        "hidream", "HiDreamImagePipeline",
+        ("HiDreamImageTransformer2DModel", {
+            "patch_size": 2, "in_channels": 16, "caption_channels": (4096, 4096), "axes_dims_rope": (64, 32, 32),
+            "llama_layers": (*range(32), *[31] * 16)}),
+        ("AutoencoderKL", VAE),
+        {"text_encoder": ("CLIPTextModelWithProjection", 123_650_304),
+         "text_encoder_2": ("CLIPTextModelWithProjection", 694_659_840),
+         "text_encoder_3": ("T5EncoderModel", 4_762_310_656), "text_encoder_4": ("LlamaForCausalLM", 8_030_261_248)},
+    ),
     "sd3.5-medium": Model(
         "sd3", "StableDiffusion3Pipeline",
         ("SD3Transformer2DModel", {
@@ -81,6 +105,7 @@ MODELS = {
 FEW_BLOCKS = {
     "klein-4b": {"num_layers": 1, "num_single_layers": 4}, "flux1-dev": {"num_layers": 1, "num_single_layers": 2},
     "qwen-image": {"num_layers": 2}, "z-image": {"n_layers": 8, "n_refiner_layers": 1},
+    "longcat-image": {"num_layers": 1, "num_single_layers": 2}, "bria-fibo": {"num_layers": 1, "num_single_layers": 5},
     "sd3.5-medium": {"num_layers": 4, "dual_attention_layers": (0, 1)},
 }  # fmt: skip
 """Configurations with few blocks, in about the proportion of the whole model."""

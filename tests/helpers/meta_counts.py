@@ -118,6 +118,21 @@ def condition(family: str, transformer: Any, rows: int, side: int, source: bool,
         }
         shared = {"txt_ids": empty(text, 3), "img_ids": empty(n + m, 3)}
         return (n, 64), Condition(family, (n, 64), kwargs, empty(rows, m, 64) if m else None, shared)
+    if family == "longcat-image":
+        transformer.pos_embed = _Positions(128, torch.float32, 2)
+        shared = {"txt_ids": empty(text, 3), "img_ids": empty(n + m, 3)}
+        kwargs = {"encoder_hidden_states": empty(rows, text, 3584)}
+        return (n, 64), Condition(family, (n, 64), kwargs, empty(rows, m, 64) if m else None, shared)
+    if family == "bria-fibo":
+        transformer.pos_embed = _Positions(128, torch.float32, 2)
+        layers = len(transformer.caption_projection)
+        kwargs = {
+            "encoder_hidden_states": empty(rows, text, 4096),
+            "text_encoder_layers": empty(rows, text, layers, 2048),
+            "text_mask": None,
+        }
+        fixed, shared = {"trimmed": True, "layers": list(range(layers))}, {"img_ids": empty(n + m, 3)}
+        return (n, 48), Condition(family, (n, 48), kwargs, empty(rows, m, 48) if m else None, shared, fixed)
     if family == "qwen-image":
         grid = [1, side // 16, side // 16]
         kwargs = {

@@ -87,7 +87,7 @@ def rollouts(case: RolloutCase, graphs: Any) -> tuple[list[Any], CapturedField]:
     for turn, (condition, seeds, stops) in enumerate(plan):
         stop = torch.tensor(stops)
         eager = [field]
-        if case.backbone.family.sync_free is not unchanged_condition:
+        if case.backbone.family.sync_free not in (unchanged_condition, None):
             eager.append(sync_free(field))
         states = [rollout(f, case.noise(*seeds), sigmas, stop, condition) for f in (captured, *eager)]
         found.append((states[0], states[-1], states[1]))

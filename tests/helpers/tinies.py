@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import tiny_anima
+import tiny_fibo
 import tiny_flux1
 import tiny_flux2_dev
+import tiny_hidream
 import tiny_klein_kv
 import tiny_krea2
+import tiny_longcat
 import tiny_qwen
 import tiny_qwen21
 import tiny_sd3
@@ -26,4 +30,8 @@ TINYS: list[Tiny] = [
     tiny_qwen21.TINY,
     tiny_krea2.TINY,
     tiny_sd3.TINY,
+    tiny_longcat.TINY,
+    tiny_fibo.TINY,
+    tiny_hidream.TINY,
 ]
+MODULAR: list[Tiny] = [tiny_anima.TINY]  # recorded from Python; a merge does not load their folders

@@ -70,13 +70,13 @@ def tiny_t5(width: int = 32) -> T5EncoderModel:
     return T5EncoderModel(config)
 
 
-def tiny_vae() -> AutoencoderKL:
+def tiny_vae(channels: int = 4) -> AutoencoderKL:
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(8, 8, 8, 8),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=channels,
         norm_num_groups=4,
         sample_size=64,
         scaling_factor=0.36,

@@ -111,6 +111,12 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[(token, 0.0 if i < 3 else -1.0) for i, token in enumerate(tokens)], extra_ids=0)
 
 
+def load_lora(pipe: Any, folder: str | Path, name: str = "student") -> None:
+    """The LoRA of a folder in a stock pipeline, by the pipeline's loader, else by its transformer's."""
+    load = getattr(pipe, "load_lora_weights", None) or pipe.transformer.load_lora_adapter
+    load(folder, weight_name="pytorch_lora_weights.safetensors", adapter_name=name)
+
+
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
     """Assert that no number differs by more than `tolerance`."""
     assert a.shape == b.shape and (a - b).abs().max() <= tolerance, (a - b).abs().max()

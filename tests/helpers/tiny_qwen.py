@@ -67,8 +67,8 @@ def tiny_qwen(folder: str | Path | None = None, seed: int = 0, zero_cond_t: bool
                 latents_mean=[0.1, -0.2, 0.3, -0.4],
                 latents_std=[1.5, 0.8, 1.2, 0.9],
             ),
-            text_encoder=_text_encoder(),
-            tokenizer=_tokenizer(),
+            text_encoder=text_encoder(),
+            tokenizer=tokenizer(),
             transformer=QwenImageTransformer2DModel(
                 in_channels=16,
                 out_channels=4,
@@ -93,16 +93,16 @@ def save_editing(folder: Path, kind: type = QwenImageEditPipeline) -> None:
     editing(tiny_qwen(), kind).save_pretrained(folder)
 
 
-def _tokenizer() -> Any:
+def tokenizer() -> Any:
     return qwen_tokenizer([*VISION, *WORDS])
 
 
-def _text_encoder() -> Qwen2_5_VLForConditionalGeneration:
+def text_encoder() -> Qwen2_5_VLForConditionalGeneration:
     ids = dict(zip(("vision_start_token_id", "vision_end_token_id", "image_token_id"), VISION, strict=True))
-    tokenizer = _tokenizer()
+    words = tokenizer()
     config = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": len(tokenizer),
+            "vocab_size": len(words),
             "bos_token_id": None,
             "eos_token_id": None,
             "hidden_size": 32,
@@ -120,7 +120,7 @@ def _text_encoder() -> Qwen2_5_VLForConditionalGeneration:
             "out_hidden_size": 32,
             "fullatt_block_indexes": [0],
         },
-        **{key: tokenizer.convert_tokens_to_ids(token) for key, token in ids.items()},
+        **{key: words.convert_tokens_to_ids(token) for key, token in ids.items()},
     )
     return Qwen2_5_VLForConditionalGeneration(config)
 

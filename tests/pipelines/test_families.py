@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tinies import TINYS
+from tinies import MODULAR, TINYS
 from tiny import random_adapter, random_image
-from tiny_parts import Tiny, recorded_steps
+from tiny_parts import Tiny, load_lora, recorded_steps
 
 from danceopd.adapters.load import check_injected
 from danceopd.adapters.read import read_adapter
@@ -28,6 +28,7 @@ from danceopd.errors import UserError
 from danceopd.models.backbone import Backbone
 from danceopd.models.fields import AdapterField, BaseField, GuidedField
 from danceopd.pipelines import Condition, EditingPipeline, GenerationPipeline, editing_pipe, family_of, record, stack
+from danceopd.pipelines.modular import is_modular
 from danceopd.pipelines.registry import FAMILIES
 
 PROMPTS = {
@@ -73,10 +74,14 @@ class Case:
         call["num_inference_steps"] = call.pop("steps")
         call |= {} if self.images[row] is None else {"image": self.images[row]}
         guidance = guidance or self.family.guidance_off
-        return {**self.family.extra(self.pipe, call), **call, "prompt": PROMPTS[self.task][row], **guidance}
+        prompt = self.family.prompt(PROMPTS[self.task][row], self.task == "editing")
+        return {**self.family.arguments(self.pipe, call), "prompt": prompt, **guidance}
 
     def stock(self, row, seed, output_type="pil", **guidance):
         call = {**self.stock_call(row, **guidance), "output_type": output_type}
+        if is_modular(type(self.pipe)):  # guidance is a component, whose scale is 4, and pictures are always decoded
+            call["output_type"] = output_type.replace("latent", "pt")
+            self.pipe.guider.enable() if guidance else self.pipe.guider.disable()
         return recorded_steps(self.pipe, **call, generator=torch.Generator().manual_seed(seed))
 
     def close(self, a, b, factor=1.0):
@@ -89,7 +94,7 @@ def names(tiny):
     return tiny.family
 
 
-@pytest.fixture(scope="module", params=TINYS, ids=names)
+@pytest.fixture(scope="module", params=TINYS + MODULAR, ids=names)
 def built(request):
     tiny = request.param
     pipe = tiny.build()
@@ -233,7 +238,7 @@ def test_lora_targets_are_linears_and_stock_pipelines_load_our_adapter(built, tm
     write_adapter(adapter, tmp_path)
     again = read_adapter(tmp_path, fresh.transformer)
     assert all(torch.equal(a, b) for k in linears for a, b in zip(again.tensors[k], adapter.tensors[k], strict=True))
-    fresh.load_lora_weights(tmp_path, adapter_name="student")
+    load_lora(fresh, tmp_path)
     check_injected(fresh.transformer, adapter)
 
     backbone = field.backbone
