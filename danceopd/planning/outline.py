@@ -208,6 +208,8 @@ def _student_modules(
 class _NoProcessor:
     """Stands in for a processor of pictures and text, of which a pipeline reads how long its template is."""
 
+    image_processor = None
+
     def apply_chat_template(self, *args: Any, **options: Any) -> list[list[int]]:
         return [[]]
 
