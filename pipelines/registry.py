@@ -69,7 +69,7 @@ def _named(name: str | Family) -> Family:
     """The family of a name; a plug-in is listed in `FAMILIES`."""
     name = name_of("family", name)
     family = load("family", name, BUILTIN, lambda value: isinstance(value, Family))
-    if name in BUILTIN:
+    if BUILTIN.get(family.name) is family:
         return family
     import diffusers
 
