@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +16,70 @@ import torch
 from danceopd.adapters.header import inspect_adapter
 from danceopd.adapters.read import read_adapter
 from danceopd.common.shipped import SHIPPED
+from danceopd.common.tensors import DTYPES
 from danceopd.data.dataset import TeacherData
-from danceopd.data.encode import Encoder
+from danceopd.data.encode import Encoder, open_pipelines
 from danceopd.data.null_prompt import contrast_null, null_condition
 from danceopd.engine.teachers import RoutedTeacher, TeacherWeights, load_teacher
 from danceopd.engine.warm_start import StudentInit, student_init
 from danceopd.kernels import install
 from danceopd.labelfree.gates.variants import KEEP, unchanged
 from danceopd.models.backbone import Backbone
-from danceopd.models.base import empty_transformer
+from danceopd.models.base import empty_transformer, load_base, pipeline_call
 from danceopd.models.compile import compile_blocks
 from danceopd.models.lora import Adapter
+from danceopd.models.storage import computes_in, load_gguf, offload, quantise
+from danceopd.pipelines.family import Family
+from danceopd.pipelines.generation import GenerationPipeline
+from danceopd.pipelines.record import empty_module
+from danceopd.pipelines.registry import family_of
 from danceopd.recipe.recipe import Recipe
+from danceopd.run.export import stock_dtype
 
 _log = logging.getLogger("danceopd")
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedBase:
+    """A loaded base: its stock pipeline (whose transformer records calls and has no weights), the transformer, still on
+    the CPU, the backbone around it, and the pipelines of each capability."""
+
+    pipe: Any
+    transformer: Any
+    family: Family
+    call: dict[str, Any]
+    pipelines: dict[str, GenerationPipeline]
+    backbone: Backbone
+
+
+def open_base(
+    recipe: Recipe, base: Path, saved: str | None, device: torch.device, capabilities: Sequence[str]
+) -> OpenedBase:
+    """Load the base with its encoders, which are on the device; the transformer waits on the CPU until they have left.
+
+    `saved` is the kind in which the base was saved quantised (None: it was not).
+    """
+    dtype = DTYPES[recipe.dtype]
+    parts = load_gguf(recipe.gguf, base, dtype)
+    pipe = load_base(base, dtype if saved else stock_dtype(recipe.dtype), **parts)
+    transformer = computes_in(pipe.transformer, dtype)
+    pipe.transformer = empty_module(transformer, torch.empty(0, dtype=dtype))  # pipelines only record calls
+    pipe.to(device)
+    family = family_of(pipe, recipe.family)
+    call = pipeline_call(base, recipe.call, family)
+    pipelines = open_pipelines(pipe, family, call, capabilities, recipe.editing_base)
+    return OpenedBase(pipe, transformer, family, call, pipelines, build_backbone(recipe, transformer, family))
+
+
+def place(recipe: Recipe, opened: OpenedBase, device: torch.device) -> str | None:
+    """Put the transformer on the device, quantised or block by block as the recipe says; what there is to say of it."""
+    if recipe.offload == "blocks":
+        return offload(opened.backbone, device)
+    said = None
+    if recipe.base_dtype not in (None, "gguf"):
+        said = quantise(opened.transformer, recipe.base_dtype, DTYPES[recipe.dtype], device)
+    opened.transformer.to(device)
+    return said
 
 
 def build_backbone(recipe: Recipe, transformer: Any, family: Any) -> Backbone:

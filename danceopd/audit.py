@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from danceopd.data.dataset import CachedConditions
 from danceopd.data.encode import Encoder, free_encoders, open_pipelines, park_components
 from danceopd.data.images import edited_picture, flattened
 from danceopd.data.null_prompt import contrast_null, null_condition
+from danceopd.drawing import draw_sources
 from danceopd.engine.teachers import RoutedTeacher, TeacherWeights, check_teachers
 from danceopd.engine.trainer import STUDENT
 from danceopd.errors import UserError
@@ -146,7 +148,11 @@ def audit(
         total = sum(map(len, questions.values()))
         if len(known) == total and (folder / RESULT).is_file():
             return dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
-        model = _Model(recipe, base, teachers, questions, options, rewards)
+        device = resolve_device(recipe.device)
+        loaded = [teacher_weights(recipe, one, base, device) for one in teachers]
+        drawing = partial(_drawing, report)
+        draw_sources(recipe, base, loaded, datasets, device, drawing, prepared.run.saved, held_out=options.questions)
+        model = _Model(recipe, base, loaded, questions, options, rewards)
         asker = _Asker(model, options, recipe.seed, session, folder)
         report(len(known), total, "loading")
         for line in asker.ask(known):
@@ -171,6 +177,10 @@ def audit(
                 ]
                 sheet(shown).save(folder / f"audit-{t.name}.png")
     return facts
+
+
+def _drawing(report: Report, done: int, total: int, note: str) -> None:
+    report(done, total, f"drawing sources of edits {note}".strip())
 
 
 def _identity(
@@ -231,7 +241,6 @@ class _Model:
         options: Options, rewards: NFT,
     ) -> None:  # fmt: skip
         self.recipe, self.questions, self.device = recipe, questions, resolve_device(recipe.device)
-        weights = [teacher_weights(recipe, one, base, self.device) for one in weights]
         init = initial_student(recipe, list(weights), base) if options.draws == "student" else None
         fingerprint = base_fingerprint(base)
         pipe = load_base(base, stock_dtype(recipe.dtype))

@@ -22,15 +22,15 @@ import torch
 from PIL import Image
 
 from danceopd.adapters.load import load_student
-from danceopd.assembly import build_backbone, initial_student, routed_teacher, teacher_weights, warn_of_scenes
+from danceopd.assembly import initial_student, open_base, place, routed_teacher, teacher_weights, warn_of_scenes
 from danceopd.bench.results import Benched, open_picture
 from danceopd.common.console import progress_bar
 from danceopd.common.distributed import Processes
 from danceopd.common.signals import Interrupts
 from danceopd.common.system import out_of_memory
-from danceopd.common.tensors import DTYPES
 from danceopd.data.dataset import TeacherData, open_datasets
-from danceopd.data.encode import Encoder, free_encoders, open_pipelines, park_components
+from danceopd.data.encode import Encoder, free_encoders, park_components
+from danceopd.drawing import draw_sources
 from danceopd.engine.callbacks import Reporter, own_callbacks
 from danceopd.engine.metrics import StepMetrics
 from danceopd.engine.optimizer import Diverged
@@ -44,13 +44,10 @@ from danceopd.labelfree.contrast import contrasted
 from danceopd.labelfree.hooks import query_hook
 from danceopd.labelfree.monitor import MonitorCallback, Rollback
 from danceopd.labelfree.probes import FrozenFields, probe_sets
-from danceopd.models.base import base_fingerprint, base_folder, load_base, pipeline_call
+from danceopd.models.base import base_fingerprint, base_folder
 from danceopd.models.cuda_graphs import with_cuda_graphs
 from danceopd.models.fields import AdapterField, BaseField, MergedField
 from danceopd.models.fsdp import ShardedForwards, shard
-from danceopd.models.storage import computes_in, load_gguf, offload, quantise
-from danceopd.pipelines.record import empty_module
-from danceopd.pipelines.registry import family_of
 from danceopd.planning.cards import card_here
 from danceopd.planning.checks import check_streamed
 from danceopd.planning.settings import prepare
@@ -58,7 +55,7 @@ from danceopd.recipe.recipe import AUTO, Recipe
 from danceopd.run.checkpoints import Checkpoints
 from danceopd.run.directory import RunDirectory
 from danceopd.run.early_stopping import EarlyStopping
-from danceopd.run.export import NotFinite, Origin, stock_dtype, write_student
+from danceopd.run.export import NotFinite, Origin, write_student
 from danceopd.run.limits import Limits, memory_error
 from danceopd.run.logger import MetricsLog, Throughput
 from danceopd.run.many.need import NeedRouting
@@ -180,7 +177,11 @@ def _merge(recipe: Recipe, report: Report | None, processes: Processes, began: f
         print(*prepared.said, init.sentence, sep="\n", file=sys.stderr, flush=True)
         print(f"encoding prompts and images, then {recipe.steps} steps", file=sys.stderr, flush=True)
         with progress_bar("merging", ends=True) as bar:
-            return _train(opened, lambda metrics, steps: bar(metrics.step, steps, f"loss {metrics.loss:.4f}"))
+            return _train(
+                opened,
+                lambda metrics, steps: bar(metrics.step, steps, f"loss {metrics.loss:.4f}"),
+                lambda done, total, note: bar(done, total, f"drawing sources of edits {note}".strip()),
+            )
     except _Stopped as stopped:
         if processes.is_main:
             print(f"\nstep {stopped.step} of {recipe.steps} is saved in {recipe.output}", file=sys.stderr, flush=True)
@@ -198,7 +199,9 @@ def _merge(recipe: Recipe, report: Report | None, processes: Processes, began: f
             run.close()
 
 
-def _train(opened: _Opened, report: Report) -> Student:
+def _train(
+    opened: _Opened, report: Report, drawing: Callable[[int, int, str], None] = lambda done, total, note: None
+) -> Student:
     recipe, processes, run = opened.recipe, opened.processes, opened.run
     device, sharded = processes.device, opened.sharded
     fingerprint = base_fingerprint(opened.base, recipe.gguf)
@@ -215,18 +218,12 @@ def _train(opened: _Opened, report: Report) -> Student:
             if recipe.objective == "nft":
                 _say(check_audit(recipe, recipe.nft, fingerprint, hashes), processes)
 
-    # the base, with its encoders; the transformer stays on the CPU until they have left
-    dtype = DTYPES[recipe.dtype]
-    parts = load_gguf(recipe.gguf, opened.base, dtype)
-    pipe = load_base(opened.base, dtype if opened.saved else stock_dtype(recipe.dtype), **parts)
-    transformer = computes_in(pipe.transformer, dtype)
-    pipe.transformer = empty_module(transformer, torch.empty(0, dtype=dtype))  # pipelines only record calls
-    pipe.to(device)
-    family = family_of(pipe, recipe.family)
-    call = pipeline_call(opened.base, recipe.call, family)
+    # what `data: auto` draws first; then the base, whose transformer is on the CPU until its encoders have left
+    with processes.main_first():
+        draw_sources(recipe, opened.base, opened.teachers, opened.datasets, device, drawing, opened.saved, sharded)
     capabilities = [teacher.capability for teacher in recipe.teachers]
-    pipelines = open_pipelines(pipe, family, call, capabilities, recipe.editing_base)
-    backbone = build_backbone(recipe, transformer, family)
+    loaded = open_base(recipe, opened.base, opened.saved, device, capabilities)
+    pipe, transformer, family, backbone = loaded.pipe, loaded.transformer, loaded.family, loaded.backbone
     if sharded:
         shard(transformer, processes)
         recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"merged": False})})
@@ -235,14 +232,14 @@ def _train(opened: _Opened, report: Report) -> Student:
     measures = sharded or run is not None  # all processes run a sharded backbone, or none
     error = probes = None
     with processes.main_first():
-        encoder = Encoder(opened.base, family, pipelines, recipe.editing_base)
+        encoder = Encoder(opened.base, family, loaded.pipelines, recipe.editing_base)
         teachers = [
             routed_teacher(recipe, one, opened.datasets[one.teacher.name], encoder, backbone, fingerprint, device)
             for one in opened.teachers
         ]
         fields, bare = {t.name: t.field for t in teachers}, BaseField(backbone)
         teachers = contrasted(recipe, teachers, bare)
-        grid = SampleGrid(recipe, encoder, device)
+        grid = SampleGrid(recipe, encoder, device, opened.datasets)
         if recipe.validation.every and measures:
             nulls = {t.name: (t.field, t.null) for t in teachers}
             error = validation_error(recipe, encoder, opened.datasets, nulls, bare, device)
@@ -250,12 +247,8 @@ def _train(opened: _Opened, report: Report) -> Student:
             probes = probe_sets(recipe, encoder, opened.datasets, FrozenFields(fields, bare), device)
     free_encoders(encoder, pipe)
     park_components(encoder)
-    if recipe.base_dtype not in (None, "gguf"):
-        _say(quantise(transformer, recipe.base_dtype, dtype, device), processes)
-    if recipe.offload == "blocks":
-        _say(offload(backbone, device), processes)
-    elif not sharded:
-        transformer.to(device)
+    if not sharded and (said := place(recipe, loaded, device)):
+        _say(said, processes)
     rolled, verdict = recipe.rollout, None
     tried_graphs = rolled.cuda_graphs == "auto" and rolled.merged and not rolled.cache_source
     tried_graphs = bool(tried_graphs) and recipe.offload == "none"
@@ -313,7 +306,7 @@ def _train(opened: _Opened, report: Report) -> Student:
     if validation.chosen is not None and processes.broadcast(run is not None and not run.logger.picture(step).exists()):
         samples.draw(trainer, step, trainer.ema_field(student))
     known = {name: sha256 for name, sha256 in hashes.items() if sha256 is not None}
-    origin = Origin(opened.base, fingerprint, call, known, opened.init.sentence, opened.saved)
+    origin = Origin(opened.base, fingerprint, loaded.call, known, opened.init.sentence, opened.saved)
     sentences = [*filter(None, [validation.sentence()]), *monitor.sentences(), *(run.sentences() if run else [])]
     sentences += [sentence for part in (*beside, *own) for sentence in part.sentences()]
     try:

@@ -24,13 +24,15 @@ from danceopd.planning.checks import check_output
 from danceopd.planning.memory import PHASES, memory, peak, student_numbers
 from danceopd.planning.outline import Outline
 from danceopd.planning.settings import prepare, unfit
-from danceopd.planning.times import copies, measure, queries, update
+from danceopd.planning.times import copies, drawing, measure, queries, update
 from danceopd.recipe.recipe import AUTO, Recipe
 from danceopd.run.directory import TEACHERS, check_directory
 from danceopd.run.provenance import check_data, check_weights
 
 ASSUMED = 100.0
 """TFLOP/s of a card of which only the memory is known."""
+PNG_BYTES = 2.0
+"""Bytes of a pixel of a PNG, about."""
 
 
 def plan(recipe: Recipe, tflops: float | None = None, gpu: str | None = None) -> dict[str, Any]:
@@ -69,8 +71,11 @@ def plan(recipe: Recipe, tflops: float | None = None, gpu: str | None = None) ->
     seconds = {part: flop / speed / 1e12 for part, flop in flops.items()}
     if copying := copies(recipe, run, passes):
         seconds["copies of the base"], passes["copies of the base"], flops["copies of the base"] = copying, 0.0, 0.0
+    sources = drawing(recipe, run)
+    sources["seconds"] = sources["flops"] / speed / 1e12
     shares = recipe.shares()
     disk = _disk(recipe, run)
+    disk["run"] += int(PNG_BYTES * sources["pictures"] * run.call["height"] * run.call["width"])
     return {
         "base": str(recipe.base), "family": run.family.name, "transformer": type(run.transformer).__name__,
         "parameters": sum(p.numel() for p in run.transformer.parameters()), "dtype": _torch_name(recipe.dtype),
@@ -90,7 +95,8 @@ def plan(recipe: Recipe, tflops: float | None = None, gpu: str | None = None) ->
         "pictures": [picture.facts() for picture in run.pictures], "queries": found,
         "memory": [part.facts() for part in parts], "peak": {phase: peak(parts, phase) for phase in PHASES},
         "machine_memory": card.memory, "passes": passes, "flops": flops, "tflops": speed,
-        "seconds": seconds, "total_seconds": recipe.steps * sum(seconds.values()),
+        "seconds": seconds, "sources": sources,
+        "total_seconds": recipe.steps * sum(seconds.values()) + sources["seconds"],
         "disk": disk, "warnings": _warnings(recipe, run, card, disk, here=gpu is None), "notes": notes,
         "refused": run.refused or (None if recipe.parallel == "fsdp" else unfit(recipe, run, card)),
     }  # fmt: skip

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = (
     "errors", "common", "plugins", "pipelines", "recipe", "kernels", "models", "adapters", "worlds", "data", "engine",
-    "run", "labelfree", "planning", "bench", "assembly", "merge plan sample", "audit", "cli", "api",
+    "run", "labelfree", "planning", "bench", "assembly", "drawing", "merge plan sample", "audit", "cli", "api",
 )  # fmt: skip
 """Rooms from the bottom to the top: each imports only its own and those before it."""
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms.split()}

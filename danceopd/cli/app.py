@@ -17,6 +17,7 @@ from danceopd.cli.boundary import Commands, echo, prepare, traceback_in
 from danceopd.cli.flags import App, Json, number, one_of, print_json, settings, words
 from danceopd.cli.openmoji import app as openmoji
 from danceopd.cli.plugins import plugins
+from danceopd.cli.wizard.command import init
 from danceopd.errors import UserError
 from danceopd.worlds.toy.effects import EFFECTS
 
@@ -58,6 +59,9 @@ RunFolder = Annotated[Path | None, typer.Option("--output", "-o", help="Run fold
 Height = Annotated[int | None, typer.Option(help="Pixels; default: the model's, and of an edit the source's shape.")]
 Width = Annotated[int | None, typer.Option(help="Pixels, with --height.")]
 MergeSteps = Annotated[int | None, typer.Option(help="Optimizer steps; default: 2000, of the shipped recipe 180.")]
+
+
+app.command()(init)
 
 
 @app.command()

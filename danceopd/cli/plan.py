@@ -83,7 +83,14 @@ def show(facts: dict[str, Any]) -> None:
              f"{sum(seconds.values()):.3g}"],
         ],
     )  # fmt: skip
-    console.print(f"{facts['steps']:,} updates: at least {_duration(facts['total_seconds'])}", highlight=False)
+    sources = facts["sources"]
+    if sources["pictures"]:
+        console.print(
+            f"sources of edits: {sources['pictures']:,} pictures are drawn first, at least "
+            f"{_duration(sources['seconds'])} ({sources['forwards']:,} forward passes)", highlight=False,
+        )  # fmt: skip
+    whole = ", with the sources" if sources["pictures"] else ""
+    console.print(f"{facts['steps']:,} updates{whole}: at least {_duration(facts['total_seconds'])}", highlight=False)
     disk = facts["disk"]
     console.print(
         f"disk: run folder {gigabytes(disk['run'])} of {gigabytes(disk['run_free'])} free, cache up to "

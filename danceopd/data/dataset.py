@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from danceopd.common.cache import check_cache
+from danceopd.data.bank.rows import Setting, bank_data, is_auto
 from danceopd.data.routing import draws_all, sample_batch, samples_by_need
 from danceopd.data.sources import Prompts, edits_from, prompts_from
 from danceopd.data.store import Store
@@ -124,6 +125,14 @@ def open_datasets(recipe: Recipe, alpha: bool = False) -> dict[str, TeacherData]
     keys = [(recipe.data_source(teacher), teacher.capability, recipe.columns(teacher)) for teacher in recipe.teachers]
     for key in dict.fromkeys(keys):
         source, capability, columns = key
+        if is_auto(source):
+            if targets:
+                raise UserError(
+                    f"the data of {capability} is auto, which has no finished pictures, and objective "
+                    f"{recipe.objective} learns from such; name data that has them"
+                )
+            opened[key] = bank_data(source, capability, recipe.data.rows, Setting.of(recipe))
+            continue
         read = edits_from if capability == "editing" else prompts_from
         opened[key] = read(source, recipe.data.rows, recipe.seed, check=False, targets=targets, columns=columns)
     _refuse_unused(recipe, {(key[2], opened[key].has_columns) for key in keys})

@@ -2,10 +2,9 @@
 
 A source is "scenes" (synthetic scenes; "scenes:local", "scenes:counting,position" for some of its tasks), a .txt (a
 prompt a line), a .csv, .jsonl or .parquet with named columns (`columns.py` says which is what), a folder of images with
-same-named .txt files or a `metadata.csv`, `.jsonl` or `.parquet`, or "hub:owner/name[:config][:split]". Rows are lazy:
-a million of them open at once, and each is parsed when it is read. `check` runs before a model is loaded: it tests
-every row's text, every path (by listing folders, not one file at a time), and the image headers of the rows that the
-run will use. Errors name the file and the line.
+same-named .txt files or a `metadata.csv`, `.jsonl` or `.parquet`, or "hub:owner/name[:config][:split]" ("auto" is in
+`bank/`). A row is parsed when it is read. `check` runs before a model is loaded: it tests every row's text and path, and
+the image headers of the rows that the run will use. Errors name the file and the line.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ class Prompts(Sequence[str]):
     texts: tuple[str, ...] = PROMPT  # names of a text's column
     parts: tuple[str, ...] = ("text",)  # what a row always has
     alpha = False  # whether the model reads alpha channels
+    held_out: Prompts | None = None  # rows that are never learnt from, where the source has such
 
     def __init__(self, table: Table, columns: Columns = KNOWN) -> None:
         self.table, self.named = table, columns
@@ -61,7 +61,7 @@ class Prompts(Sequence[str]):
     def worded(self, words: Callable[[str], str]) -> Self:
         """The same rows, whose texts, paraphrases and captions are `words` of what the table has."""
         found = copy.copy(self)
-        found._worded = words
+        found._worded, found.held_out = words, self.held_out and self.held_out.worded(words)
         return found
 
     def __len__(self) -> int:

@@ -37,6 +37,7 @@ from danceopd.pipelines.record import empty_module
 from danceopd.pipelines.registry import class_name, family_of
 from danceopd.planning import checks
 from danceopd.planning.plugins import check_plugins
+from danceopd.planning.sources import about_bank
 from danceopd.recipe.recipe import Recipe
 
 LOOKED = 256
@@ -158,6 +159,7 @@ def outline(recipe: Recipe, folder: Path, teachers: Sequence[TeacherWeights]) ->
     checks.check_sources(recipe, datasets, family, class_name(folder))
     pipe = _pipeline(folder, family, transformer)
     notes = own + checks.check_prompts_of(recipe, folder, family, pipe, call, datasets)
+    notes += about_bank(recipe, datasets)
     refused = None
     if recipe.has("editing") and recipe.editing_base is None and class_name(folder) == family.generation:
         try:

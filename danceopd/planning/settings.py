@@ -139,12 +139,21 @@ def unfit(recipe: Recipe, run: Outline, card: Card, world: int = 1) -> str | Non
         larger = "" if smallest is None else f" of {smallest:.0f} GB or more"
         return f"{what}; smaller batches, pictures and ranks do not make it fit: take a card{larger}, or a smaller base"
     changes, left = found
-    return f"{what}; it fits in {gigabytes(left)} with {' and '.join(changes)}"
+    words = [f"{change.words} ({_cost(recipe, run, change)})" for change in changes]
+    return f"{what}; it fits in {gigabytes(left)} with {' and '.join(words)}"
 
 
-def _changes(recipe: Recipe, run: Outline, card: Card, world: int) -> tuple[list[str], int] | None:
-    """The fewest changes, of those that cost least first, that make a recipe fit, each with its cost in time; and the
-    memory that it then takes. None where nothing does."""
+def changes_that_fit(recipe: Recipe, run: Outline, card: Card) -> list[Change] | None:
+    """The changes with which a settled recipe fits a card, none where it does; None where nothing makes it fit."""
+    if _worst(memory(recipe, run, card)) <= card.memory:
+        return []
+    found = _changes(recipe, run, card, 1)
+    return None if found is None else found[0]
+
+
+def _changes(recipe: Recipe, run: Outline, card: Card, world: int) -> tuple[list[Change], int] | None:
+    """The fewest changes, of those that cost least first, that make a recipe fit; and the memory that it then takes.
+    None where nothing does."""
     offered = list(_offered(recipe, run, card))
 
     def need(changes: Sequence[Change]) -> int:
@@ -166,7 +175,7 @@ def _changes(recipe: Recipe, run: Outline, card: Card, world: int) -> tuple[list
         fewer = [one for one in taken if one is not change]
         if need(fewer) <= card.memory:
             taken = fewer
-    return [f"{change.words} ({_cost(recipe, run, change)})" for change in taken], need(taken)
+    return taken, need(taken)
 
 
 def _offered(recipe: Recipe, run: Outline, card: Card) -> Iterator[Change]:

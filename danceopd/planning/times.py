@@ -17,7 +17,9 @@ from danceopd.engine.query import draw_queries, place
 from danceopd.labelfree.contrast import contrast_forwards
 from danceopd.labelfree.gates.cost import gate_forwards
 from danceopd.labelfree.nft.cost import nft_forwards
+from danceopd.models.flops import TokenCounts, forward_flops
 from danceopd.planning.outline import Outline
+from danceopd.planning.sources import guidance_of, wanted_sources
 from danceopd.recipe.checks import EVERY_STEP, NO_ROLLOUT
 from danceopd.recipe.recipe import Recipe
 from danceopd.run.validation import forwards
@@ -78,6 +80,18 @@ def update(recipe: Recipe, run: Outline, found: Mapping[str, Any]) -> tuple[dict
         passes["validation"] = forwards(recipe, sigmas) / (recipe.steps * recipe.batch)
         total["validation"] = recipe.batch * passes["validation"] * sum(flops.values()) / len(flops)
     return passes, total
+
+
+def drawing(recipe: Recipe, run: Outline) -> dict[str, float]:
+    """What is drawn before training (`data: auto`): pictures that are not there yet, forwards and FLOPs of all."""
+    wanted = wanted_sources(recipe, run.datasets)
+    missing = sum(not path.is_file() for path in wanted)
+    guided = 1 if guidance_of(recipe, run.folder, run.family) is None else 2
+    side, call = run.family.token_side(run.pipe), run.call
+    tokens = (call["height"] // side) * (call["width"] // side)
+    row = forward_flops(run.transformer, TokenCounts(tokens, 0, call.get("max_sequence_length") or 512))
+    forwards = missing * guided * call["num_inference_steps"]
+    return {"pictures": missing, "forwards": forwards, "flops": forwards * row}
 
 
 def _passes(recipe: Recipe, depth: float) -> dict[str, float]:

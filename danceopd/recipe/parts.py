@@ -22,6 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from danceopd.common.messages import shown
 from danceopd.recipe.values import BlendName, FieldName, LawName, existing
 
 Unit = Annotated[float, Field(ge=0, lt=1)]
@@ -56,7 +57,7 @@ def _trigger(value: str | None) -> str | None:
 
 
 def _data(value: Any) -> Any:
-    if value is None or str(value).partition(":")[0] in ("scenes", "hub"):
+    if value is None or str(value).partition(":")[0] in ("auto", "scenes", "hub"):
         return value
     return existing(value, "data source", shipped_names=False)
 
@@ -276,15 +277,26 @@ class OffPolicy(Part):
 class Data(Part):
     """Where prompts and edit pairs are (docs/data.md)."""
 
-    generation: DataSource = Field("scenes", examples=["prompts.txt"])
-    """Prompts for teachers that draw: a .txt, .csv, .jsonl or .parquet file, a folder, `hub:owner/name`, or `scenes`,
-    which suits the shipped model only."""
-    editing: DataSource = Field("scenes", examples=["edits.jsonl"])
-    """Instructions and source pictures for teachers that edit, in the same forms (docs/data.md)."""
+    generation: DataSource = Field("auto", examples=["prompts.txt"])
+    """Prompts for teachers that draw: a .txt, .csv, .jsonl or .parquet file, a folder, `hub:owner/name`, `auto`, the
+    prompts that ship with danceopd, or `scenes`, which suits the shipped model only. For that `auto` is `scenes`."""
+    editing: DataSource = Field("auto", examples=["edits.jsonl"])
+    """Instructions and source pictures for teachers that edit, in the same forms (docs/data.md); of `auto` the sources
+    are drawn before training. `data: auto` stands for both."""
     columns: Columns = Columns()
     """What the columns of both tables are called, where they are not among the names that are known."""
     rows: int = Field(1024, gt=0, le=10**5)
-    """Rows that are made of `scenes`, for each capability."""
+    """Rows that are made of `scenes`, for each capability, and edits that are taken of `auto`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _for_both(cls, data: Any) -> Any:
+        """`data: auto` stands for both; of other texts nobody would know which is meant."""
+        if not isinstance(data, str):
+            return data
+        if data.partition(":")[0] not in ("auto", "scenes"):
+            raise ValueError(f"data is {shown(data)}; name data.generation and data.editing, or write data: auto")
+        return {"generation": data, "editing": data}
 
 
 class Samples(Part):

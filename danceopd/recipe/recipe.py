@@ -23,6 +23,7 @@ from danceopd.common.shipped import demo, portable
 from danceopd.errors import UserError
 from danceopd.plugins import load
 from danceopd.recipe.aliases import modernise, with_settings
+from danceopd.recipe.auto import settled_data
 from danceopd.recipe.checks import CALL_MOST, check, check_call
 from danceopd.recipe.fast import Fast, with_fast_steps
 from danceopd.recipe.labelfree import Contrast, Gates, Monitor
@@ -222,6 +223,8 @@ class Recipe(Part):
             found = with_fast_steps(self.fast, portable(self.base), self.rollout, self.call)
             for key, value in zip(("rollout", "call"), found):
                 object.__setattr__(self, key, value)
+        for key, value in settled_data(self).items():
+            object.__setattr__(self, key, value)
         check(self)
         for key in self.call:
             if key not in CALL_MOST:

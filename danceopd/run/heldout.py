@@ -1,6 +1,7 @@
 """Held-out prompts and edits that no update learns from, for validation and for the monitor.
 
-Of the built-in scenes they are tasks of its validation split; of other data, rows that no update samples. They are
+Of the built-in scenes they are tasks of its validation split, of the prompt bank its held-out part; of other data, rows
+that no update samples. They are
 encoded once, like the run's own rows, into the same cache. Edits keep their sizes; rows of one layout and schedule
 batch together.
 """
@@ -55,6 +56,9 @@ def held_out_rows(teacher: Teacher, spec: str, data: TeacherData, count: int, se
     if is_scenes(spec):
         tasks = scene_tasks(spec, teacher.capability, "val", count, seed)
         return [_made(task, teacher) for task in tasks]
+    if (kept := data.data.held_out) is not None:
+        edits = isinstance(kept, Edits)
+        return [Row(*(kept[i] if edits else (kept[i],))) for i in range(min(count, len(kept)))]
     table, sampled, found = data.data, set(data.rows), dict[str, Row]()
     # the name is part of the random stream: which rows are held out depends on it
     tried = random.Random(f"watch/{seed}").sample(range(len(table)), min(len(table), TRIED * count))

@@ -28,6 +28,7 @@ from danceopd.common.distributed import Processes
 from danceopd.common.files import write_json
 from danceopd.common.parse import read_json
 from danceopd.common.shipped import portable
+from danceopd.data.bank.rows import BankEdits
 from danceopd.data.dataset import TeacherData, sampled_rows
 from danceopd.data.encode import encoders_fingerprint
 from danceopd.data.folders import HubTable
@@ -145,7 +146,8 @@ def _facts(recipe: Recipe, data: Prompts, row: int) -> list[Any]:
     pictures = not isinstance(data.table, HubTable)
     facts: list[Any] = [row, data.prompt(row)]
     if isinstance(data, Edits) and pictures:
-        facts += [_picture(one) for one in each_source(data[row][1])]
+        source = data[row][1]  # of the bank, a name has its prompt's hash, and the file may not be drawn yet
+        facts += [source.name] if isinstance(data, BankEdits) else [_picture(one) for one in each_source(source)]
     if recipe.needs_targets and pictures:
         facts.append(_picture(data.target(row)))
     if recipe.gates.on:

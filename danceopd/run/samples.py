@@ -8,10 +8,12 @@ would be exported.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from PIL import Image
 
+from danceopd.data.dataset import TeacherData
 from danceopd.data.encode import Encoder
 from danceopd.data.images import edited_picture, flattened
 from danceopd.data.sources import Edits, edits_from, prompts_from
@@ -28,7 +30,9 @@ from danceopd.run.plots import grid
 class SampleGrid:
     """Conditions and noise of the grid, encoded once; `draw` costs one rollout for each capability."""
 
-    def __init__(self, recipe: Recipe, encoder: Encoder, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, encoder: Encoder, device: torch.device, datasets: Mapping[str, TeacherData] | None = None
+    ) -> None:
         """`samples.count` pictures of each capability, shared by the teachers whose data or triggers differ.
 
         The built-in scenes are others than those of training. A forward has at most `micro_batch` pictures.
@@ -43,7 +47,8 @@ class SampleGrid:
         for (capability, spec, columns, _), teacher in sources.items():
             read = edits_from if capability == "editing" else prompts_from
             share = max(1, count // of_capability[capability])
-            data = read(spec, share, seed, check=False, columns=columns).worded(teacher.worded)
+            data = None if datasets is None else datasets[teacher.name].data.held_out
+            data = data or read(spec, share, seed, check=False, columns=columns).worded(teacher.worded)
             first = range(min(share, len(data)))
             steps = encoder.pipelines[capability].call["num_inference_steps"]
             dataset = encoder.encode(capability, data, first, steps)
