@@ -48,6 +48,7 @@ from danceopd.models.base import base_fingerprint, base_folder
 from danceopd.models.cuda_graphs import with_cuda_graphs
 from danceopd.models.fields import AdapterField, BaseField, MergedField
 from danceopd.models.fsdp import ShardedForwards, shard
+from danceopd.pipelines.registry import family_of
 from danceopd.planning.cards import card_here
 from danceopd.planning.checks import check_streamed
 from danceopd.planning.settings import prepare

@@ -2,9 +2,9 @@
 
 A source is "scenes" (synthetic scenes; "scenes:local", "scenes:counting,position" for some of its tasks), a .txt (a
 prompt a line), a .csv, .jsonl or .parquet with named columns (`columns.py` says which is what), a folder of images with
-same-named .txt files or a `metadata.csv`, `.jsonl` or `.parquet`, or "hub:owner/name[:config][:split]" ("auto" is in
-`bank/`). A row is parsed when it is read. `check` runs before a model is loaded: it tests every row's text and path, and
-the image headers of the rows that the run will use. Errors name the file and the line.
+same-named .txt files or a `metadata.csv`, `.jsonl` or `.parquet`, or "hub:owner/name[:config][:split]". A row is parsed
+when it is read. `check` runs before a model is loaded: it tests every row's text and path, and the image headers of
+those that the run will use. Errors name the file and the line.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from danceopd.errors import UserError
 from danceopd.recipe.parts import Columns
 from danceopd.worlds.scenes.rows import is_scenes, scene_rows
 
-KNOWN = Columns()
-"""Columns are told by their names."""
+KNOWN = Columns()  # columns are told by their names
 CHECKED_HEADERS = 1000
 """Image headers that `check` opens when it is not told which rows will be used, spread evenly."""
 
@@ -60,8 +59,8 @@ class Prompts(Sequence[str]):
 
     def worded(self, words: Callable[[str], str]) -> Self:
         """The same rows, whose texts, paraphrases and captions are `words` of what the table has."""
-        found = copy.copy(self)
-        found._worded, found.held_out = words, self.held_out and self.held_out.worded(words)
+        found, held = copy.copy(self), self.held_out
+        found._worded, found.held_out = words, held and held.worded(words)
         return found
 
     def __len__(self) -> int:
