@@ -38,10 +38,13 @@ def guidance_of(recipe: Recipe, folder: Path, family: Family) -> float | None:
         return None
     import diffusers
 
-    stock = inspect.signature(getattr(diffusers, family.generation).__call__).parameters
-    key, at_two = next((key, value) for key, value in family.guidance_on(2.0).items() if isinstance(value, int | float))
-    scale = float(stock[key].default) + 2.0 - at_two  # some pipelines count from 0
-    return scale if scale > 1 else None
+    stock = inspect.signature(getattr(diffusers, family.generation, object).__call__).parameters
+    for key, at_two in family.guidance_on(2.0).items():
+        default = stock[key].default if key in stock else None
+        if isinstance(at_two, int | float) and isinstance(default, int | float):
+            scale = float(default) + 2.0 - at_two  # some pipelines count from 0
+            return scale if scale > 1 else None
+    return None
 
 
 def wanted_sources(

@@ -86,6 +86,8 @@ def drawing(recipe: Recipe, run: Outline) -> dict[str, float]:
     """What is drawn before training (`data: auto`): pictures that are not there yet, forwards and FLOPs of all."""
     wanted = wanted_sources(recipe, run.datasets)
     missing = sum(not path.is_file() for path in wanted)
+    if not missing:
+        return {"pictures": 0, "forwards": 0, "flops": 0.0}
     guided = 1 if guidance_of(recipe, run.folder, run.family) is None else 2
     side, call = run.family.token_side(run.pipe), run.call
     tokens = (call["height"] // side) * (call["width"] // side)
