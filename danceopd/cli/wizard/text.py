@@ -13,7 +13,7 @@ HEAD = """# yaml-language-server: $schema={schema}
 # Written by `danceopd init`. `danceopd plan {file}` checks it, `danceopd merge {file}` runs it.
 # What is not named here has its default; docs/recipe.md lists every key, docs/choosing.md says which ones to change.
 """
-WIDE = 44
+WIDE = 38
 """Column of the comments, where there is room."""
 
 
@@ -57,8 +57,8 @@ def _teachers(teachers: Sequence[TeacherFile]) -> list[str]:
 def _line(text: str, note: str) -> str:
     if not note:
         return text
-    line = f"{text:<{WIDE}}# {note}"
-    return line if len(line) <= 140 else f"# {note}\n{text}"
+    line = f"{text:<{WIDE}} # {note}"
+    return line if len(line) <= 110 else f"# {note}\n{text}"
 
 
 def _value(value: Any) -> str:
