@@ -193,7 +193,7 @@ def test_the_contact_sheet_has_a_cell_for_each_model(folder: Path, edits: Path, 
         exact = sheet.convert("RGB")
     student = picked["generation"][0][1]["cells"]["student"]["image"]
     pixel = Image.open(folder / student).convert("RGB").getpixel((0, 0))
-    corner = exact.width - 18 - SIDE + 6, exact.height - 6 * (SIDE + STRIP + 6) - 6 + 1
+    corner = exact.width - 12 - SIDE, exact.height - 12 - 6 * (SIDE + STRIP + 6)  # of the first row's last cell
     assert exact.getpixel(corner) == pixel  # the last column, enlarged by whole numbers
     named, judged_rows = load(edits)
     found = contact_sheet(edits, named, highlights(named, items_of(named, judged_rows)))
