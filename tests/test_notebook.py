@@ -18,6 +18,23 @@ assert student.scores["verdict"] == result.scores["verdict"]
 assert blended.scores is blended.report is blended.grid is None
 assert "bench/contact.png" in (student.folder / "README.md").read_text() and "steps: 4" in result.scores["recipe_yaml"]
 assert result.scores["samples"][-1]["step"] == 4 and "Samples over training" in result.report.read_text()
+(work / "recipe.yaml").write_text(recipe.to_yaml())
+assert danceopd.merge(work / "recipe.yaml").seconds == 0  # finished before
+for call, words in (
+    (lambda: danceopd.merge(3), "merge got a int; give a Recipe"),
+    (lambda: danceopd.blend("generation"), "give a list of LoRAs"),
+    (lambda: danceopd.blend(["generation", "editing"], desity=1), "blend has no option 'desity'"),
+    (lambda: danceopd.blend(["generation", "editing"], output=work / "blend"), "is not overwritten"),
+    (lambda: danceopd.bench(student.folder, "sceens"), "did you mean 'scenes'"),
+):
+    try:
+        call()
+    except danceopd.UserError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(words)
+import danceopd.bench.run
+assert callable(danceopd.bench) and callable(danceopd.merge) and danceopd.bench.__doc__.startswith("Score a student")
 assert str(work) not in result.report.read_text().replace(f"<code>{work}", "")
 """
 
