@@ -53,7 +53,7 @@ def _generate(
         pipe = generation_pipe(pipe, known)
     else:
         pipe = editing_pipe(pipe, editing_base, known)
-        sources = list(image) if isinstance(image, list | tuple) else [image]
+        sources: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
         size = size or known.edited_size(pipe, [one.size for one in sources], call)
         call["image"] = sources if len(sources) > 1 else sources[0]
     if size is not None:
@@ -83,11 +83,12 @@ def sample(
     device: str | None = None,
     report: Callable[[Path], object] = lambda path: None,
     size: tuple[int, int] | None = None,
+    accept: str | None = None,
 ) -> list[Path]:
     """Write `count` PNGs into `output` and return their paths; image i has the seed `seed + i`.
 
-    `image` is the source of an edit, or several in their order, where the model takes several references. `student` and
-    `base` as for `load_student`; `device` None or "auto" takes a GPU where there is one. Each image is
+    `image` is the source of an edit, or several in their order, where the model takes several references. `student`,
+    `base` and `accept` as for `load_student`; `device` None or "auto" takes a GPU where there is one. Each image is
     saved, and `report(path)` called, before the next is generated. `size` is (height, width) in pixels; None: the
     settings' own, and of an edit the source's shape. UserError for an empty prompt, a bad count, seed or size, and an
     image that cannot be read.
@@ -103,7 +104,7 @@ def sample(
     paths = [] if image is None else [image] if isinstance(image, str | Path) else list(image)
     settings = _recipe_settings(Path(student))
     editing_base, family = settings.pop("editing_base", None), settings.pop("family", None)
-    sources = _sources([Path(path) for path in paths], student, base, editing_base, family)
+    sources = _sources([Path(path) for path in paths], student, base, editing_base, family, accept)
     folder = Path(output)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,7 @@ def sample(
     from danceopd.adapters.load import load_student
     from danceopd.common.system import resolve_device
 
-    pipe = load_student(student, base=base, device=resolve_device(device or "auto"))
+    pipe = load_student(student, base=base, device=resolve_device(device or "auto"), accept=accept)
     pipe.set_progress_bar_config(disable=True)
     written, shown = list[Path](), sources or None
     for i, picture in enumerate(_generate(pipe, prompt, shown, seed, count, editing_base, settings, size, family)):
@@ -124,7 +125,8 @@ def sample(
 
 
 def _sources(
-    paths: Sequence[Path], student: str | Path, base: str | Path | None, editing_base: str | None, name: str | None
+    paths: Sequence[Path], student: str | Path, base: str | Path | None, editing_base: str | None, name: str | None,
+    accept: str | None,
 ) -> list[Image]:
     """The source images, opened; UserError for what the base's editing pipeline would not take."""
     found = [open_image(path, alpha=True) for path in paths]
@@ -138,7 +140,7 @@ def _sources(
     if len(found) > 1 or found[0].mode == "RGBA":
         from danceopd.adapters.load import base_of_student
 
-        where = base_of_student(student, base)
+        where = base_of_student(student, base, accept)
         family = family_of(where, name)
         if family.editing is not None:
             check_references(len(found), editing_class(family, class_name(where), editing_base), family, "the edit")

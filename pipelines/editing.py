@@ -55,7 +55,7 @@ class EditingPipeline(GenerationPipeline):
             )
         check_prompts(self.pipe, self.family, prompts, self.call, editing=True)
         prompts = [self.family.prompt(prompt, True) for prompt in prompts]
-        given = [list(one) if isinstance(one, list | tuple) else [one] for one in images]
+        given: list[list[Any]] = [list(one) if isinstance(one, list | tuple) else [one] for one in images]
         for number, each in enumerate(given, start=1):
             name = f"source image {number} of {len(images)}"
             check_references(len(each), type(self.pipe).__name__, self.family, name)

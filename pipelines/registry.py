@@ -58,7 +58,7 @@ def family_of(pipe_or_folder: Any, name: str | Family | None = None) -> Family:
     if own:
         return own[0]
     known = {name: family.name for family in FAMILIES.values() for name in family.classes}
-    near = max(known, key=lambda name: difflib.SequenceMatcher(None, known_as, name).ratio())
+    near = max(known, key=lambda one: difflib.SequenceMatcher(None, known_as, one).ratio())
     raise UserError(
         f"{where} is a {known_as}, which danceopd does not know; the nearest family is {known[near]} ({near}): see "
         "docs/bring-your-own-model.md for family: in a recipe, and for how to add a family"

@@ -9,10 +9,13 @@ from __future__ import annotations
 import copy
 import json
 import math
+from functools import wraps
+from importlib import import_module
 
 import pytest
 import torch
-from tinies import TINYS
+from diffusers import Flux2KleinPipeline
+from tinies import KLEIN, TINYS
 from tiny import random_adapter, random_image
 from tiny_merge import FAMILY_EDITS, FAMILY_PROMPTS, family_recipe, json_lines
 from tiny_parts import load_lora, recorded_steps
@@ -20,6 +23,7 @@ from tiny_parts import load_lora, recorded_steps
 import danceopd
 from danceopd.adapters.read import read_adapter
 from danceopd.adapters.write import write_adapter
+from danceopd.errors import UserError
 from danceopd.models.backbone import Backbone
 from danceopd.models.fields import AdapterField, BaseField
 from danceopd.pipelines import EditingPipeline, GenerationPipeline
@@ -54,6 +58,32 @@ def test_all_gates_together_on_every_family(tiny, tmp_path, monkeypatch):
     assert {"gate/weight", "gate/rho", "gate/leak", "gate/consensus", "gate/shift share", "gate/ess"} <= set(seen)
     assert all(isinstance(value, float) and math.isfinite(value) for value in seen.values()), seen
     assert seen["gate/leak"] > 0 and seen["gate/rho"] != 0
+
+
+def test_a_merge_on_edits_of_several_sources(tmp_path, monkeypatch):
+    """From the table to the student, with gates that read other sources; one too many is refused before a load."""
+    monkeypatch.setattr("danceopd.labelfree.gates.evidence.FLOOR", 0.0)
+    recipe = family_recipe(KLEIN, KLEIN.build(), tmp_path).resolved()
+    random_image(9, 96, 64).save(tmp_path / "hat.png")
+    lines = [json.dumps({"prompt": one, "image": [f"{i}.png", "hat.png"]}) for i, one in enumerate(FAMILY_EDITS)]
+    (tmp_path / "edits.jsonl").write_text("\n".join(lines))
+    gates = {"evidence": True, "group": 2}
+    found = danceopd.Recipe(**{**recipe, "gates": gates, "batch": 4, "steps": 2, "output": str(tmp_path / "gated")})
+    seen, stock = [], Flux2KleinPipeline.__call__
+
+    @wraps(stock)  # its signature is read
+    def spy(self, **call):
+        seen.append(call.get("image"))
+        return stock(self, **call)
+
+    monkeypatch.setattr(Flux2KleinPipeline, "__call__", spy)
+    danceopd.merge(found, report=lambda metrics, steps: None)
+    assert {len(image) for image in seen if image is not None} == {2}
+    assert read_adapter(tmp_path / "gated").tensors and (tmp_path / "gated" / "samples").is_dir()
+    (tmp_path / "edits.jsonl").write_text(json.dumps({"prompt": "join", "image": ["0.png"] * 11}) + "\n" + lines[0])
+    monkeypatch.setattr(import_module("danceopd.merge"), "load_base", lambda *a: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="line 1 has 11 pictures, and Flux2KleinPipeline takes at most 10 pictures"):
+        danceopd.merge(danceopd.Recipe(**{**recipe, "output": str(tmp_path / "no")}))
 
 
 @pytest.mark.parametrize("tiny", TINYS, ids=lambda tiny: tiny.family)

@@ -36,12 +36,14 @@ def load_student(
     base: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    accept: str | None = None,
 ) -> Any:
     """The stock diffusers pipeline with the student's LoRA loaded, ready to call.
 
     `folder` is a run's output folder, a LoRA file, a shipped name, or a fused pipeline's folder. `base` is a folder, a
     shipped name, or a name on the hub; by default it is read from the folder's `recipe.yaml`, else from the file.
-    `dtype` None is the stock default, fp32.
+    `dtype` None is the stock default, fp32. `accept` "base" takes a base of the same layers that the student was not
+    trained on, such as the few-step model beside the one that was trained.
 
     UserError when the base is not the one the student was trained on, when a tensor does not fit it, or when the
     stock loader left a layer out.
@@ -50,7 +52,7 @@ def load_student(
     if (folder / "model_index.json").is_file():
         pipe = load_base(folder, dtype)
     else:
-        header, where = check_base(folder, base)
+        header, where = check_base(folder, base, accept)
         adapter = read_adapter(header.file, empty_transformer(where))
         pipe = load_base(where, dtype)
         # diffusers reads our own files exactly; what it reads from other files may differ
@@ -59,22 +61,28 @@ def load_student(
     return pipe if device is None else pipe.to(device)
 
 
-def base_of_student(student: str | os.PathLike, base: str | os.PathLike | None) -> Path:
+def base_of_student(student: str | os.PathLike, base: str | os.PathLike | None, accept: str | None = None) -> Path:
     """The pipeline folder that `load_student` would load."""
     folder = Path(resolve(os.fspath(student), "student"))
-    return folder if (folder / "model_index.json").is_file() else check_base(folder, base)[1]
+    return folder if (folder / "model_index.json").is_file() else check_base(folder, base, accept)[1]
 
 
-def check_base(folder: Path, base: str | os.PathLike | None) -> tuple[LoraHeader, Path]:
-    """The student's header and its base's folder; UserError when the file was trained on another base."""
+def check_base(
+    folder: Path, base: str | os.PathLike | None, accept: str | None = None
+) -> tuple[LoraHeader, Path]:
+    """The student's header and its base's folder; UserError when the file was trained on another base, which `accept`
+    "base" allows."""
+    if accept not in (None, "base"):
+        raise UserError(f"accept is {accept!r}; it can be base, which takes another base than the student's own")
     header = inspect_adapter(folder)
     where = base_folder(os.fspath(base) if base is not None else _base_of(folder, header))
     trained_on = header.record.get("base_sha256")
-    if trained_on and trained_on != base_fingerprint(where):
+    if trained_on and accept is None and trained_on != base_fingerprint(where):
         name = f" ({header.record['base']})" if header.record.get("base") else ""
         raise UserError(
             f"{header.file} was trained on another base{name} than {where}: the transformers' fingerprints differ "
-            f"({trained_on[:12]} and {base_fingerprint(where)[:12]}); give the base it was trained on"
+            f"({trained_on[:12]} and {base_fingerprint(where)[:12]}); give the base it was trained on, or, "
+            "where it is meant for this one, accept base"
         )
     return header, where
 

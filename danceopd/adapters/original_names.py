@@ -239,6 +239,20 @@ def _nextdit() -> Stacks:
     return found
 
 
+def _krea2() -> Stacks:
+    parts = {f"attn.w{one}": f"attn.to_{one}" for one in "qkv"}
+    parts |= {"attn.wo": "attn.to_out.0", "attn.gate": "attn.to_gate"}
+    parts |= {f"mlp.{one}": f"ff.{one}" for one in ("gate", "up", "down")}
+    stems = {"blocks": "transformer_blocks"}
+    stems |= {f"txtfusion.{kind}_blocks": f"text_fusion.{kind}_blocks" for kind in ("layerwise", "refiner")}
+    found: Stacks = {f"{o}.{{}}.{a}": (f"{d}.{{}}.{b}",) for o, d in stems.items() for a, b in parts.items()}
+    ends = {"first": "img_in", "last.linear": "final_layer.linear", "tproj.1": "time_mod_proj"}
+    ends |= {f"tmlp.{2 * i}": f"time_embed.linear_{i + 1}" for i in range(2)}
+    ends |= {f"txtmlp.{2 * i + 1}": f"txt_in.linear_{i + 1}" for i in range(2)}
+    ends["txtfusion.projector"] = "text_fusion.projector"
+    return found | {original: (module,) for original, module in ends.items()}
+
+
 def _fused(*attentions: str) -> Stacks:
     """The Linears that diffusers' `fuse_qkv_projections` makes of attentions such as `transformer_blocks.{}.attn`."""
     found: Stacks = {}
@@ -348,6 +362,9 @@ ARCHITECTURES: dict[str, ArchitectureNames] = {
             _nextdit(),
             aliases=_fused("layers.{}.attention", "noise_refiner.{}.attention", "context_refiner.{}.attention"),
             comfyui="diffusers",
+        ),
+        ArchitectureNames(
+            "Krea2Transformer2DModel", "Krea2", "Krea2LoraLoaderMixin", ("diffusers", "comfyui"), _krea2()
         ),
         ArchitectureNames(
             "SD3Transformer2DModel",

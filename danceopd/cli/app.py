@@ -203,6 +203,9 @@ def sample(
     device: Device = None,
     height: Height = None,
     width: Width = None,
+    accept: Annotated[
+        str | None, typer.Option(help="base: run on a base of the same layers that the student was not trained on.")
+    ] = None,
 ) -> None:
     """Generate or edit images with a student, through the stock diffusers pipeline.
 
@@ -213,7 +216,7 @@ def sample(
     from danceopd.sample import sample as run
 
     size = None if height is None or width is None else (height, width)
-    run(student, prompt, image, seed, count, output, base, device, report=echo, size=size)
+    run(student, prompt, image, seed, count, output, base, device, report=echo, size=size, accept=accept)
 
 
 app.command()(commands.bench)

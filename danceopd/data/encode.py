@@ -148,6 +148,7 @@ class Encoder:
         """The row's picture size, its sources' sizes, and what its encoding depends on."""
         call = self.pipelines[capability].call
         fixed = {key: value for key, value in call.items() if key != "num_inference_steps"}
+        shapes: tuple[Size, ...]
         if not isinstance(data, Edits):
             size, shapes, prompt, source = (call["height"], call["width"]), (), data[row], None
         else:

@@ -297,10 +297,8 @@ class Edits(Prompts):
             except UserError:  # it cannot be told which it is
                 return False
             value = None if column is None else cells[column]
-            if type(value) is not str:
-                return callable(value)
-            if column[-1:].isdigit() or value.lstrip().startswith("["):  # type: ignore[index]
-                return False  # there may be several, which `_fault` looks at
+            if type(value) is not str or str(column)[-1].isdigit() or value.lstrip().startswith("["):
+                return callable(value)  # of several `_fault` looks at each
             folder, slash, name = value.rpartition(os.sep)
             if (slash, folder) not in names:
                 names[slash, folder] = _names(os.path.join(self._home, folder + slash))
@@ -311,9 +309,10 @@ class Edits(Prompts):
     def _fault(self, row: int, cells: Row) -> UserError | None:
         fault = super()._fault(row, cells)
         for path in self._images(row, cells, "source") if fault is None else ():
+            if not isinstance(path, Path):
+                continue
             try:
-                if isinstance(path, Path):
-                    path.stat()
+                path.stat()
             except (OSError, ValueError):
                 return UserError(missing_image(path, self.where(row)))
         return fault

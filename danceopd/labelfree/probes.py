@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from danceopd.data.dataset import TeacherData
 from danceopd.data.encode import Encoder
-from danceopd.data.images import edited_picture
+from danceopd.data.images import edited_picture, flattened
 from danceopd.labelfree.gates import evidence
 from danceopd.labelfree.gates.consensus import agreement
 from danceopd.labelfree.gates.variants import other_prompts
@@ -237,12 +238,16 @@ class _Maker:
         contrast = with_prompt_of(condition, self.dataset.rows(members[1:] + members[:1]))
         tasks = [row.task for row in rows if row.task is not None]
         scorer: Scorer
+
+        def draw(x: Tensor) -> list[Image]:
+            return [flattened(one) for one in pipeline.images(x)]
+
         if self.model is not None:
             sources = [edited_picture(row.source) for row in rows if row.source is not None]
-            scorer = SimilarityScorer(self.model, pipeline.images, [row.prompt for row in rows], sources)
+            scorer = SimilarityScorer(self.model, draw, [row.prompt for row in rows], sources)
             judge = self.model.sentence
         elif len(tasks) == len(rows) and (pipeline.height, pipeline.width) == (IMAGE, IMAGE):
-            scorer = Exact(pipeline.images, tasks)
+            scorer = Exact(draw, tasks)
             judge = scorer.sentence
         else:
             field, whose = self._other_field()

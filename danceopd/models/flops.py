@@ -19,9 +19,10 @@ from torch import nn
 ONE = re.compile(r"(^|\.)(\w*modulation\w*|\w+_mod|norm\w*\.linear|norm_out|time_\w+|[pt]_embedder)(\.|$)")
 TEXT = re.compile(
     r"(^|\.)(add_[qkv]_proj|to_add_out|ff_context|context_embedder|context_refiner|cap_embedder|txt_\w+"
-    r"|caption_projection|to_\w+_t|ff_t)(\.|$)"
+    r"|caption_projection|to_\w+_t|ff_t|text_fusion)(\.|$)"
 )
 JOINT = re.compile(r"^(single_transformer_blocks|single_stream_blocks|layers)\.")
+STREAM = re.compile(r"\.(attn\.to_gate|img_mlp\.(proj|gate_layer|out)|ff\.(gate|up|down))$")  # of blocks for all tokens
 IMAGE = re.compile(r"(^|\.)(noise_refiner|attn2)(\.|$)")
 
 
@@ -65,7 +66,7 @@ class TokenCounts:
         """How many tokens flow through the Linear at a module path."""
         if ONE.search(path):
             return 1
-        if JOINT.match(path):
+        if JOINT.match(path) or (STREAM.search(path) and not TEXT.search(path)):
             return self.all
         return self.text if TEXT.search(path) else self.image + self.source
 

@@ -56,6 +56,11 @@ def _trigger(value: str | None) -> str | None:
     return value.strip() if PROMPT in value else f"{PROMPT}, {value.strip()}"
 
 
+def _listed(value: Any) -> Any:
+    """A word as a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
 def _data(value: Any) -> Any:
     if value is None or str(value).partition(":")[0] in ("auto", "scenes", "hub"):
         return value
@@ -143,7 +148,9 @@ class Teacher(Part):
     """Words that ask for this teacher: they join each of its prompts, or instructions, that has them not yet. Words
     alone come after a comma, "{prompt}, WORDS"; with {prompt} in it, it says itself where they stand. The teacher reads
     them, too: give the words it was trained with. null: none."""
-    accept: tuple[Literal["base", "scheduler", "components"], ...] = Field((), examples=[["base"]])
+    accept: Annotated[tuple[Literal["base", "scheduler", "components"], ...], BeforeValidator(_listed)] = Field(
+        (), examples=[["base"]]
+    )
     """Refusals that you have looked into: a LoRA that was trained on another base, a whole pipeline with another
     scheduler or other components."""
     data: Annotated[str | None, BeforeValidator(_data)] = Field(None, examples=["posters.txt"])

@@ -97,7 +97,10 @@ def encode_rows(
         data = Prompts(InMemoryTable("held-out rows", [{"prompt": prompt} for prompt in prompts]))
     else:
         cells = [
-            {"instruction": prompt, "source": [str(s) if isinstance(s, Path) else s for s in each_source(row.source)]}
+            {
+                "instruction": prompt,
+                "source": [str(s) if isinstance(s, Path) else s for s in each_source(row.source or [])],
+            }
             for prompt, row in zip(prompts, rows, strict=True)
         ]
         data = Edits(InMemoryTable("held-out rows", cells))

@@ -220,6 +220,7 @@ QWEN_IMAGE_21 = Family(
     split=_split,
     velocity=_velocity,
     cache_source=_keep,
+    sync_free=None,  # the stock forward reads the layout of its tokens back from the device
     decode=_decode,
     encode_images=_encode_images,
 )

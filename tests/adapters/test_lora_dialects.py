@@ -49,7 +49,9 @@ def put(folder, tensors, name="x.safetensors", metadata=None):
 
 # Names
 
-OWN_NAMES_ONLY = ("longcat-image", "bria-fibo", "hidream")  # their LoRAs are read in the names of diffusers
+OWN_NAMES_ONLY = (  # their LoRAs are read in the names of diffusers, or by its converter
+    "longcat-image", "bria-fibo", "hidream", "qwen-image-2.1",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("tiny", {tiny.family: tiny for tiny in reversed(TINYS)}.values(), ids=lambda t: t.family)

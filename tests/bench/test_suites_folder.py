@@ -7,6 +7,7 @@ import csv
 import pytest
 from suites_data import answer, noise, picture, write_lines
 
+from danceopd.bench.generate import _ItemEdits
 from danceopd.bench.suites.registry import load_suite
 from danceopd.errors import UserError
 
@@ -48,6 +49,16 @@ def test_a_table(table):
     assert "remove the dog" in sc.parts[0] and sc.parts[2].size == (96, 64)
     assert found.verdict(three, {"SC": answer(9, 4), "PQ": answer(9, 9)}).value == 6
     assert found.rules["data"]["items"] == 3
+
+
+def test_further_sources_are_references(table):
+    rows = [{"source": ["photos/a.png", "photos/b.png"], "instruction": "join them", "key": "one"}]
+    (item,) = suite(write_lines(table.parent / "edits.jsonl", rows)).items
+    photos = table.parent / "photos"
+    assert item.source == photos / "a.png" and item.references == (photos / "b.png",)
+    read = _ItemEdits([item])
+    prompt, sources = read[0]
+    assert prompt == "join them" and [one.size for one in sources] == list(read.shape(0)) and len(sources) == 2
 
 
 def test_rows_without_keys_are_named_by_what_they_are(table):

@@ -36,6 +36,9 @@ def test_every_family_has_its_line_and_its_recipe():
         (line,) = [row for row in GUIDE.splitlines() if row.startswith(f"| `{family.name}` ")]
         assert all(f"`{c}`" in line for c in (family.generation, *family.other_editing))
         assert ("guidance_scale" in line) == ("guidance_scale" in family.call)
+        said = re.search(r"`(pipelines/families/\w+\.py)`, (\d+) \|$", line)
+        source = (ROOT / said[1]).read_text()
+        assert f'"{family.name}"' in source and abs(len(source.splitlines()) - int(said[2])) <= 10  # counted
     assert {tiny.family for tiny in TINYS + MODULAR} == set(FAMILIES)
 
 

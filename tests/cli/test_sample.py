@@ -15,9 +15,10 @@ from tinies import TINYS
 from tiny import random_adapter, random_image, tiny_klein
 from tiny_parts import Tiny
 
+from danceopd.adapters.read import read_adapter
 from danceopd.adapters.write import write_adapter
 from danceopd.errors import UserError
-from danceopd.models.base import call_defaults
+from danceopd.models.base import base_fingerprint, call_defaults
 from danceopd.pipelines import editing_pipe, family_of
 from danceopd.pipelines.family import source_size
 from danceopd.sample import _generate, sample
@@ -77,6 +78,25 @@ def test_an_edit_has_the_shape_of_its_source(made: Path, stock, tmp_path: Path) 
         sample(made / "student", "a red circle", **options)
 
 
+def test_several_sources_are_the_stock_pipelines_references(made: Path, stock, tmp_path: Path) -> None:
+    """In the order in which they are given; the first gives the shape."""
+    random_image(4, 128, 64).save(tmp_path / "wide.png")
+    sources = [tmp_path / "wide.png", made / "source.png"]
+    options = {"base": made / "base", "device": "cpu", "output": tmp_path}
+    (path,) = sample(made / "student", "a red circle", image=sources, **options)
+    assert Image.open(path).size == (80, 32)
+    call = {**CALL, "height": 32, "width": 80, "image": [Image.open(source) for source in sources]}
+    expected = stock(prompt="a red circle", generator=torch.Generator().manual_seed(0), **call).images[0]
+    assert np.array_equal(np.array(Image.open(path)), np.array(expected))
+    (turned,) = sample(made / "student", "a red circle", image=sources[::-1], size=(32, 80), **options)
+    assert not np.array_equal(np.array(Image.open(turned)), np.array(expected))
+    with pytest.raises(UserError, match="the edit has 11 pictures, and Flux2KleinPipeline takes at most 10 pictures"):
+        sample(made / "student", "a red circle", image=[sources[1]] * 11, **options)
+    Image.new("RGBA", (64, 64), (9, 9, 9, 9)).save(tmp_path / "clear.png")
+    with pytest.raises(UserError, match="clear.png has an alpha channel, which this model does not read"):
+        sample(made / "student", "a red circle", image=[*sources, tmp_path / "clear.png"], **options)
+
+
 @pytest.mark.parametrize("tiny", [t for t in TINYS if t.editing is not None], ids=lambda tiny: tiny.family)
 def test_every_family_edits_in_the_source_s_shape(tiny: Tiny, tmp_path: Path) -> None:
     """At the size that a merge encodes the edit at, and never in the square of the settings."""
@@ -107,6 +127,24 @@ def test_settings_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "danceopd.json").write_text("[64")
     with pytest.raises(UserError, match="danceopd.json is not valid JSON"):
         call_defaults(tmp_path)
+
+
+def test_a_student_on_another_base_of_the_same_layers(made: Path, tmp_path: Path) -> None:
+    """As a LoRA that was trained on an undistilled model and runs on the distilled one."""
+    tiny_klein(tmp_path / "turbo", seed=5)
+    (tmp_path / "turbo" / "danceopd.json").write_text(json.dumps(CALL))
+    facts = {"base_sha256": base_fingerprint(made / "base"), "base": str(made / "base")}
+    write_adapter(read_adapter(made / "student"), tmp_path / "mine", metadata=facts)
+    options = {"base": tmp_path / "turbo", "device": "cpu", "output": tmp_path / "out"}
+    with pytest.raises(UserError, match="was trained on another base .* accept base$"):
+        sample(tmp_path / "mine", "a red circle", **options)
+    with pytest.raises(UserError, match="accept is 'scheduler'; it can be base"):
+        sample(tmp_path / "mine", "a red circle", accept="scheduler", **options)
+    (path,) = sample(tmp_path / "mine", "a red circle", accept="base", **options)
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "turbo")
+    stock.load_lora_weights(tmp_path / "mine")
+    expected = stock(prompt="a red circle", generator=torch.Generator().manual_seed(0), **CALL).images[0]
+    assert np.array_equal(np.array(Image.open(path)), np.array(expected))
 
 
 def test_each_picture_is_kept_before_the_next_is_drawn(made: Path, tmp_path: Path) -> None:

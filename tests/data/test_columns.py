@@ -88,14 +88,16 @@ def test_one_picture_alone_is_the_source(here: Path, row: dict) -> None:
         ({"image": T, "masked_image": S, "prompt": TEXT}, r"\(image, masked_image\); name it"),
         ({"control_image": S, "source_image": U, "prompt": TEXT}, r"\(control_image, source_image\); name it"),
         ({"image": S, "image_path": T, "prompt": TEXT}, r"\(image, image_path\)"),
-        ({"control_path_0": S, "control_path_1": U, "prompt": TEXT}, "several pictures as the source .* one is all"),
-        ({"prompt": TEXT, "image": [S, U]}, "line 1: image holds 2 pictures, and one source is all there is today"),
-        ({"prompt": TEXT, "images": f'["{S}", "{U}"]'}, "images holds 2 pictures"),
+        ({"control_1": S, "source_1": U, "prompt": TEXT}, r"\(control_1, source_1\); name it"),
+        ({"prompt": TEXT, "image": [S, ""]}, "line 1: image is empty"),
+        ({"prompt": TEXT, "sources": [S, "none.png"]}, "line 1: image .*none.png does not exist"),
+        ({"prompt": TEXT, "control_1": S, "control_2": "none.png"}, "none.png does not exist"),
+        ({"prompt": TEXT, "images": [[S]]}, "images is a list of 1, not a path"),
+        ({"prompt": TEXT, "images": []}, "images is empty"),
         ({"image": T, "edit_image": "", "prompt": TEXT}, "edit_image is empty"),
         ({"prompt": TEXT, "source": None, "image": T}, "source is empty"),
         ({"a": S, "b": T, "prompt": TEXT}, "has no column 'source'; it has: a, b, prompt"),
         ({"prompt": TEXT, "image": "https://example.org/a.png"}, "web address .* download it"),
-        ({"prompt": TEXT, "image": [S]}, "image is a list; give one path"),
         ({"prompt": TEXT, "image": 5}, "image is 5, not a path"),
         ({"prompt": ["a", "b"], "image": S}, "prompt is a list of 2, not text"),
         ({"prompt": TEXT, "image": "SRC.png"}, "SRC.png does not exist; did you mean 'src.png'"),
@@ -120,6 +122,29 @@ def test_a_row_of_a_drawing_among_edits_is_no_edit(here: Path) -> None:
     with pytest.raises(UserError, match="line 2 has no source: its image is the finished picture in other rows"):
         edits_from(spec)
     assert prompts_from(spec, targets=True).target(0) == Path(T)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": TEXT, "image": [S, U]},
+        {"prompt": TEXT, "images": f'["{S}", "{U}"]'},
+        {"instruction": TEXT, "input_images": [S, {"path": U}], "output_image": T},
+        {"control_path_2": U, "control_path_1": S, "control_path_3": "", "image": T, "prompt": TEXT},
+        {"source": [S, U], "target": [T], "prompt": TEXT},
+    ],
+)
+def test_several_sources_of_one_edit_in_their_order(here: Path, row: dict, caplog) -> None:
+    found = edits_from(table(row, row), targets=True)
+    assert found[1] == (TEXT, [Path(S), Path(U)]) and found.sizes(0) == [(64, 64)] * 2
+    assert "target" not in str(row) and "output" not in str(row) or found.target(0) == Path(T)
+    if "images" in row:
+        edits_from(table(row), columns=Columns(source="images"))
+    several = edits_from(table({"source": S, "target": [S, T], "prompt": TEXT}), targets=True)
+    with pytest.raises(UserError, match="has 2 finished pictures, where one is wanted"):
+        several.target(0)
+    named = edits_from(table({"a": [S, U], "b": T, "words": TEXT}), columns=Columns(source="a", instruction="words"))
+    assert named[0] == (TEXT, [Path(S), Path(U)])
 
 
 def test_a_short_csv_row_lacks_its_source(here: Path) -> None:

@@ -59,6 +59,15 @@ MODELS = {
         "qwen-image", "QwenImagePipeline", ("QwenImageTransformer2DModel", {}), ("AutoencoderKLQwenImage", {}),
         {"text_encoder": ("Qwen2_5_VLForConditionalGeneration", 8_292_166_656)},
     ),
+    "qwen-image-2.1": Model(
+        "qwen-image-2.1", "QwenImage21Pipeline", ("QwenImage21Transformer2DModel", {}),
+        ("AutoencoderKLQwenImage21", {}),
+        {"text_encoder": ("Qwen3VLForConditionalGeneration", 8_767_123_696)},
+    ),
+    "krea2": Model(
+        "krea2", "Krea2Pipeline", ("Krea2Transformer2DModel", {}), ("AutoencoderKLQwenImage", {}),
+        {"text_encoder": ("Qwen3VLModel", 4_437_815_808)},
+    ),
     "z-image": Model(
         "z-image", "ZImagePipeline", ("ZImageTransformer2DModel", {}), ("AutoencoderKL", VAE),
         {"text_encoder": ("Qwen3Model", 4_022_468_096)},
@@ -104,6 +113,7 @@ MODELS = {
 
 FEW_BLOCKS = {
     "klein-4b": {"num_layers": 1, "num_single_layers": 4}, "flux1-dev": {"num_layers": 1, "num_single_layers": 2},
+    "qwen-image-2.1": {"num_layers": 2}, "krea2": {"num_layers": 2},
     "qwen-image": {"num_layers": 2}, "z-image": {"n_layers": 8, "n_refiner_layers": 1},
     "longcat-image": {"num_layers": 1, "num_single_layers": 2}, "bria-fibo": {"num_layers": 1, "num_single_layers": 5},
     "sd3.5-medium": {"num_layers": 4, "dual_attention_layers": (0, 1)},

@@ -30,9 +30,10 @@ class Group:
         return torch.randn((count, *self.clean.shape[1:]), generator=generator).to(self.clean)
 
     def source(self) -> Tensor | None:
-        """Latents of the picture that is edited, of one sample's shape; None where there is none of that size."""
+        """Latents of the picture that is edited, of one sample's shape; None where there is none of that size, or where
+        it is one of several."""
         context, shape = self.condition.context, self.clean.shape[1:]
-        if context is None or context[0].numel() != math.prod(shape):
+        if context is None or "references" in self.condition.fixed or context[0].numel() != math.prod(shape):
             return None
         tokens = context[0].to(self.clean)
         if len(shape) == 3:  # latents (C, h, w), whose tokens are (h w, C)
