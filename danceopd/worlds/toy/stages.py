@@ -51,14 +51,12 @@ def _even(names: tuple[str, ...]) -> dict[str, float]:
     return dict.fromkeys(names, 1.0)
 
 
-HARD = {"single_object": 0.4, "two_object": 2.0, "counting": 3.0, "colors": 0.4, "position": 5.0, "color_attr": 2.0}
+HARD = {"single_object": 0.4, "two_object": 1.5, "counting": 2.0, "colors": 0.4, "position": 5.0, "color_attr": 2.0}
 """The data of the generation teacher: mostly counting, position and binding."""
 PIPELINE = ("autoencoder", "base")
 """Stages that train the parts of one pipeline, in one folder."""
 EDITS = (2.3, 1.2)
 """The noise levels of edits: nearer to pure noise, where the source alone says what an edit leaves unchanged."""
-PICTURES = (2.0, 1.2)
-"""The noise levels of generation: how many and where is decided near pure noise."""
 RANK = 40
 """Rank of the shipped teachers: 1.4 MB each in bfloat16."""
 
@@ -67,7 +65,7 @@ RANK = 40
 def _of_effect(effect: Effect) -> Stage:
     """Minutes for one task: whole pictures change sooner than one thing in them."""
     if effect.capability == "generation":
-        return Stage(500, 32, Mix({effect.task: 1.0}, {}, 1.0), EFFECT_RANK, guidance=2.0, noise=PICTURES)
+        return Stage(500, 32, Mix({effect.task: 1.0}, {}, 1.0), EFFECT_RANK, guidance=2.0)
     whole = effect.task.partition("=")[0] in GLOBAL
     return Stage(200 if whole else 500, 32, Mix({}, {effect.task: 1.0}, 0.0), EFFECT_RANK, noise=EDITS)
 
@@ -75,7 +73,7 @@ def _of_effect(effect: Effect) -> Stage:
 STAGES: dict[str, Stage] = {
     "autoencoder": Stage(steps=10000, batch=24),
     "base": Stage(steps=4000, mix=Mix(_even(TAGS), _even(TASKS), 0.6)),
-    "generation": Stage(steps=11000, mix=Mix(HARD, {}, 1.0), rank=RANK, guidance=2.0, noise=PICTURES),
+    "generation": Stage(steps=11000, mix=Mix(HARD, {}, 1.0), rank=RANK, guidance=2.0),
     "editing": Stage(steps=7500, mix=Mix({}, _even(TASKS) | dict.fromkeys(LOCAL, 2.0), 0.0), rank=RANK, noise=EDITS),
     "local-edit": Stage(steps=2000, mix=Mix({}, _even(LOCAL), 0.0), rank=RANK),
     "global-edit": Stage(steps=300, mix=Mix({}, _even(GLOBAL), 0.0), rank=RANK),
