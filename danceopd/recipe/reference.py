@@ -56,6 +56,9 @@ def schema(installed: bool = False) -> dict[str, Any]:
             "examples": [f"./{capability}-lora"],
         }
     properties["call"] |= {"properties": dict(_call()), "additionalProperties": False}
+    properties["data"]["anyOf"] = [{"$ref": properties["data"].pop("$ref")}, {"const": "auto"}]
+    accept = models["Teacher"]["properties"]["accept"]
+    accept["anyOf"] = [{"type": accept.pop("type"), "items": accept["items"]}, accept.pop("items")]
     for gate in ("evidence", "consensus", "skills"):
         models["Gates"]["properties"][gate]["anyOf"].append({"type": "boolean"})
     if installed:

@@ -1,22 +1,19 @@
-"""Types of single values of a recipe whose checks pydantic does not have: what exists on disk, and the names of parts.
+"""Types of values that name a part: built in, or a plug-in (danceopd/plugins).
 
-A part is built in, or a plug-in (danceopd/plugins): the name of an entry point, `module:name`, or in Python the object.
+That is the name of an entry point, `module:name`, or in Python the object.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, PlainValidator, WithJsonSchema
+from pydantic import BeforeValidator, WithJsonSchema
 from pydantic_core import PydanticKnownError
 
 from danceopd.common.messages import shown
-from danceopd.common.parse import local_path
-from danceopd.common.shipped import resolve
-from danceopd.errors import UserError
 from danceopd.plugins import KINDS, MODULE_NAME, check_name, name_of, plugin_names
+from danceopd.recipe.values.places import sentence_of
 
 ObjectiveWord = Literal["danceopd", "diffusionopd", "flowopd", "offpolicy", "supervised", "nft"]
 LawWord = Literal["low-noise", "uniform", "mid", "high-noise", "paper"]
@@ -37,57 +34,6 @@ BlendMethod = Literal[
 """The names of `blending.methods.METHODS`, which a recipe may say before torch is there."""
 OBJECTIVES, LAWS, BLENDS = get_args(ObjectiveWord), get_args(LawWord), get_args(BlendMethod)
 
-MICRO_BATCH = {"anyOf": [{"type": "integer", "minimum": 1, "maximum": 2**14}, {"const": "auto"}, {"type": "null"}]}
-"""Its JSON schema, which a plain validator does not say."""
-
-
-def existing(value: Any, what: str, **how: Any) -> Any:
-    """`shipped.resolve` as a validator; ValueError for what does not exist."""
-    return _sentence(resolve, value, what, **how)
-
-
-def _sentence(check: Callable[..., Any], *values: Any, **how: Any) -> Any:
-    """What `check` returns; its UserError as a ValueError, to which pydantic adds the key."""
-    try:
-        return check(*values, **how)
-    except UserError as error:
-        raise ValueError(str(error)) from None
-
-
-# -- places -------------------------------------------------------------------------------------------------
-
-
-def _base(value: Any) -> Any:
-    return existing(value, "base model", hub=True)
-
-
-def _editing_base(value: Any) -> Any:
-    return None if value is None else existing(value, "editing base", hub=True, shipped_names=False)
-
-
-def _gguf(value: Any) -> Any:
-    return existing(value, "GGUF file", shipped_names=False)
-
-
-def _output(value: Any) -> Any:
-    return _sentence(local_path, value, "output folder") if isinstance(value, str | Path) else value
-
-
-def _micro_batch(value: Any) -> Any:
-    if value in (None, "auto") or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 2**14):
-        return value
-    raise ValueError(f"{value!r} is neither auto nor a whole number from 1 to 16384; give one of them")
-
-
-BaseName = Annotated[str, BeforeValidator(_base)]
-EditingBase = Annotated[str | None, BeforeValidator(_editing_base)]
-GgufFile = Annotated[str, BeforeValidator(_gguf)]
-Output = Annotated[Path, BeforeValidator(_output)]
-MicroBatch = Annotated[int | Literal["auto"] | None, PlainValidator(_micro_batch), WithJsonSchema(MICRO_BATCH)]
-
-
-# -- names of parts -----------------------------------------------------------------------------------------
-
 
 def _name_of(kind: str, value: Any) -> Any:
     """An object under its name; plain data as it is."""
@@ -100,7 +46,7 @@ def part_name(kind: str, value: Any, builtin: tuple[str, ...] = ()) -> str:
     name = _name_of(kind, value)
     if not isinstance(name, str):
         raise ValueError(f"{shown(value)} is no {kind}; name one")
-    _sentence(check_name, kind, name, builtin)
+    sentence_of(check_name, kind, name, builtin)
     return name
 
 
