@@ -44,6 +44,8 @@ HELD = {
     "QwenImageTransformer2DModel": Held(2.44, 0, 2.71, 29),
     "ZImageTransformer2DModel": Held(3.31, 0, 3.55, 32),
     "SD3Transformer2DModel": Held(2.52, 0, 2.82, 26),
+    "LongCatImageTransformer2DModel": Held(2.456, 0, 2.88, 34.5),
+    "BriaFiboTransformer2DModel": Held(2.5, 0, 2.8, 34),
 }
 LEAST_KNOWN = Held(3.31, 25.5, 3.55, 43)
 """Of a transformer that was not counted: the most of those that were."""

@@ -12,6 +12,7 @@ from danceopd.models.flops import TokenCounts, activation_bytes, forward_bytes
 ROWS = [
     ("klein-4b", 1024, True, 512), ("klein-4b", 512, False, 512), ("flux1-dev", 1024, True, 512),
     ("qwen-image", 1024, True, 512), ("z-image", 1024, False, 512), ("sd3.5-medium", 1024, False, 333),
+    ("longcat-image", 1024, True, 512), ("bria-fibo", 1024, True, 1000),
 ]  # fmt: skip
 
 
