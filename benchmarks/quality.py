@@ -106,8 +106,8 @@ LINES = {
 class ImageEvaluator:
     """Both scores of adapters on one base: the same validation items from the same noise, decoded and read."""
 
-    def __init__(self, base: Path, items: int) -> None:
-        pipe, self.suite = load_base(base), Suite(split="val")
+    def __init__(self, base: Path, items: int, split: str = "val") -> None:
+        pipe, self.suite = load_base(base), Suite(split=split)
         family = family_of(pipe)
         self.backbone, call = Backbone(pipe.transformer, family), pipeline_call(base, {}, family)
         prompts, edits = self.suite.generation_items(items), self.suite.editing_items(items)

@@ -6,20 +6,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from danceopd.adapters.header import inspect_adapter
+from danceopd.adapters.blending.methods import method_of
+from danceopd.adapters.header import WEIGHTS, inspect_adapter
 from danceopd.adapters.read import read_adapter
+from danceopd.adapters.write import write_adapter
+from danceopd.common.cache import cache_key
+from danceopd.common.console import progress_bar
 from danceopd.common.shipped import SHIPPED
 from danceopd.common.tensors import DTYPES
 from danceopd.data.dataset import TeacherData
 from danceopd.data.encode import Encoder, open_pipelines
 from danceopd.data.null_prompt import contrast_null, null_condition
+from danceopd.engine.calibration.inputs import RecordedInputs
+from danceopd.engine.calibration.states import Questions, spread
 from danceopd.engine.teachers import RoutedTeacher, TeacherWeights, load_teacher
 from danceopd.engine.warm_start import StudentInit, student_init
 from danceopd.kernels import install
@@ -94,6 +100,18 @@ def build_backbone(recipe: Recipe, transformer: Any, family: Any) -> Backbone:
     return backbone
 
 
+def open_encoder(recipe: Recipe, base: Path, device: torch.device) -> tuple[Any, Any, Encoder]:
+    """(the stock pipeline on `device` with an empty transformer, the transformer itself on the CPU, the encoder)."""
+    pipe = load_base(base, stock_dtype(recipe.dtype))
+    transformer = pipe.transformer
+    pipe.transformer = empty_module(transformer, next(transformer.parameters()))  # pipelines only record calls
+    pipe.to(device)
+    family = family_of(pipe, recipe.family)
+    call = pipeline_call(base, recipe.call, family)
+    pipelines = open_pipelines(pipe, family, call, [t.capability for t in recipe.teachers], recipe.editing_base)
+    return pipe, transformer, Encoder(base, family, pipelines, recipe.editing_base)
+
+
 def teacher_weights(recipe: Recipe, teacher: TeacherWeights, base: Path, device: torch.device) -> TeacherWeights:
     """Decide how a whole model is kept; where the student starts from it, its low-rank difference is needed."""
     wanted = recipe.student.init in ("blend", teacher.teacher.name)
@@ -113,6 +131,40 @@ def initial_student(recipe: Recipe, teachers: list[TeacherWeights], base: Path) 
     init = student_init(student, adapters, read, recipe.seed, teachers[0].fast)
     _log.info(init.sentence)
     return init
+
+
+def recorded_start(
+    recipe: Recipe, init: StudentInit, weights: Sequence[TeacherWeights], teachers: Sequence[RoutedTeacher],
+    rows: Mapping[str, Sequence[int]], backbone: Backbone,
+) -> StudentInit:  # fmt: skip
+    """A `pending` start: inputs of layers are recorded on a few of each teacher's `rows`, and it is made of them.
+
+    It is kept in the run folder's cache, for the run's continuation and its other processes.
+    """
+    if not init.pending:
+        return init
+    adapters = {one.teacher.name: (one.adapter, one.teacher.scale) for one in weights}
+    facts = [[one.sha256, one.teacher.scale, one.teacher.guidance, one.residual] for one in weights]
+    key = cache_key(recipe.student.model_dump(mode="json"), facts, recipe.rollout.steps, recipe.seed)
+    folder = recipe.output / "cache" / f"start-{key[:16]}"
+    if (folder / WEIGHTS).is_file():
+        record = inspect_adapter(folder).record
+        return StudentInit(read_adapter(folder), float(record["residual"]), str(record["started"]))
+    count = method_of(recipe.student.init_method).prompts
+    questions = [Questions(t.dataset, spread(rows[t.name], count), t.field) for t in teachers]
+    device = next(backbone.transformer.parameters()).device if backbone.device is None else backbone.device
+    with progress_bar("recording the start's inputs") as report, RecordedInputs(
+        backbone, questions, device, recipe.seed, recipe.rows_at_once, report
+    ) as inputs:
+        found = student_init(recipe.student, adapters, _no_file, recipe.seed, inputs=inputs)
+    assert found.adapter is not None
+    write_adapter(found.adapter, folder, metadata={"residual": repr(found.residual), "started": found.sentence})
+    _log.info(found.sentence)
+    return found
+
+
+def _no_file(path: str) -> tuple[Adapter, str]:
+    raise ValueError("a blend reads no file")
 
 
 def routed_teacher(

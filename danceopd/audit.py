@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from danceopd.assembly import build_backbone, initial_student, teacher_weights
+from danceopd.assembly import build_backbone, initial_student, open_encoder, recorded_start, teacher_weights
 from danceopd.bench.judges.registry import load_judge
 from danceopd.bench.judges.session import JudgeSession
 from danceopd.bench.options import JudgeOptions
@@ -39,7 +39,7 @@ from danceopd.common.files import (
 from danceopd.common.rng import stream
 from danceopd.common.system import command_line, describe_machine, resolve_device
 from danceopd.data.dataset import CachedConditions
-from danceopd.data.encode import Encoder, free_encoders, open_pipelines, park_components
+from danceopd.data.encode import free_encoders, park_components
 from danceopd.data.images import edited_picture, flattened
 from danceopd.data.null_prompt import contrast_null, null_condition
 from danceopd.drawing import draw_sources
@@ -51,12 +51,10 @@ from danceopd.labelfree.audit.signals import LEVELS, signals_of
 from danceopd.labelfree.audit.summary import RESULT, audit_folder, summary
 from danceopd.labelfree.audit.table import markdown
 from danceopd.labelfree.rewards import Group
-from danceopd.models.base import base_fingerprint, base_folder, load_base, pipeline_call
+from danceopd.models.base import base_fingerprint, base_folder
 from danceopd.models.fields import AdapterField, BaseField, MergedField, VelocityField, acting
 from danceopd.pipelines.condition import Condition
 from danceopd.pipelines.generation import GenerationPipeline, euler
-from danceopd.pipelines.record import empty_module
-from danceopd.pipelines.registry import family_of
 from danceopd.planning.cards import card_here
 from danceopd.planning.checks import check_output
 from danceopd.planning.plugins import check_plugins
@@ -64,7 +62,6 @@ from danceopd.planning.settings import prepare
 from danceopd.plugins import name_of
 from danceopd.recipe.nft import NFT
 from danceopd.recipe.recipe import Recipe
-from danceopd.run.export import stock_dtype
 from danceopd.run.heldout import FIRST_SEED, Row, by_layout, encode_rows, held_out_rows
 from danceopd.worlds.scenes.grammar import IMAGE
 from danceopd.worlds.scenes.prompts import Prompt
@@ -243,16 +240,9 @@ class _Model:
         self.recipe, self.questions, self.device = recipe, questions, resolve_device(recipe.device)
         init = initial_student(recipe, list(weights), base) if options.draws == "student" else None
         fingerprint = base_fingerprint(base)
-        pipe = load_base(base, stock_dtype(recipe.dtype))
-        transformer = pipe.transformer
-        pipe.transformer = empty_module(transformer, next(transformer.parameters()))  # pipelines only record calls
-        pipe.to(self.device)
-        family = family_of(pipe, recipe.family)
-        call = pipeline_call(base, recipe.call, family)
-        capabilities = [t.capability for t in recipe.teachers]
-        pipelines = open_pipelines(pipe, family, call, capabilities, recipe.editing_base)
-        backbone = build_backbone(recipe, transformer, family)
-        self.encoder = Encoder(base, family, pipelines, recipe.editing_base)
+        pipe, transformer, self.encoder = open_encoder(recipe, base, self.device)
+        pipelines = self.encoder.pipelines
+        backbone = build_backbone(recipe, transformer, self.encoder.family)
         self.datasets: dict[str, CachedConditions] = {}
         self.teachers: dict[str, RoutedTeacher] = {}
         nulls: dict[str, Condition | None] = {}
@@ -273,6 +263,8 @@ class _Model:
         transformer.to(self.device)
         self.student: VelocityField | None = None
         if init is not None:
+            every_row = {name: range(len(found)) for name, found in questions.items()}
+            init = recorded_start(recipe, init, weights, [*self.teachers.values()], every_row, backbone)
             backbone.new_student(STUDENT, recipe.student.rank, recipe.seed, init.adapter)
             self.student = (MergedField if recipe.rollout.merged else AdapterField)(backbone, STUDENT)
         self.rows = max(recipe.rows_at_once, options.samples)

@@ -22,7 +22,15 @@ import torch
 from PIL import Image
 
 from danceopd.adapters.load import load_student
-from danceopd.assembly import initial_student, open_base, place, routed_teacher, teacher_weights, warn_of_scenes
+from danceopd.assembly import (
+    initial_student,
+    open_base,
+    place,
+    recorded_start,
+    routed_teacher,
+    teacher_weights,
+    warn_of_scenes,
+)
 from danceopd.bench.results import Benched, open_picture
 from danceopd.common.console import progress_bar
 from danceopd.common.distributed import Processes
@@ -258,7 +266,10 @@ def _train(
             tried = teachers[0].dataset.rows([0] * min(recipe.batch, 2))
             verdict = install_if_faster(transformer, tried, device, lambda line: _say(line, processes), tried_graphs)
     graphs = rolled.cuda_graphs is True or (tried_graphs and verdict is not None and verdict.graphs)
-    backbone.new_student(STUDENT, recipe.student.rank, recipe.seed, opened.init.adapter)
+    with processes.main_first():
+        rows = {name: data.rows for name, data in opened.datasets.items()}
+        init = recorded_start(recipe, opened.init, opened.teachers, teachers, rows, backbone)
+    backbone.new_student(STUDENT, recipe.student.rank, recipe.seed, init.adapter)
     all_reduce = processes.all_reduce
     if sharded:
         all_reduce = ShardedForwards(backbone, processes, teachers[0].dataset.rows([0]), STUDENT).add
@@ -307,7 +318,7 @@ def _train(
     if validation.chosen is not None and processes.broadcast(run is not None and not run.logger.picture(step).exists()):
         samples.draw(trainer, step, trainer.ema_field(student))
     known = {name: sha256 for name, sha256 in hashes.items() if sha256 is not None}
-    origin = Origin(opened.base, fingerprint, loaded.call, known, opened.init.sentence, opened.saved)
+    origin = Origin(opened.base, fingerprint, loaded.call, known, init.sentence, opened.saved)
     sentences = [*filter(None, [validation.sentence()]), *monitor.sentences(), *(run.sentences() if run else [])]
     sentences += [sentence for part in (*beside, *own) for sentence in part.sentences()]
     try:

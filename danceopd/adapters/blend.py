@@ -2,8 +2,8 @@
 
 Used as a warm start and as the baseline that a merge is compared with. A method (`blending/methods.py`) works on what
 the adapters add to each weight, module by module, so their ranks may differ. Exact methods concatenate ranks and never
-make the (out, in) delta; methods on singular vectors work in a smaller space; the others make it for one module at a
-time. The result is reduced to its rank by SVD, and what that loses is reported.
+make the (out, in) delta, nor do regressions; methods on singular vectors work in a smaller space; the others make it
+for one module at a time. The result is reduced to its rank by SVD, and what that loses is reported.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from danceopd.adapters.blending.layers import LayerRule, check_rules, weights_of
 from danceopd.adapters.blending.methods import Method, inner, method_of
 from danceopd.adapters.blending.subspace import SPACES, project, restore
+from danceopd.adapters.regression.moments import Inputs
 from danceopd.adapters.svd import Factors, product_core, truncate_matrix, truncate_product
 from danceopd.common.messages import did_you_mean, few
 from danceopd.errors import UserError
@@ -25,6 +26,11 @@ from danceopd.models.lora import Adapter
 
 LARGEST = 1e6
 """Largest size of a weight or scale; beyond it, a blend may overflow fp32."""
+NEEDS_INPUTS = (
+    "looks at the inputs of layers, and none are recorded here; write it with `danceopd blend --method`, and name that "
+    "LoRA here"
+)
+"""What is wrong where such a method is asked for without a model that runs."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ def blend_with_residual(
     seed: int = 0,
     layers: Sequence[LayerRule] = (),
     space: str | None = None,
+    inputs: Inputs | None = None,
 ) -> BlendResult:
     """Merge adapters of one base into one, times `scale`.
 
@@ -81,16 +88,21 @@ def blend_with_residual(
 
     `scale` "auto" is the number with which the blend, as it is written, has the mean energy of the adapters: ‖Δ‖² over
     the layers of the blend, weighted by |w|. A sum of adapters that point the same way is larger than each, one of
-    adapters that cancel is smaller, and both are put right. `space` "core" runs a method in the core space.
+    adapters that cancel is smaller, and both are put right. `space` "core" runs a method in the core space. `inputs`
+    are the layers' own, for the methods that look at them.
 
     UserError when weights, density, method or space do not fit, or the adapters are not of one base.
     """
     how = check_blend(adapters, weights, rank, method, density, scale, space)
+    if (how.regress is None) != (inputs is None):
+        raise UserError(f"{how.name} {'looks at no inputs' if inputs else NEEDS_INPUTS}")
     given = [float(weight) for weight in (how.weights(len(adapters)) if weights is None else weights)]
     density = how.density if density is None else density
     strength = float(scale) if scale != "auto" else 1.0
     merged, lost, whole, wanted = {}, {}, {}, 0.0
-    for name, (active, taken, factor) in blend_parts(adapters, given, how, layers).items():
+    parts = blend_parts(adapters, given, how, layers)
+    for name in parts if inputs is None else inputs.begin(adapters, parts, how):
+        active, taken, factor = parts[name]
         pairs = [adapters[i].tensors.get(name) for i in active]
         share = strength * factor
         if scale == "auto":
@@ -98,10 +110,15 @@ def blend_with_residual(
             wanted += factor**2 * sum(energies) / sum(map(abs, taken))
         if how.coefficients is not None:
             shares = [share * c for c in _checked(how, name, how.coefficients(pairs, taken), len(pairs))]
-            parts = [(pair, c) for pair, c in zip(pairs, shares) if pair is not None and c]
-            if parts:
-                a, b = _joined(parts)
+            terms = [(pair, c) for pair, c in zip(pairs, shares) if pair is not None and c]
+            if terms:
+                a, b = _joined(terms)
                 merged[name], lost[name], whole[name] = truncate_product(a, b, rank or a.shape[0])
+            continue
+        if how.regress is not None and inputs is not None:
+            a, b = how.regress(pairs, taken, inputs.of(name))
+            merged[name], lost[name], whole[name] = truncate_product(a, share * b, rank or a.shape[0])
+            inputs.solved(name, merged[name])
             continue
         assert how.merge is not None
         draws = [_generator(seed, name, i) for i in active]
@@ -164,7 +181,7 @@ def blend_ranks(
         held = [adapters[i].tensors[name] for i in active if name in adapters[i].tensors]
         total = sum(a.shape[0] for a, _ in held)
         shape = held[0][0].shape[1], held[0][1].shape[0]
-        if how.coefficients is not None:
+        if how.coefficients is not None or how.regress is not None:
             ranks[name] = min(total, rank or total)
         elif (space or how.space) == "full":
             ranks[name] = min(rank or total, *shape)
@@ -200,8 +217,9 @@ def check_blend(
         raise UserError(f"density {density:g} is no share of the entries; give a number above 0 and up to 1")
     if space is not None and space not in SPACES:
         raise UserError(f"there is no space {space!r}{did_you_mean(space, SPACES)}")
-    if space == "core" and how.coefficients is not None:
-        raise UserError(f"{how.name} is a sum, which is the same in every space; leave the space out")
+    if space == "core" and (how.coefficients is not None or how.regress is not None):
+        what = "a sum" if how.regress is None else "a regression"
+        raise UserError(f"{how.name} is {what}, which is the same in every space; leave the space out")
     return how
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from danceopd.adapters.blend import blend, scaled
+from danceopd.adapters.blend import NEEDS_INPUTS, blend, scaled
 from danceopd.adapters.blending.methods import Method, method_of
 from danceopd.adapters.header import adapter_file, inspect_adapter, is_checkpoint
 from danceopd.adapters.read import read_adapter
@@ -311,7 +311,8 @@ def build_lineup(
     builder = _Builder(student, recipe)
     methods = [name_of("blend method", method) for method in blend_methods]
     for method in methods:
-        method_of(method)
+        if method_of(method).regress is not None:
+            raise UserError(f"blend method {method} {NEEDS_INPUTS}")
     if against is None:
         against = [word for word in AGAINST if word != "blend" or not builder.full_models]
         if len(against) < len(AGAINST):

@@ -293,7 +293,7 @@ def blend(
         str,
         typer.Option(
             help="linear, slerp, task-arithmetic, ties, dare-linear, dare-ties, magnitude-prune, breadcrumbs, sce, "
-            "knots, tsv or iso-c (docs/blending.md); or a plug-in, module:name."
+            "knots, tsv, iso-c, regmean, regmean++ or ssr (docs/blending.md); or a plug-in, module:name."
         ),
     ] = "linear",
     weights: Annotated[str, typer.Option(help="One for each, with commas; default: the method's own.")] = "",
@@ -314,6 +314,12 @@ def blend(
     seed: Seed = 0,
     base: Base = None,
     drop: Drop = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="For regmean, regmean++ and ssr: prompts or edits of each LoRA, in order, or a recipe."),
+    ] = None,
+    prompts: Annotated[int | None, typer.Option(help="Prompts or edits of each LoRA; default: 8, of ssr 1.")] = None,
+    device: Device = None,
     report: Annotated[bool, typer.Option("--report", help="Also say and draw where the LoRAs fight.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what would be written; reads no weight.")] = False,
 ) -> None:
@@ -322,14 +328,15 @@ def blend(
     Example: danceopd blend a.safetensors b.safetensors --method ties --weights 0.7,0.9 -o blend
     """
     from danceopd.adapters.blending.layers import parse_blocks, parse_layers
-    from danceopd.cli.blend import Request, planned, run, show, summary
+    from danceopd.cli.blend import Asked, Request, planned, run, show, summary
 
     if plan and report:
         raise UserError("--plan reads no weight, so it has no --report; leave one of the two out")
     request = Request(
         adapters, output, method, [number(word, "--weights") for word in words(weights)] or None, rank, density,
         scale if scale == "auto" else number(scale, "--scale"), seed, base, drop or (),
-        (*parse_layers(layers or ()), *parse_blocks(blocks or ())), space, size, dtype
+        (*parse_layers(layers or ()), *parse_blocks(blocks or ())), space, size, dtype,
+        Asked(data or (), prompts, device),
     )  # fmt: skip
     if plan:
         echo(planned(request))

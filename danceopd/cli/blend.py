@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from danceopd.adapters.blend import (
     BlendResult,
@@ -28,6 +30,7 @@ from danceopd.adapters.blending.methods import METHODS, Method, method_of
 from danceopd.adapters.header import WEIGHTS, LoraHeader, inspect_adapter
 from danceopd.adapters.read import adapter_shapes, read_adapter
 from danceopd.adapters.write import write_adapter
+from danceopd.cli.blending.asked import Asked
 from danceopd.common.files import disk_errors
 from danceopd.common.messages import did_you_mean
 from danceopd.common.shipped import portable, resolve
@@ -36,6 +39,9 @@ from danceopd.errors import UserError
 from danceopd.models.base import base_fingerprint, base_folder, empty_transformer
 from danceopd.models.lora import Adapter
 from danceopd.plugins import name_of, origin
+
+if TYPE_CHECKING:
+    from danceopd.cli.blending.data import Calibration
 
 MOST = 1e4
 """The largest weight or strength of a LoRA."""
@@ -67,6 +73,7 @@ class Request:
     space: str | None = None
     size: str | None = None
     dtype: str = "fp32"
+    asked: Asked = Asked()
 
     @property
     def file(self) -> Path:
@@ -87,6 +94,18 @@ class Request:
             raise UserError(f"weights and scale must be numbers from -{MOST:g} to {MOST:g}; give smaller ones")
         if self.dtype not in DTYPES:
             raise UserError(f"there is no dtype {self.dtype!r}{did_you_mean(self.dtype, DTYPES)}")
+        self.asked.check(self.how)
+
+    def calibration(
+        self, headers: Sequence[LoraHeader], record: Mapping[str, str], adapters: Sequence[Adapter]
+    ) -> Calibration | None:
+        """What is recorded for methods that look at inputs; None for the others."""
+        if self.how.regress is None:
+            return None
+        from danceopd.cli.blending.data import calibration  # late: other methods need no model
+
+        files, output = [header.file for header in headers], self.file.parent
+        return calibration(self.asked, self.how, record.get("base"), files, adapters, output, self.seed)
 
     def resolve(self, adapters: Sequence[Adapter]) -> tuple[list[float], int | None, dict[str, int]]:
         """(the weights, the rank to end at, the rank of each layer); UserError as `check_blend` and `blend_parts`."""
@@ -119,10 +138,14 @@ def run(request: Request, tell: Callable[[str], None] | None = None) -> tuple[Pa
         if not delta_norm(adapter):
             raise UserError(f"{header.file} is empty: B·A is zero in every layer, so it changes nothing; leave it out")
     weights, rank, _ = request.resolve(adapters)
-    found = blend_with_residual(
-        adapters, weights, rank, request.method, request.density, request.scale, request.seed, request.layers,
-        request.space,
-    )  # fmt: skip
+    plan = request.calibration(headers, record, adapters)
+    for line in plan.said() if plan is not None else ():
+        print(line, file=sys.stderr, flush=True)
+    with nullcontext() if plan is None else plan.recording() as inputs:
+        found = blend_with_residual(
+            adapters, weights, rank, request.method, request.density, request.scale, request.seed, request.layers,
+            request.space, inputs,
+        )  # fmt: skip
     if delta_norm(found.adapter) <= 1e-6 * sum(abs(w) * delta_norm(part) for w, part in zip(weights, adapters)):
         raise UserError("the blend changes nothing, since its adapters cancel out; give other weights")
     names = _names(headers)
@@ -136,7 +159,8 @@ def run(request: Request, tell: Callable[[str], None] | None = None) -> tuple[Pa
     if found.scale != 1:
         record["scale"] = f"{found.scale:.6g}"
     drawn = request.seed if request.how.random else None
-    for key, value in (("space", request.space), ("density", request.density), ("seed", drawn)):
+    said = None if plan is None else "; ".join(plan.said())
+    for key, value in (("space", request.space), ("density", request.density), ("seed", drawn), ("inputs", said)):
         if value is not None:
             record[key] = str(value)
     file = write_adapter(found.adapter, request.file.parent, DTYPES[request.dtype], record)
@@ -163,8 +187,11 @@ def planned(request: Request) -> str:
     parts = " + ".join(f"{w:g} x {name}" for w, name in zip(weights, _names(headers)))
     space = request.space or request.how.space
     dense = max(into * out for into, out in sizes.values()) * 4 * (len(adapters) + 2) if space == "full" else 0
-    dense = 0 if request.how.coefficients is not None else dense
+    plan = request.calibration(headers, record, adapters)
+    dense = 0 if request.how.merge is None else dense
     memory = 8 * sum(one.parameters for one in adapters) + 2 * size + dense
+    model, moments = (0, 0) if plan is None else plan.memory(adapters, weights)
+    parts_of = "" if plan is None else f" (the base {model / 1e6:.0f} MB, Gram matrices {moments / 1e6:.0f} MB)"
     left_out = len({name for one in adapters for name in one.tensors}) - len(ranks)
     return "\n".join(
         [
@@ -175,7 +202,8 @@ def planned(request: Request) -> str:
             f"size: about {size / 1e6:.3g} MB",
             f"blend: {request.how.name} of {parts}",
             f"base: {record.get('base', 'not named by the files')}",
-            f"memory: about {memory / 1e6:.0f} MB",
+            *(() if plan is None else plan.said()),
+            f"memory: about {(memory + model + moments) / 1e6:.0f} MB{parts_of}",
         ]
     )
 

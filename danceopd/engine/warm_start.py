@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from danceopd.adapters.blend import blend_with_residual, scaled
 from danceopd.adapters.blending.methods import method_of
+from danceopd.adapters.regression.moments import Inputs
 from danceopd.models.lora import Adapter
 
 if TYPE_CHECKING:
@@ -20,11 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StudentInit:
-    """The adapter that a student starts as (None: the bare base), how much of it its rank lost, and that in words."""
+    """The adapter that a student starts as (None: the bare base), how much of it its rank lost, and that in words.
+
+    `pending`: it is not known yet, for inputs of layers have to be recorded first.
+    """
 
     adapter: Adapter | None
     residual: float
     sentence: str
+    pending: bool = False
 
 
 def blend_weights(student: Student, names: Iterable[str], teachers: int) -> list[float]:
@@ -39,13 +44,14 @@ def student_init(
     read: Callable[[str], tuple[Adapter, str]],
     seed: int = 0,
     fast: Adapter | None = None,
+    inputs: Inputs | None = None,
 ) -> StudentInit:
     """What `student.init` names. `teachers`: name -> (adapter, strength), None for the bare base; `read` reads a LoRA,
-    and says what it is.
+    and says what it is. `inputs` are the layers', of these teachers in their order, where the method looks at them.
 
-    In a blend a teacher that is the bare base takes its share of the weights and adds nothing. A step-distilled LoRA
-    `fast` comes on top of the base, of a teacher and of a blend; a LoRA that is read may have one already. Raises
-    UserError as `blend_with_residual` does.
+    In a blend a teacher that is the bare base takes its share of the weights and adds nothing; in a regression its
+    inputs should see the base. A step-distilled LoRA `fast` comes on top of the base, of a teacher and of a blend; a
+    LoRA that is read may have one already. Raises UserError as `blend_with_residual` does.
     """
     init = student.init
     if fast is not None and (init in ("base", "blend") or init in teachers):
@@ -57,11 +63,21 @@ def student_init(
         lost = f", at rank {student.rank}, which lost {found.residual:.1%} of it" if found.residual else ""
         return StudentInit(found.adapter, found.residual, f"{what.removesuffix('.')}, with fast.adapter on top{lost}.")
     if init == "blend":
-        held = {name: scaled(adapter, scale) for name, (adapter, scale) in teachers.items() if adapter is not None}
+        regresses = method_of(student.init_method).regress is not None
+        held = {
+            name: Adapter({}) if adapter is None else scaled(adapter, scale)
+            for name, (adapter, scale) in teachers.items()
+            if regresses or adapter is not None
+        }
         weights = blend_weights(student, held, len(teachers))
-        found = blend_with_residual(list(held.values()), weights, student.rank, student.init_method, seed=seed)
         shares = " and ".join(f"{weight:.3g} x {name}" for name, weight in zip(held, weights))
         what = f"the {student.init_method} blend of {shares}"
+        if regresses and inputs is None:
+            said = f"The student starts as {what}, for which inputs of the layers are recorded first."
+            return StudentInit(None, 0.0, said, pending=True)
+        found = blend_with_residual(
+            list(held.values()), weights, student.rank, student.init_method, seed=seed, inputs=inputs
+        )
     else:
         if init in teachers:
             (adapter, scale), what = teachers[init], init

@@ -11,8 +11,8 @@ layers where the rank is large.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -178,6 +178,17 @@ class Backbone:
             loras[path].a.copy_(a)
             loras[path].b.copy_(b / loras[path].scale)
 
+    def remove_adapter(self, name: str) -> None:
+        """Take one adapter out again; its layers stay LoRA layers."""
+        if self._active != ActiveAdapter():
+            raise RuntimeError("an adapter is removed while none is active: outside of acting_as and merged")
+        for path in self._paths(name):
+            self._layers[path].remove(name)
+        del self._adapted[name], self._parameters[name]
+        self._cast_from.pop(name, None)
+        if self._merged_from is not None and self._merged_from[0] == name:
+            self._merged, self._merged_from = {}, None
+
     def remove_adapters(self) -> None:
         """Take every adapter and all merged weights out: the transformer is the bare base again, without our layers."""
         if self._active != ActiveAdapter():
@@ -209,6 +220,19 @@ class Backbone:
             if name is not None:
                 self._paths(name)
         return _Switched(self, ActiveAdapter(by_rows=tuple(names)))
+
+    @contextmanager
+    def overlaid(self, names: Sequence[str]) -> Iterator[None]:
+        """Inside `acting_as`: layers that one of these adapters has run with it, and not with the active one."""
+        try:
+            for name in names:
+                self._cast(name)
+                for path in self._paths(name):
+                    self._layers[path].activate(name)
+            yield
+        finally:
+            for path in {path for name in names for path in self._paths(name)}:
+                self._layers[path].activate(self._active.adapter)
 
     def merged(self, name: str) -> AbstractContextManager[None]:
         """A context in which the base weights are W + BA of `name` and no LoRA layer runs. May be nested.

@@ -156,6 +156,12 @@ class LoraLinear(nn.Module):
             self.register_parameter(f"lora_{letter}_{name}", half)
         self.loras[name] = LayerLora(halves[0], halves[1], scale)
 
+    def remove(self, name: str) -> None:
+        """Take a LoRA out that is not active."""
+        for letter in "AB":
+            delattr(self, f"lora_{letter}_{name}")
+        del self.loras[name]
+
     def activate(self, name: str | None) -> None:
         """Make one LoRA the active one; None, or one that this layer has not: none."""
         base = self.base_layer

@@ -27,7 +27,7 @@ NO_ROLLOUT = ("offpolicy", "supervised")
 """Objectives that learn from noised clean pictures, without a trajectory of the student."""
 NO_QUERY = (*NO_ROLLOUT, "nft", "flowopd")
 """Objectives that learn from more than a teacher's velocity at one state."""
-TAKEN = ("student", "base", "blend", "ema")
+TAKEN = ("student", "base", "blend", "ema", *BLENDS)
 """Names that mean something else than a teacher."""
 
 CALL_MOST = {"height": 2**14, "width": 2**14, "num_inference_steps": 1000, "max_sequence_length": 2**13,
@@ -86,6 +86,11 @@ CHECKS: tuple[Check, ...] = (
         lambda r: r.offload == "blocks" and (r.compile or r.parallel == "fsdp"),
         "offload blocks exchanges weights that compile and parallel fsdp hold on to; keep one of the two",
     ),
+    (
+        lambda r: r.parallel == "fsdp" and r.student.init_method in ("regmean", "regmean++", "ssr"),
+        "student.init_method {r.student.init_method} records inputs of whole layers, which parallel fsdp shares out; "
+        "write that blend with `danceopd blend` and name it as student.init",
+    ),
     # teachers
     (lambda r: len(r.teachers) < 2, "a merge needs at least two teachers and here is {n_teachers}; add another"),
     (
@@ -106,6 +111,11 @@ CHECKS: tuple[Check, ...] = (
         "routing.per need was never tried with gates or objective nft; give row",
     ),
     # fast
+    (
+        lambda r: r.fast is not None and r.fast.adapter and r.student.init_method in ("regmean", "regmean++", "ssr"),
+        "fast.adapter goes on top of a start whose inputs {r.student.init_method} would record without it, which was "
+        "never tried; write that blend with `danceopd blend` and name it as student.init",
+    ),
     (
         lambda r: r.small_steps > 1 and (r.objective in NO_QUERY or r.gates.on),
         "fast.teacher_steps goes along the steps of a student's rollout, which objective {r.objective} and gates do "

@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from danceopd.common.messages import shown
-from danceopd.recipe.values import BlendName, FieldName, LawName, existing
+from danceopd.recipe.values import BLENDS, BlendName, FieldName, LawName, existing
 
 Unit = Annotated[float, Field(ge=0, lt=1)]
 Strength = Annotated[float, Field(ge=-1e4, le=1e4)]
@@ -178,12 +178,23 @@ class Student(Part):
     rank: Rank = 64
     """Rank of the LoRA that is learnt."""
     init: str = "blend"
-    """Where it starts: `base` (a LoRA of zeros), `blend` (the teachers' LoRAs merged in weight space), a teacher's
-    name, or a LoRA's path."""
+    """Where it starts: `base` (a LoRA of zeros), `blend` (the teachers' LoRAs merged in weight space), the name of a
+    blend's method, such as `regmean`, a teacher's name, or a LoRA's path."""
     init_weights: dict[str, Strength] = Field({}, examples=[{"draws": 0.7, "edits": 0.9}])
     """Of `blend`: strength of each teacher by name; empty: 1/N each, or 1 where a method adds them up."""
     init_method: BlendName = Field("linear", examples=["ties"])
     """Of `blend`: how the LoRAs are merged, as in `danceopd blend --method`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_method(cls, data: Any) -> Any:
+        """`init: regmean` stands for `init: blend, init_method: regmean`."""
+        if not isinstance(data, Mapping) or data.get("init") not in BLENDS:
+            return data
+        init, method = data["init"], data.get("init_method", data["init"])
+        if init != method:
+            raise ValueError(f"init names {init} and init_method {method}; keep one of the two")
+        return {**data, "init": "blend", "init_method": init}
 
 
 class Optimizer(Part):

@@ -49,6 +49,7 @@ from danceopd.recipe.parts import (
 from danceopd.recipe.sampling import Sampling
 from danceopd.recipe.validation import Validation
 from danceopd.recipe.values import (
+    BLENDS,
     OBJECTIVES,
     BaseName,
     Callbacks,
@@ -231,7 +232,7 @@ class Recipe(Part):
                 raise ValueError(f"unknown key call.{key}{did_you_mean(key, CALL_MOST)}")
         known = ["base", "blend", *(teacher.name for teacher in self.teachers)]
         if self.student.init not in known:
-            hint = did_you_mean(self.student.init, known)
+            hint = did_you_mean(self.student.init, [*known, *BLENDS])
             init = existing(self.student.init, "student.init", hint=hint, shipped_names=False)
             object.__setattr__(self, "student", self.student.model_copy(update={"init": init}))
         return self

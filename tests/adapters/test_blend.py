@@ -147,7 +147,7 @@ def top(delta: torch.Tensor, count: int) -> torch.Tensor:
 
 def test_every_method_has_a_default_of_each_setting():
     parts = [adapter(1, 2), adapter(2, 3)]
-    for name in METHODS:
+    for name in (name for name, how in METHODS.items() if how.regress is None):
         found = blend_with_residual(parts, method=name)
         assert set(found.adapter.ranks.values()) == {5}, name  # the summed rank
         assert found.residuals.keys() == {"x", "y"} and 0 <= found.residual < 1, name

@@ -1,7 +1,9 @@
-"""The methods of `blend`, each with its paper: sums of factors, methods entry by entry, and on singular vectors.
+"""The methods of `blend`, each with its paper: sums of factors, entry by entry, on singular vectors, by regression.
 
 τ_i (out, in) is what adapter i adds to a weight, w_i its weight. An exact method is a weighted sum of the τ_i, so it
-stays in factors. The others merge matrices: the τ_i themselves, or what they are in a smaller space (`subspace.py`).
+stays in factors. Others merge matrices: the τ_i themselves, or what they are in a smaller space (`subspace.py`). The
+last look at the inputs that a layer gets (`danceopd.adapters.regression`). RegMean++ (arXiv 2508.03121) is RegMean on
+the inputs that a layer gets in the merged network.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from danceopd.adapters.blending.entries import (
     ties,
 )
 from danceopd.adapters.blending.subspace import SPACES, iso_c, knots, tsv
+from danceopd.adapters.regression.methods import regmean, ssr
+from danceopd.adapters.regression.moments import Moments
 from danceopd.adapters.svd import Factors
 from danceopd.errors import UserError
 from danceopd.plugins import load
@@ -31,7 +35,8 @@ from danceopd.plugins import load
 
 @dataclass(frozen=True)
 class Method:
-    """One way to blend. Exact methods have `coefficients` of a weighted sum, the others `merge` matrices."""
+    """One way to blend. Exact methods have `coefficients` of a weighted sum, others `merge` matrices, and those that
+    look at the layers' inputs `regress`."""
 
     name: str
     density: float | None = None  # the default density; None: the method keeps every entry
@@ -41,6 +46,10 @@ class Method:
     coefficients: Callable[[Sequence[Factors | None], Weights], list[float]] | None = None
     merge: Callable[[Deltas, Weights, float, Sequence[torch.Generator]], Tensor] | None = None
     space: str = "full"  # the space of `subspace.project` in which `merge` runs unless another is asked for
+    regress: Callable[[Sequence[Factors | None], Weights, Moments], Factors] | None = None
+    latent: bool = False  # whether `regress` needs the moments of A x in place of those of x
+    sequential: bool = False  # whether a layer's inputs are those of the network with all layers before it blended
+    prompts: int = 8  # of each adapter, whose inputs are recorded unless another number is asked for
 
     def weights(self, adapters: int) -> list[float]:
         """The default weights."""
@@ -93,6 +102,9 @@ METHODS: dict[str, Method] = {
         Method("knots", density=0.2, merge=knots, space="outputs"),
         Method("tsv", mean=False, merge=tsv, space="core"),
         Method("iso-c", mean=False, merge=iso_c, space="core"),
+        Method("regmean", mean=False, regress=regmean),
+        Method("regmean++", mean=False, regress=regmean, sequential=True),
+        Method("ssr", mean=False, regress=ssr, latent=True, prompts=1),
     )
 }
 
@@ -102,8 +114,10 @@ def method_of(method: str | Method) -> Method:
     how = method
     if not isinstance(how, Method):
         how = load("blend method", how, METHODS, lambda value: isinstance(value, Method))
-    if (how.coefficients is None) == (how.merge is None) or how.space not in (*SPACES, "outputs"):
+    ways = [way for way in (how.coefficients, how.merge, how.regress) if way is not None]
+    if len(ways) != 1 or how.space not in (*SPACES, "outputs"):
         raise UserError(
-            f"blend method {how.name} needs one of coefficients and merge, and the space full, outputs or core; mend it"
+            f"blend method {how.name} needs one of coefficients, merge and regress, and the space full, outputs or "
+            "core; mend it"
         )
     return how

@@ -30,6 +30,9 @@ BlendMethod = Literal[
     "knots",
     "tsv",
     "iso-c",
+    "regmean",
+    "regmean++",
+    "ssr",
 ]
 """The names of `blending.methods.METHODS`, which a recipe may say before torch is there."""
 OBJECTIVES, LAWS, BLENDS = get_args(ObjectiveWord), get_args(LawWord), get_args(BlendMethod)
