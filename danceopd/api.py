@@ -43,24 +43,25 @@ def blend(
     base: str | os.PathLike | None = None,
     **options: Any,
 ) -> Blend:
-    """Blend LoRAs of one base in weight space, in seconds and without data, and write the result into `output`.
+    """Blend LoRAs of one base in weight space, in seconds, most methods without data; write the result into `output`.
 
     `loras` are files, folders or shipped names. A layer's delta is B @ A, (out, in); what is blended are the deltas, so
     the ranks may differ. `weights` has one number for each LoRA, None for the method's own (1/N for linear). `method`
     is one of `danceopd blend --help`, a plug-in's name, or a `Method`. `rank` is that of the written layers, None for
     the sum of the LoRAs' ranks, which is exact for linear methods. `base` is the model that they belong to, by default
     the one that the files name. `options` are further fields of the command: `density`, `scale`, `seed`, `drop`,
-    `space`, `dtype`.
+    `space`, `dtype`; for methods that look at inputs `data` (a list), `prompts` and `device`.
 
     Raises UserError when the LoRAs belong to different bases or the blend changes nothing, and when `output` holds a
     LoRA already: nothing is overwritten.
     """
-    from danceopd.cli.blend import Request, run
+    from danceopd.cli.blend import Asked, Request, run
 
     if isinstance(loras, str | os.PathLike):
         raise UserError(f"blend got {os.fspath(loras)!r}; give a list of LoRAs, as blend(['a', 'b'], [0.7, 0.9])")
+    asked = Asked(options.pop("data", ()), options.pop("prompts", None), options.pop("device", None))
     known = Request.__dataclass_fields__
     if unknown := [name for name in options if name not in known]:
         raise UserError(f"blend has no option {unknown[0]!r}; it has {', '.join(list(known)[2:])}")
-    file, found = run(Request(list(loras), output, method, weights, rank, base=base, **options))
+    file, found = run(Request(list(loras), output, method, weights, rank, base=base, asked=asked, **options))
     return Blend(file.parent, file, found.residual, found.residuals)

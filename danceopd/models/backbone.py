@@ -57,8 +57,7 @@ class Backbone:
     """A frozen transformer with named adapters. Outside the contexts below it is the bare base.
 
     Freezes `transformer` in place and puts it in eval mode; `family` says which modules a student adapts and how a
-    velocity is computed. Adapter weights are fp32 on the device of the layer they adapt. UserError when the transformer
-    carries a LoRA already.
+    velocity is computed. Adapters are fp32, on their layer's device. UserError when the transformer carries a LoRA.
     """
 
     def __init__(self, transformer: nn.Module, family: Family) -> None:
@@ -179,15 +178,12 @@ class Backbone:
             loras[path].b.copy_(b / loras[path].scale)
 
     def remove_adapter(self, name: str) -> None:
-        """Take one adapter out again; its layers stay LoRA layers."""
-        if self._active != ActiveAdapter():
-            raise RuntimeError("an adapter is removed while none is active: outside of acting_as and merged")
+        """Take one adapter that is not active out again; its layers stay LoRA layers."""
         for path in self._paths(name):
             self._layers[path].remove(name)
         del self._adapted[name], self._parameters[name]
         self._cast_from.pop(name, None)
-        if self._merged_from is not None and self._merged_from[0] == name:
-            self._merged, self._merged_from = {}, None
+        self._merged_from = None
 
     def remove_adapters(self) -> None:
         """Take every adapter and all merged weights out: the transformer is the bare base again, without our layers."""
@@ -224,15 +220,15 @@ class Backbone:
     @contextmanager
     def overlaid(self, names: Sequence[str]) -> Iterator[None]:
         """Inside `acting_as`: layers that one of these adapters has run with it, and not with the active one."""
+        each = [(self._layers[path], name) for name in names for path in self._paths(name)]
+        for layer, name in each:
+            layer.loras[name].cast(layer.compute_dtype)
+            layer.activate(name)
         try:
-            for name in names:
-                self._cast(name)
-                for path in self._paths(name):
-                    self._layers[path].activate(name)
             yield
         finally:
-            for path in {path for name in names for path in self._paths(name)}:
-                self._layers[path].activate(self._active.adapter)
+            for layer, _ in each:
+                layer.activate(self._active.adapter)
 
     def merged(self, name: str) -> AbstractContextManager[None]:
         """A context in which the base weights are W + BA of `name` and no LoRA layer runs. May be nested.
