@@ -100,18 +100,6 @@ def build_backbone(recipe: Recipe, transformer: Any, family: Any) -> Backbone:
     return backbone
 
 
-def open_encoder(recipe: Recipe, base: Path, device: torch.device) -> tuple[Any, Any, Encoder]:
-    """(the stock pipeline on `device` with an empty transformer, the transformer itself on the CPU, the encoder)."""
-    pipe = load_base(base, stock_dtype(recipe.dtype))
-    transformer = pipe.transformer
-    pipe.transformer = empty_module(transformer, next(transformer.parameters()))  # pipelines only record calls
-    pipe.to(device)
-    family = family_of(pipe, recipe.family)
-    call = pipeline_call(base, recipe.call, family)
-    pipelines = open_pipelines(pipe, family, call, [t.capability for t in recipe.teachers], recipe.editing_base)
-    return pipe, transformer, Encoder(base, family, pipelines, recipe.editing_base)
-
-
 def teacher_weights(recipe: Recipe, teacher: TeacherWeights, base: Path, device: torch.device) -> TeacherWeights:
     """Decide how a whole model is kept; where the student starts from it, its low-rank difference is needed."""
     wanted = recipe.student.init in ("blend", teacher.teacher.name)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from danceopd.assembly import build_backbone, initial_student, open_encoder, recorded_start, teacher_weights
+from danceopd.assembly import initial_student, open_base, recorded_start, teacher_weights
 from danceopd.bench.judges.registry import load_judge
 from danceopd.bench.judges.session import JudgeSession
 from danceopd.bench.options import JudgeOptions
@@ -39,7 +39,7 @@ from danceopd.common.files import (
 from danceopd.common.rng import stream
 from danceopd.common.system import command_line, describe_machine, resolve_device
 from danceopd.data.dataset import CachedConditions
-from danceopd.data.encode import free_encoders, park_components
+from danceopd.data.encode import Encoder, free_encoders, park_components
 from danceopd.data.images import edited_picture, flattened
 from danceopd.data.null_prompt import contrast_null, null_condition
 from danceopd.drawing import draw_sources
@@ -240,9 +240,9 @@ class _Model:
         self.recipe, self.questions, self.device = recipe, questions, resolve_device(recipe.device)
         init = initial_student(recipe, list(weights), base) if options.draws == "student" else None
         fingerprint = base_fingerprint(base)
-        pipe, transformer, self.encoder = open_encoder(recipe, base, self.device)
-        pipelines = self.encoder.pipelines
-        backbone = build_backbone(recipe, transformer, self.encoder.family)
+        opened = open_base(recipe, base, None, self.device, [teacher.capability for teacher in recipe.teachers])
+        pipelines, backbone = opened.pipelines, opened.backbone
+        self.encoder = Encoder(base, opened.family, pipelines, recipe.editing_base)
         self.datasets: dict[str, CachedConditions] = {}
         self.teachers: dict[str, RoutedTeacher] = {}
         nulls: dict[str, Condition | None] = {}
@@ -258,9 +258,9 @@ class _Model:
             dataset = encode_rows(teacher.capability, self.encoder, rows, recipe.rollout.steps)
             self.datasets[teacher.name] = dataset
             self.teachers[teacher.name] = RoutedTeacher(teacher.name, routed, dataset, null)
-        free_encoders(self.encoder, pipe)
+        free_encoders(self.encoder, opened.pipe)
         park_components(self.encoder)
-        transformer.to(self.device)
+        opened.transformer.to(self.device)
         self.student: VelocityField | None = None
         if init is not None:
             every_row = {name: range(len(found)) for name, found in questions.items()}

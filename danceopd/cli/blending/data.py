@@ -17,12 +17,12 @@ from danceopd.adapters.blend import blend_parts
 from danceopd.adapters.blending.methods import Method
 from danceopd.adapters.header import adapter_file
 from danceopd.adapters.regression.moments import features, moments_bytes
-from danceopd.assembly import build_backbone, open_encoder
+from danceopd.assembly import open_base
 from danceopd.cli.blending.asked import Asked
 from danceopd.common.console import progress_bar
 from danceopd.common.shipped import portable
 from danceopd.common.system import resolve_device
-from danceopd.data.encode import free_encoders, park_components
+from danceopd.data.encode import Encoder, free_encoders, park_components
 from danceopd.data.sources import Edits, edits_from
 from danceopd.engine.calibration.inputs import ROOM, RecordedInputs, stages
 from danceopd.engine.calibration.states import Questions, spread
@@ -78,16 +78,16 @@ class Calibration:
     def recording(self) -> Iterator[RecordedInputs]:
         """Load the base, encode the rows, and be ready to record."""
         recipe, device, questions = self.recipe, resolve_device(self.recipe.device), []
-        pipe, transformer, encoder = open_encoder(recipe, self.base, device)
-        backbone = build_backbone(recipe, transformer, encoder.family)
+        opened = open_base(recipe, self.base, None, device, [teacher.capability for teacher in recipe.teachers])
+        encoder = Encoder(self.base, opened.family, opened.pipelines, recipe.editing_base)
         for teacher in recipe.teachers:
             data, rows = self.run.datasets[teacher.name].data, self.rows[teacher.name]
             questions.append(Questions(encoder.encode(teacher.capability, data, rows, recipe.rollout.steps), rows))
-        free_encoders(encoder, pipe)
+        free_encoders(encoder, opened.pipe)
         park_components(encoder)
-        transformer.to(device)
+        opened.transformer.to(device)
         with progress_bar("recording", ends=True) as report, RecordedInputs(
-            backbone, questions, device, recipe.seed, recipe.rows_at_once, report
+            opened.backbone, questions, device, recipe.seed, recipe.rows_at_once, report
         ) as inputs:
             yield inputs
 
