@@ -22,7 +22,7 @@ def call_defaults(kind: type) -> dict[str, Any]:
     """The arguments that a stock pipeline class takes, and their defaults."""
     if is_modular(kind):
         return {one.name: one.default for one in kind().blocks.inputs}
-    return {name: one.default for name, one in inspect.signature(kind.__call__).parameters.items()}  # type: ignore[operator]
+    return {name: one.default for name, one in inspect.signature(kind.__call__).parameters.items()}
 
 
 def prepare_modular(copied: Any, encoded: bool) -> None:

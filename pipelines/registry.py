@@ -68,7 +68,7 @@ def family_of(pipe_or_folder: Any, name: str | Family | None = None) -> Family:
 def _named(name: str | Family) -> Family:
     """The family of a name; a plug-in is listed in `FAMILIES`."""
     name = name_of("family", name)
-    family = load("family", name, BUILTIN, lambda value: isinstance(value, Family))
+    family: Family = load("family", name, BUILTIN, lambda value: isinstance(value, Family))
     if BUILTIN.get(family.name) is family:
         return family
     import diffusers
