@@ -269,7 +269,7 @@ def test_progress_counts_to_the_end(models: Path, tmp_path: Path) -> None:
 def test_a_figure_that_is_not_finite_is_a_dash(result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The report reads scores.json back: NaN is null there, not text."""
     made = {"student": result.folder / "images" / "student"}
-    monkeypatch.setattr(run.Bench, "_image_sets", lambda self, rows: {"student": {"constant": math.nan, "n": 7}})
+    monkeypatch.setattr(run, "image_sets", lambda rows, models, folder: {"student": {"constant": math.nan, "n": 7}})
     found = bench(suite="dots", images=made, output=tmp_path / "out")
     assert json.loads((found.folder / "scores.json").read_text())["pictures"]["student"] == {"constant": None, "n": 7}
     assert found.report.is_file()
