@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -135,7 +135,8 @@ def _preset(
 
     card = card_here(resolve_device("auto")) if gpu is None else card_named(gpu)
     largest = max(one.rank for one in teachers)
-    output = next(name for name in ("student", *(f"student-{i}" for i in count(2))) if not Path(name).exists())
+    names = chain(["student"], (f"student-{number}" for number in count(2)))
+    output = next(name for name in names if not Path(name).exists())
     fields |= {"data": "auto", "output": output, "steps": STEPS, "batch": 8, "student": {"rank": max(RANK, largest)}}
     if not _is_small(fields["base"]):
         fields["call"] = {"height": SIDE, "width": SIDE}
