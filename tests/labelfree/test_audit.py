@@ -11,7 +11,6 @@ from PIL import Image
 from tinies import TINYS
 from tiny_merge import family_recipe, tiny_models, tiny_recipe
 
-from danceopd import audit as module
 from danceopd.audit import EXACT, Options, audit
 from danceopd.errors import UserError
 from danceopd.labelfree.audit.check import check_audit
@@ -110,7 +109,7 @@ def test_an_interrupted_audit_goes_on_and_ends_alike(done, monkeypatch):
     told = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines[1:]]
     kept = [json.loads(line) for line in file.read_text().splitlines() if line.startswith('{"teacher"')]
     assert [{k: v for k, v in line.items() if k != "seconds"} for line in kept] == told
-    monkeypatch.setattr(module, "load_base", None)  # all is answered: no model is needed
+    monkeypatch.setattr("danceopd.assembly.load_base", None)  # all is answered: no model is needed
     assert audit(recipe, Options(questions=3, samples=2, levels=(0.7,))) == again
     with pytest.raises(UserError, match="holds an audit with other samples"):
         audit(recipe, Options(questions=3, samples=3, levels=(0.7,)))
@@ -127,7 +126,7 @@ def test_an_interrupted_audit_goes_on_and_ends_alike(done, monkeypatch):
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(models, tmp_path, monkeypatch, options, words):
-    monkeypatch.setattr(module, "load_base", None)
+    monkeypatch.setattr("danceopd.assembly.load_base", None)
     with pytest.raises(UserError, match=words):
         audit(tiny_recipe(models, tmp_path / "student"), Options(**options))
     assert not list(tmp_path.iterdir())
