@@ -1,5 +1,5 @@
-"""What flags hold: words and numbers with commas between, pairs of a name and a value; and what every command takes:
--q and -v.
+"""What flags hold: words and numbers with commas between, pairs of a name and a value; what every command takes, -q and
+-v; and the options that several commands share.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from inspect import Parameter, Signature, signature
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -137,3 +138,32 @@ def pairs(texts: Iterable[str], flag: str, example: str) -> dict[str, str]:
             raise UserError(f"{flag} names {name!r} twice; name each once")
         found[name] = value
     return found
+
+
+# Options that several commands take
+
+Seed = Annotated[int, typer.Option(min=0, help="Same seed, same machine: the same bytes.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for what is made.")]
+DEVICES, DTYPES = one_of("auto", "cpu", "cuda"), one_of("fp32", "bf16", "fp16")
+Device = Annotated[
+    str | None,
+    typer.Option(help="auto, cpu or cuda; default: auto, a GPU where there is one.", autocompletion=DEVICES),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any key of the recipe, such as optimizer.lr=1e-4; repeatable."),
+]
+RecipeSeed = Annotated[
+    int | None, typer.Option(help="Same seed, same machine: the same bytes; default: the recipe's, or 0.")
+]
+TimeLimit = Annotated[float | None, typer.Option(help="Minutes after which to stop, with a student.")]
+Base = Annotated[str | None, typer.Option(help="Base model: a folder, or owner/name on the hub; default: the LoRA's.")]
+Drop = Annotated[list[str] | None, typer.Option(help="A part of the file not to read: text-encoder.")]
+TEACHER = '{} teacher: a LoRA, a whole model, a shipped name, or "base".'
+MergeBase = Annotated[
+    str | None, typer.Option(help="Base model: a folder, or owner/name on the hub; default: the shipped one.")
+]
+RunFolder = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; default: student.")]
+Height = Annotated[int | None, typer.Option(help="Pixels; default: the model's, and of an edit the source's shape.")]
+Width = Annotated[int | None, typer.Option(help="Pixels, with --height.")]
+MergeSteps = Annotated[int | None, typer.Option(help="Optimizer steps; default: 2000, of the shipped recipe 180.")]
