@@ -81,7 +81,7 @@ def test_a_merge_on_edits_of_several_sources(tmp_path, monkeypatch):
     assert {len(image) for image in seen if isinstance(image, list)} == {2}  # a null prompt has one grey picture
     assert read_adapter(tmp_path / "gated").tensors and (tmp_path / "gated" / "samples").is_dir()
     (tmp_path / "edits.jsonl").write_text(json.dumps({"prompt": "join", "image": ["0.png"] * 11}) + "\n" + lines[0])
-    monkeypatch.setattr(import_module("danceopd.merge"), "load_base", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr(import_module("danceopd.assembly"), "load_base", lambda *a: pytest.fail("loaded"))
     with pytest.raises(UserError, match="line 1 has 11 pictures, and Flux2KleinPipeline takes at most 10 pictures"):
         danceopd.merge(danceopd.Recipe(**{**recipe, "output": str(tmp_path / "no")}))
 

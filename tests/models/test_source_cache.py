@@ -123,7 +123,7 @@ def test_refused_in_one_sentence_where_sources_see_the_image(tiny):
 def test_a_merge_refuses_before_weights_load(tmp_path, monkeypatch):
     recipe = family_recipe(TINYS[0], tiny_klein(), tmp_path)
     recipe = danceopd.Recipe(**{**recipe.resolved(), "rollout": {"steps": 2, "cache_source": True}})
-    monkeypatch.setattr(import_module("danceopd.merge"), "load_base", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr(import_module("danceopd.assembly"), "load_base", lambda *a: pytest.fail("loaded"))
     with pytest.raises(UserError, match="cache_source.*flux2-klein see the noisy ones"):
         danceopd.merge(recipe, report=lambda done, steps: None)
 

@@ -127,7 +127,7 @@ def test_refused_by_plan_and_by_merge_before_anything_is_loaded(
     place = tmp_path / "models"
     shutil.copytree(models, place)
     loaded = lambda *_, **__: pytest.fail("the base was loaded")  # noqa: E731
-    monkeypatch.setattr(import_module("danceopd.merge"), "load_base", loaded)
+    monkeypatch.setattr(import_module("danceopd.assembly"), "load_base", loaded)
     made = recipe(place, **{"output": place / "run", **change(place)})
     for command in (lambda: plan(made, tflops=1.0), lambda: merge(made)):
         with pytest.raises(UserError, match=CASES[change]) as refused:
