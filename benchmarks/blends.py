@@ -173,6 +173,8 @@ def table(facts: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
                      f"included: {min(updates)} to {max(updates)} updates of {facts['rows']} rows."]  # fmt: skip
     else:
         text += ["", "As starts they were not run."]
+    if missing := [name for name in ALL if not any(line["method"] == name for line in lines)]:
+        text += ["", f"Not run yet: {'; '.join(missing)}."]
     return "\n".join(text) + "\n"
 
 
