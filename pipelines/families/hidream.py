@@ -34,7 +34,7 @@ def _lengths(pipe: Any, prompts: list[str]) -> list[int]:
 
 def _limit(pipe: Any, call: dict[str, Any]) -> int:
     tokenizers = [t for t in (pipe.tokenizer_3, pipe.tokenizer_4) if t is not None]  # a plan may have none
-    return min(stock_limit(pipe, call), *(t.model_max_length for t in tokenizers))
+    return min([stock_limit(pipe, call), *(t.model_max_length for t in tokenizers)])
 
 
 def _dummy_prompt(pipe: Any, rows: int, **call: Any) -> dict[str, Any]:

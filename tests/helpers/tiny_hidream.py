@@ -16,12 +16,12 @@ from tiny_parts import Tiny, clip_tokenizer, finish, qwen_tokenizer, scale_matri
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, LlamaConfig, LlamaForCausalLM
 
 CALL = {"height": 64, "width": 64, "steps": 4, "max_sequence_length": 40}
-_init = HiDreamImagePipeline.__init__
+true_init = HiDreamImagePipeline.__init__
 
 
-@functools.wraps(_init)
+@functools.wraps(true_init)
 def _with_small_pictures(self: Any, *parts: Any, **named: Any) -> None:
-    _init(self, *parts, **named)
+    true_init(self, *parts, **named)
     self.default_sample_size = 8
 
 

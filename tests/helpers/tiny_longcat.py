@@ -21,8 +21,8 @@ from tiny_qwen import DIVISOR, Processor, text_encoder, tokenizer
 from transformers import Qwen2VLImageProcessorPil
 
 CALL = {"height": 64, "width": 64, "steps": 4}
-_dimensions = stock.calculate_dimensions
-stock.calculate_dimensions = lambda area, ratio: _dimensions(area // DIVISOR, ratio)
+true_dimensions = stock.calculate_dimensions
+stock.calculate_dimensions = lambda area, ratio: true_dimensions(area // DIVISOR, ratio)
 
 
 def tiny_longcat(folder: str | Path | None = None, seed: int = 0) -> LongCatImagePipeline:
