@@ -72,9 +72,9 @@ def update(recipe: Recipe, run: Outline, found: Mapping[str, Any]) -> tuple[dict
     if references := contrast_forwards(recipe):
         drawn = recipe.rollout.steps if recipe.objective == "offpolicy" and recipe.offpolicy.clean == "teacher" else 0
         times = drawn + _queries(recipe)[1]
-        asked = {t: times * shares[t.name] * references[t.name] for t in recipe.teachers}
-        passes["contrast"] = sum(asked.values())
-        total["contrast"] = recipe.batch * sum(count * flops[t.capability] for t, count in asked.items())
+        asked = [(times * shares[t.name] * references[t.name], flops[t.capability]) for t in recipe.teachers]
+        passes["contrast"] = sum(count for count, _ in asked)
+        total["contrast"] = recipe.batch * sum(count * flop for count, flop in asked)
     if recipe.validation.every:
         sigmas = run.sigmas(run.pictures[0].size, recipe.rollout.steps)
         passes["validation"] = forwards(recipe, sigmas) / (recipe.steps * recipe.batch)
