@@ -43,10 +43,15 @@ from danceopd.cli.openmoji import app as openmoji
 from danceopd.cli.plugins import plugins
 from danceopd.cli.wizard.command import init
 from danceopd.errors import UserError
-from danceopd.worlds.toy.effects import EFFECTS
 
 SHIPPED = ("autoencoder", "base", "generation", "editing", "local-edit", "global-edit")
-STAGES = (*SHIPPED, *EFFECTS)
+
+
+def _stages() -> list[str]:
+    """What `teach` trains."""
+    from danceopd.worlds.toy.effects import EFFECTS
+
+    return [*SHIPPED, *EFFECTS]
 
 
 app = App(
@@ -226,7 +231,9 @@ app.add_typer(openmoji, name="openmoji")
 @app.command()
 def teach(
     stage: Annotated[
-        str, typer.Argument(help=f"One of: {', '.join(STAGES)}.", autocompletion=one_of(*STAGES))
+        str, typer.Argument(
+            help=f"One of: {', '.join(SHIPPED)}; or a small effect (docs/many-teachers.md).", autocompletion=_stages
+        )
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: checkpoints/STAGE.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; default: the stage's own.")] = None,
@@ -240,8 +247,8 @@ def teach(
     """
     from danceopd.common.messages import did_you_mean
 
-    if stage not in STAGES:
-        raise UserError(f"no stage is named {stage!r}{did_you_mean(stage, STAGES)}")
+    if stage not in _stages():
+        raise UserError(f"no stage is named {stage!r}{did_you_mean(stage, _stages())}")
     from danceopd.common.console import progress_bar
     from danceopd.worlds.toy.stages import teach as run
 

@@ -9,6 +9,7 @@ import struct
 import sys
 import zlib
 from dataclasses import dataclass
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def test_only_score_loads_no_model_and_draws_nothing(models: Path, result, tmp_p
     (out / "samples.jsonl").unlink()
     lost = out / next(r["image"] for r in result.rows if r["model"] == "base" and r["key"] == "e1")
     lost.unlink()
-    monkeypatch.setattr("danceopd.bench.host.load_base", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(import_module("danceopd.bench.host"), "load_base", lambda *_: pytest.fail("a model was loaded"))
     found = bench(models / "student", "dots", output=out, probes=True, only_score=True)
     row = next(r for r in found.rows if r["model"] == "base" and r["key"] == "e1")
     assert (row["status"], row["score"], row["image"]) == ("missing", None, None) and not lost.exists()

@@ -100,7 +100,7 @@ def test_bad_samples(danceopd: Program, files: dict) -> None:
     Image.new("RGB", (32, 32)).save("x.png")
     refused(danceopd("sample", "student", "a fox", "--image", "x.png"), "32x32 pixels, too small")
     Image.new("RGBA", (64, 64)).save("x.png")
-    refused(danceopd("sample", "student", "a fox", "--image", "x.png"), "has an alpha channel")
+    refused(danceopd("sample", "generation", "a fox", "--image", "x.png"), "has an alpha channel")
     refused(danceopd("sample", "student", "a fox", "--image", "y.png"), "y.png does not exist")
 
 

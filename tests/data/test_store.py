@@ -285,7 +285,7 @@ def test_without_text_encoders_the_rest_still_generates(base: Path, tmp_path: Pa
 
 def test_the_sampled_rows_are_those_of_the_steps(files: dict[str, str], tmp_path: Path) -> None:
     Path("p.txt").write_text("".join(f"a red circle {i}\n" for i in range(200)))
-    recipe = Recipe(**files, steps=7, batch=6, seed=3, data={"generation": "p.txt"})
+    recipe = Recipe(**files, steps=7, batch=6, seed=3, data={"generation": "p.txt", "editing": "scenes"})
     asked = open_datasets(recipe)
     lengths = [len(asked[t.name].data) for t in recipe.teachers]
     seen: list[set[int]] = [set(range(4)), set(range(4))]

@@ -151,7 +151,7 @@ def test_sd3_without_its_t5_reads_clip_alone(pipe):
 
 def test_bad_families_and_settings(pipe, tmp_path):
     assert family_of("nowhere", "sd3") is FAMILIES["sd3"]
-    with pytest.raises(UserError, match="no model family 'flux'; did you mean flux1"):
+    with pytest.raises(UserError, match="there is no family 'flux'; did you mean 'flux1'"):
         family_of(pipe, "flux")
     with pytest.raises(UserError, match="sd3 has no editing pipeline"):
         editing_pipe(tiny_sd3())

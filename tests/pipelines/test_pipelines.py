@@ -253,7 +253,7 @@ def test_a_pipeline_without_a_lora_loader_loads_through_its_transformer(pipe, tm
     assert family_of(pipe).loads_loras and "load_lora_weights" in load_snippet("base", family=family_of(pipe))
     bare = replace(family_of(pipe), generation="LongCatImagePipeline", editing=None)
     code = load_snippet("base", family=bare)
-    assert 'pipe.transformer.load_lora_adapter("path/to/this/folder")' in code and "edited" not in code
+    assert 'pipe.transformer.load_lora_adapter("path/to/this/folder", weight_name="' in code and "edited" not in code
 
 
 def test_a_stand_in_for_a_transformer_has_its_number_of_blocks(pipe):
