@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
+from tinies import TINYS
 from tiny import CALL, random_adapter, random_image, tiny_klein
 
 from danceopd.adapters.header import inspect_adapter
@@ -24,6 +25,7 @@ from danceopd.models.base import base_fingerprint
 from danceopd.models.fields import AdapterField, BaseField, GuidedField
 from danceopd.models.streamed import StreamedField
 from danceopd.pipelines import EditingPipeline, GenerationPipeline, family_of
+from danceopd.pipelines.registry import FAMILIES
 from danceopd.recipe.parts import Teacher
 from danceopd.recipe.recipe import Recipe
 
@@ -150,11 +152,8 @@ def test_guidance_is_refused_where_there_is_none_and_where_the_null_prompt_reads
     with pytest.raises(UserError, match="has no classifier-free guidance"):
         null_condition(without, guided, "base", tmp_path)
 
-    def reads_the_source(pipe, prompts, images, **call):
-        level = sum(images[0].getpixel((0, 0)))
-        return [{"prompt_embeds": torch.full((1, 24, 48), float(level))} for _ in prompts]
-
-    bound = EditingPipeline(pipe, replace(family_of(pipe), encode_prompts=reads_the_source), CALL)
+    tiny = next(one for one in TINYS if one.family == "qwen-image" and one.editing is not None)
+    bound = EditingPipeline(tiny.editing(tiny.build()), FAMILIES["qwen-image"], tiny.call)
     with pytest.raises(UserError, match="is read together with the source image"):
         null_condition(bound, guided, "base", tmp_path)
     assert not list(tmp_path.iterdir())

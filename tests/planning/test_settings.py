@@ -178,7 +178,8 @@ def test_a_run_keeps_its_settings_and_says_them_once(
     assert said.count("settings: dtype fp32, micro_batch all, gradient_checkpointing false, rollout.merged true") == 1
     assert "learning rate" not in said
     text = (tmp_path / "run" / "recipe.yaml").read_text()
-    assert "micro_batch: null" in text and "auto" not in text.replace("kernels: auto", "").replace("device: auto", "")
+    assert "micro_batch: null" in text
+    assert "auto" not in text.replace("kernels: auto", "").replace("device: auto", "").replace("cuda_graphs: auto", "")
     other = tmp_path / "other"
     less = {"validation": {"every": 0}, "monitor": {"every": 0}, "optimizer": {"schedule": "cosine"}, "save_every": 1}
     merge(tiny_recipe(models, other, steps=1, rollout={"steps": 2, "merged": False}, micro_batch=1, **less))
@@ -193,7 +194,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MERGE, "card_here", lambda device: Card("cpu", 10_000, False))
-    monkeypatch.setattr(MERGE, "load_base", lambda *a, **k: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(MERGE, "open_base", lambda *a, **k: pytest.fail("the base was loaded"))
     with pytest.raises(UserError, match=r"the merge needs about .* and cpu has 10.0 kB"):
         merge(tiny_recipe(models, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
