@@ -135,7 +135,7 @@ def test_a_name_is_refused_when_the_recipe_is_made(files: dict, fields: dict, wo
         ({"query": {"law": "own_parts:falls"}}, "query law own_parts:falls falls where its shares rise"),
         ({"query": {"law": "own_parts:scalar"}}, r"query law own_parts:scalar gave shape \(\) for shares of shape"),
         ({"student": {"init_method": "own_parts:number"}}, "is of type int; it must be a Method"),
-        ({"student": {"init_method": "own_parts:both"}}, "blend method both needs one of coefficients, merge and regress"),
+        ({"student": {"init_method": "own_parts:both"}}, "blend method both needs one of coefficients, merge"),
         ({"family": "own_parts:copied"}, "calls itself 'sd3', which is built in"),
         ({"family": "own_parts:elsewhere"}, "is for MyOwnPipeline, which diffusers .* does not have"),
         ({"callbacks": {"own_parts:Watch": {"evry": 1}}}, "callback own_parts:Watch takes .*'evry'"),
