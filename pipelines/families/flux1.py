@@ -78,7 +78,8 @@ def _split(call: dict[str, Any]) -> tuple[Tensor, Condition]:
     return tokens[:, :n], Condition("flux1", tuple(tokens[:, :n].shape[1:]), rows, context, shared)
 
 
-def _velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+def velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    """The velocity of packed tokens, whose source follows them."""
     tokens = x if condition.context is None else torch.cat([x, condition.context.to(x.dtype)], dim=1)
     time = (sigma * 1000).to(condition.kwargs["encoder_hidden_states"].dtype) / 1000  # type: ignore[union-attr]
     inputs = {"hidden_states": tokens.to(compute_dtype(transformer.x_embedder)), "timestep": time}
@@ -117,7 +118,7 @@ FLUX1 = Family(
     size_of=_size_of,
     grid=lambda condition: grid_from_ids(condition.shared["img_ids"], condition.shape[0]),
     split=_split,
-    velocity=_velocity,
+    velocity=velocity,
     decode=decode,
     encode_images=encode_images,
 )

@@ -19,9 +19,10 @@ from danceopd.common.tensors import compute_dtype
 
 from ..condition import Condition
 from ..family import Family, stock_limit
+from .sd3 import decode, encode_images
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
 LLAMA = "encoder_hidden_states_llama3"
 
@@ -72,16 +73,6 @@ def _velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) 
     return -transformer(x, timesteps=sigma * 1000, return_dict=False, **rest)[0].float()
 
 
-def _decode(pipe: Any, x: Tensor, height: int, width: int) -> list[Image]:
-    grid = x.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    return pipe.image_processor.postprocess(pipe.vae.decode(grid, return_dict=False)[0], output_type="pil")
-
-
-def _encode_images(pipe: Any, pixels: Tensor) -> Tensor:
-    latents = pipe.vae.encode(pixels).latent_dist.mode().float()
-    return (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
-
-
 HIDREAM = Family(
     name="hidream",
     generation="HiDreamImagePipeline",
@@ -99,6 +90,6 @@ HIDREAM = Family(
     split=_split,
     velocity=_velocity,
     sync_free=None,  # tokens are sorted by expert
-    decode=_decode,
-    encode_images=_encode_images,
+    decode=decode,
+    encode_images=encode_images,
 )

@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from danceopd.common.tensors import compute_dtype
-
 from ..condition import Condition
 from ..family import Family, classifier_free
-from .flux1 import decode, encode_images
+from .flux1 import decode, encode_images, velocity
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -77,14 +75,6 @@ def _split(call: dict[str, Any]) -> tuple[Tensor, Condition]:
     return tokens[:, :n], Condition("longcat-image", tuple(tokens[:, :n].shape[1:]), rows, context, shared)
 
 
-def _velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-    tokens = x if condition.context is None else torch.cat([x, condition.context.to(x.dtype)], dim=1)
-    time = (sigma * 1000).to(condition.kwargs["encoder_hidden_states"].dtype) / 1000  # type: ignore[union-attr]
-    inputs = {"hidden_states": tokens.to(compute_dtype(transformer.x_embedder)), "timestep": time}
-    out = transformer(**inputs, **condition.kwargs, **condition.shared, return_dict=False)[0]
-    return out[:, : x.shape[1]].float()
-
-
 def _guide(v: Tensor, v_null: Tensor, scale: float, condition: Condition | None = None) -> Tensor:
     """Classifier-free guidance; without a source, each token's velocity is brought down to the norm it has in `v`."""
     guided = classifier_free(v, v_null, scale)
@@ -121,7 +111,7 @@ LONGCAT_IMAGE = Family(
     size_of=_size_of,
     grid=_grid,
     split=_split,
-    velocity=_velocity,
+    velocity=velocity,
     decode=decode,
     encode_images=encode_images,
 )

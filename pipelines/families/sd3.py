@@ -50,12 +50,14 @@ def _velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) 
     return transformer(x, timestep=sigma * 1000, return_dict=False, **condition.kwargs)[0].float()
 
 
-def _decode(pipe: Any, x: Tensor, height: int, width: int) -> list[Image]:
+def decode(pipe: Any, x: Tensor, height: int, width: int) -> list[Image]:
+    """Pictures of latents (B, C, h, w), which the autoencoder reads after a scale and a shift."""
     grid = x.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
     return pipe.image_processor.postprocess(pipe.vae.decode(grid, return_dict=False)[0], output_type="pil")
 
 
-def _encode_images(pipe: Any, pixels: Tensor) -> Tensor:
+def encode_images(pipe: Any, pixels: Tensor) -> Tensor:
+    """Latents (B, C, h, w) of pixels (B, 3, H, W), scaled and shifted as `decode` expects them."""
     latents = pipe.vae.encode(pixels).latent_dist.mode().float()
     return (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
 
@@ -75,6 +77,6 @@ SD3 = Family(
     dummy_prompt=_dummy_prompt,
     split=_split,
     velocity=_velocity,
-    decode=_decode,
-    encode_images=_encode_images,
+    decode=decode,
+    encode_images=encode_images,
 )

@@ -74,7 +74,7 @@ class Dice:
 
 def a(phrase: str) -> str:
     """`phrase` after its English article."""
-    return f"{'an' if re.match('[aeio]|ump|ukulele', phrase.lower()) else 'a'} {phrase}"
+    return f"{'an' if re.match('[aeio]|hour|ump|ukulele', phrase.lower()) else 'a'} {phrase}"
 
 
 def one_of(thing: Word, colour: Word | None = None) -> str:
