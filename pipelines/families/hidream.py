@@ -10,7 +10,7 @@ The stock pipeline brings every size to the area of a megapixel.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from danceopd.common.tensors import compute_dtype
 from ..condition import Condition
 from ..family import Family, stock_limit
 from .sd3 import decode, encode_images
-
-if TYPE_CHECKING:
-    pass
 
 LLAMA = "encoder_hidden_states_llama3"
 
