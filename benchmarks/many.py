@@ -281,6 +281,7 @@ def main(
         raise typer.BadParameter(f"--counts is {counts}; give numbers from 2 to {len(EFFECTS)}")
     settings = {"teach_steps": teach_steps, "updates": updates, "rows": rows, "rank": rank, "items": items,
                 "seed": seed}  # fmt: skip
+    folder = folder / name  # a trial of few steps and the real run share no teacher
     folder.mkdir(parents=True, exist_ok=True)
     bench, facts = Bench(folder, name, items), folder / f"{name}.json"
     if facts.is_file() and json.loads(facts.read_text()) != settings:

@@ -52,8 +52,12 @@ def draw_sources(
     if not wanted:
         return
     folder = next(iter(wanted)).parent
+    if recipe.small_steps > 1:  # who draws needs more steps than the student
+        steps = recipe.small_steps * recipe.call["num_inference_steps"]
+        recipe = recipe.replaced({"call.num_inference_steps": steps})
     who, fingerprint = drawer(recipe.teachers), base_fingerprint(base, recipe.gguf)
-    weights = next((one for one in teachers if one.teacher.name == who.name), TeacherWeights(who))
+    bare = TeacherWeights(who, fast=teachers[0].fast, stacks=teachers[0].stacks)
+    weights = next((one for one in teachers if one.teacher.name == who.name), bare)
     family = family_of(base, recipe.family)
     guidance, call = guidance_of(recipe, base, family), pipeline_call(base, recipe.call, family)
     facts = {
@@ -61,6 +65,8 @@ def draw_sources(
         "negative": who.negative, "call": call, "dtype": recipe.dtype, "base_dtype": recipe.base_dtype,
         "seed": recipe.seed, "trigger": who.trigger,
     }  # fmt: skip
+    if weights.stacks and weights.fast is not None:
+        facts["fast"] = weights.fast.sha256
     drawn = _drawn(folder, facts)
     absent = [path for path in wanted if path.name not in drawn]
     if not absent:

@@ -259,8 +259,8 @@ def _train(
     if not sharded and (said := place(recipe, loaded, device)):
         _say(said, processes)
     rolled, verdict = recipe.rollout, None
-    tried_graphs = rolled.cuda_graphs == "auto" and rolled.merged and not rolled.cache_source
-    tried_graphs = bool(tried_graphs) and recipe.offload == "none"
+    usable = bool(rolled.merged) and not rolled.cache_source and recipe.offload == "none"
+    tried_graphs = usable and rolled.cuda_graphs == "auto"
     if recipe.kernels == "auto" and not (sharded or recipe.compile):
         with processes.main_first():
             tried = teachers[0].dataset.rows([0] * min(recipe.batch, 2))

@@ -346,6 +346,11 @@ def build_lineup(
     mine = builder.from_path(builder.path, _free("student", found), "student")
     mine = replace(mine, label="student" if label == "student" else f"student: {label}"[:40])
     recipe = builder.recipe
+    if recipe.fast is not None:
+        _log.warning(
+            "base, teachers and blends draw in the student's %d steps, without fast.adapter; for a fair comparison "
+            "bench a LoRA blended with it, by its path in --against", recipe.fast.steps,
+        )  # fmt: skip
     return Lineup(
         builder.base, builder.folder, (*models, mine), dict(recipe.call), recipe.family, recipe.editing_base
     )

@@ -142,9 +142,12 @@ def check_teachers(
             f"fast.adapter {fast.adapter} is a whole model; make it the base, or a LoRA of the base by `danceopd "
             "extract`"
         )
-    few = _check(
-        Teacher(name="fast", adapter=fast.adapter, capability="generation", accept=fast.accept), base, values
-    ).adapter
+    asked = Teacher(name="fast", adapter=fast.adapter, capability="generation", accept=fast.accept)
+    try:
+        few = _check(asked, base, values).adapter
+    except UserError as error:
+        said = str(error).replace("teacher 'fast'", "fast.adapter").replace("on the teacher", "in fast")
+        raise UserError(said) from None
     assert few is not None
     return [replace(one, fast=scaled(few, fast.scale), stacks=fast.stacks) for one in found]
 

@@ -138,7 +138,8 @@ def run_trial(transformer: nn.Module, condition: Condition) -> tuple[Verdict, bo
         with suppress(subprocess.TimeoutExpired):
             run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=_environment())
         with suppress(OSError, ValueError):  # written before CUDA graphs are tested, which may end the process
-            return Verdict(*json.loads((place / "verdict.json").read_text())), True
+            found = Verdict(*json.loads((place / "verdict.json").read_text()))
+            return found, run is not None and run.returncode != -signal.SIGKILL and "memory" not in found.graphs_reason
         if run is None:
             return _rejected(f"the test of the fused kernels took over {TIMEOUT:.0f} s"), True
         signalled = signal.strsignal(-run.returncode) if run.returncode < 0 else None
@@ -281,8 +282,7 @@ class Trial:
         cast = _cast(self.condition, self.dtype)
         calls = [lambda: self.velocity(self.x, self.sigma, cast), lambda: self.forward_backward(self.dtype)]
         seconds = _seconds(self.model, calls, self.device)
-        times = (ROLLOUT_FORWARDS * one + with_gradient for one, with_gradient in zip(*seconds, strict=True))
-        stock, fused = times
+        stock, fused = (ROLLOUT_FORWARDS * one + with_gradient for one, with_gradient in zip(*seconds, strict=True))
         speedup = stock / fused
         if speedup < MIN_SPEEDUP:
             return _rejected(f"the fused kernels are {speedup:.2f} times as fast here", speedup)

@@ -206,6 +206,8 @@ def with_cuda_graphs(
         reason = "rollout.cache_source keeps too much to be copied at each step"
     elif any(hasattr(module, "_hf_hook") for module in field.backbone.transformer.modules()):
         reason = "the transformer's weights are offloaded"
+    elif field.backbone.family.sync_free is None:
+        reason = f"a forward of {field.backbone.family.name} waits for the device"
     if reason is None and isinstance(field, MergedField):
         return CapturedField(field, CudaGraphs(device))
     _log.warning("rollout.cuda_graphs: eager rollouts, because %s", reason)

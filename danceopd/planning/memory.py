@@ -173,7 +173,8 @@ def _activations(recipe: Recipe, run: Outline, card: Card, world: int, size: int
     ]
     # of `auto` not counted: a graph that does not fit beside what the run needs is not captured
     rolled = recipe.rollout
-    if card.cuda and rolled.cuda_graphs is True and rolled.merged and recipe.objective not in NO_ROLLOUT:
+    captured = rolled.cuda_graphs is True and rolled.merged and run.family.sync_free is not None
+    if card.cuda and captured and recipe.objective not in NO_ROLLOUT:
         graphs = min(MAX_GRAPHS, rows * len(run.pictures))
         inputs = graphs * rows * size * tokens.all * _width(transformer)
         parts.append(Part("CUDA graphs: their pool and inputs", rows * forward + inputs, RUNNING))

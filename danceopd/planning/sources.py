@@ -33,7 +33,8 @@ def guidance_of(recipe: Recipe, folder: Path, family: Family) -> float | None:
     who = drawer(recipe.teachers)
     if who.guidance is not None:
         return who.guidance
-    few = pipeline_index(folder).get("is_distilled") is True or FEW_STEP_NAMES.search(str(recipe.base).lower())
+    few = recipe.fast is not None and recipe.fast.stacks
+    few |= pipeline_index(folder).get("is_distilled") is True or bool(FEW_STEP_NAMES.search(recipe.base.lower()))
     if few or family.guidance_on is None:
         return None
     import diffusers

@@ -92,7 +92,7 @@ def drawing(recipe: Recipe, run: Outline) -> dict[str, float]:
     side, call = run.family.token_side(run.pipe), run.call
     tokens = (call["height"] // side) * (call["width"] // side)
     row = forward_flops(run.transformer, TokenCounts(tokens, 0, call.get("max_sequence_length") or 512))
-    forwards = missing * guided * call["num_inference_steps"]
+    forwards = missing * guided * call["num_inference_steps"] * recipe.small_steps
     return {"pictures": missing, "forwards": forwards, "flops": forwards * row}
 
 

@@ -42,11 +42,10 @@ class NeedRouting(Callback):
 
 
 def needed(shares: Mapping[str, float], errors: Mapping[str, float]) -> dict[str, float]:
-    """The shares by need, which sum to 1; without an error a teacher keeps the least of its own, and without any all
-    keep theirs."""
+    """The shares by need, which sum to 1; a teacher without an error, or all of them, keep their own."""
     finite = {name: error for name, error in errors.items() if math.isfinite(error)}
     mean = sum(finite.values()) / len(finite) if finite else 0.0
     if not mean:
         return dict(shares)
-    raw = {name: share * min(MOST, max(LEAST, finite.get(name, 0.0) / mean)) for name, share in shares.items()}
+    raw = {name: share * min(MOST, max(LEAST, finite.get(name, mean) / mean)) for name, share in shares.items()}
     return {name: share / sum(raw.values()) for name, share in raw.items()}
