@@ -16,7 +16,9 @@ interrupted and started again.
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +32,7 @@ from quality import CAPABILITIES, CurveTrainer, ImageEvaluator, curve_trainer, m
 from quality import CURVES as LEARNING
 from rich.console import Console
 
-from danceopd.adapters.blend import blend_with_residual, scaled
+from danceopd.adapters.blend import blend_with_residual, delta_norm, scaled
 from danceopd.adapters.blending.methods import METHODS
 from danceopd.adapters.read import read_adapter
 from danceopd.adapters.write import write_adapter
@@ -77,14 +79,9 @@ class Blender:
         with recorded as inputs:
             found = blend_with_residual(self.teachers, weights, 80, method, seed=seed, space=space, inputs=inputs)
         took = time.process_time() - began
-        energies = [w * delta_energy(t) for w, t in zip(map(abs, weights), self.teachers, strict=True)]
+        energies = [w * delta_norm(t) ** 2 for w, t in zip(map(abs, weights), self.teachers, strict=True)]
         mean = sum(energies) / sum(map(abs, weights))
-        return found.adapter, (mean / delta_energy(found.adapter)) ** 0.5, took
-
-
-def delta_energy(adapter: Adapter) -> float:
-    """‖B A‖² over all layers."""
-    return sum(float(adapter.delta(name).double().square().sum()) for name in adapter.tensors)
+        return found.adapter, mean**0.5 / delta_norm(found.adapter), took
 
 
 def gaps(score: Sequence[float], facts: dict[str, Any], split: str) -> list[float]:
@@ -210,13 +207,15 @@ def main(
     settings = {"items": items, "tuning": tuning, "rows": rows, "strengths": strengths, "prompts": prompts}
     if facts and {key: facts[key] for key in settings} != settings:
         raise typer.BadParameter(f"{facts_file} is of other settings; give --name")
+    if any(line["kind"] == "start" for line in read_lines(path)) and seconds not in (0.0, facts["seconds"]):
+        raise typer.BadParameter(f"{facts_file} has starts of {facts['seconds']:g} seconds; give --name")
+    seconds_of_starts = seconds or facts.get("seconds", 0.0)
     blender, console = Blender(prompts), Console()
     counts = {"val": tuning, "test": items}
     evaluators = {split: ImageEvaluator(base_folder("base"), count, split) for split, count in counts.items()}
     if "references" not in facts:
         facts = settings | {"references": {s: references(e, blender.teachers) for s, e in evaluators.items()}}
-    facts |= {"seconds": seconds, "command": f"python benchmarks/blends.py --items {items} --tuning {tuning} "
-              f"--seeds {seeds} --strengths {strengths} --seconds {seconds:g}"}  # fmt: skip
+    facts |= {"seconds": seconds_of_starts, "command": shlex.join(["python", *sys.argv])}
     facts_file.write_text(json.dumps(facts, indent=1) + "\n")
 
     def keep(line: dict[str, Any]) -> None:

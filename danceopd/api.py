@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from danceopd.bench.results import Benched
+from danceopd.bench.results import Benched, BenchResult
 from danceopd.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ class Blend(Benched):
     file: Path
     residual: float
     residuals: dict[str, float]
+
+    def bench(self, suite: str = "scenes", **options: Any) -> BenchResult:
+        """Score it against its base, or `against` others, on a suite; see `danceopd.bench` for the options."""
+        return super().bench(suite, **{"against": ["base"], **options})
 
     def pipeline(self, **how: Any) -> Any:
         """The stock diffusers pipeline with the LoRA in it (see `load_student`)."""
@@ -59,9 +63,11 @@ def blend(
 
     if isinstance(loras, str | os.PathLike):
         raise UserError(f"blend got {os.fspath(loras)!r}; give a list of LoRAs, as blend(['a', 'b'], [0.7, 0.9])")
-    asked = Asked(options.pop("data", ()), options.pop("prompts", None), options.pop("device", None))
-    known = Request.__dataclass_fields__
+    data = options.pop("data", ())
+    data = [data] if isinstance(data, str | os.PathLike) else data
+    asked = Asked([os.fspath(one) for one in data], options.pop("prompts", None), options.pop("device", None))
+    known = [name for name in Request.__dataclass_fields__ if name not in ("asked", "layers")][2:]
     if unknown := [name for name in options if name not in known]:
-        raise UserError(f"blend has no option {unknown[0]!r}; it has {', '.join(list(known)[2:])}")
+        raise UserError(f"blend has no option {unknown[0]!r}; it has {', '.join([*known, 'data, prompts, device'])}")
     file, found = run(Request(list(loras), output, method, weights, rank, base=base, asked=asked, **options))
     return Blend(file.parent, file, found.residual, found.residuals)

@@ -28,7 +28,7 @@ from danceopd.data.images import picture
 from danceopd.errors import UserError
 
 MARK = "bench.json"
-FILES = (".lock", "judge.jsonl", ".judge.jsonl.lock")
+FILES = (".lock", "judge.jsonl", ".judge.jsonl.lock", "judge2.jsonl", ".judge2.jsonl.lock")
 """What an output folder may hold before its first bench: answers of an earlier one, which are used again."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 """Suffixes that an image made elsewhere may have where its official path ends in .png."""

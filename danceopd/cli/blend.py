@@ -190,7 +190,7 @@ def planned(request: Request) -> str:
     plan = request.calibration(headers, record, adapters)
     dense = 0 if request.how.merge is None else dense
     memory = 8 * sum(one.parameters for one in adapters) + 2 * size + dense
-    model, moments = (0, 0) if plan is None else plan.memory(adapters, weights)
+    model, moments = (0, 0) if plan is None else plan.memory(adapters, weights, request.layers)
     parts_of = "" if plan is None else f" (the base {model / 1e6:.0f} MB, Gram matrices {moments / 1e6:.0f} MB)"
     left_out = len({name for one in adapters for name in one.tensors}) - len(ranks)
     return "\n".join(

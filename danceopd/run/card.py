@@ -168,12 +168,12 @@ def _and(names: list[str]) -> str:
 
 
 def without_paths(value: Any) -> Any:
-    """The recipe as plain data, with every absolute path cut to its last part."""
+    """The recipe as plain data, with every path cut to its last part."""
     if isinstance(value, Mapping):
         return {str(key): without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_paths(item) for item in value]
-    if isinstance(value, Path) or (isinstance(value, str) and Path(value).is_absolute()):
+    if isinstance(value, Path) or (isinstance(value, str) and value.startswith(("/", "~", "./", "../"))):
         return Path(value).name
     return value
 

@@ -42,7 +42,8 @@ def regmean(pairs: Sequence[Factors | None], weights: Weights, moments: Moments,
         a = pair[0].to(whole)
         rows.append(weight * (alpha * crossed.double() + a * ((1 - alpha) * diagonal.double() + ridge)))
         up.append(pair[1])
-    return torch.linalg.solve(whole, torch.cat(rows).T).T.float(), torch.cat(up, dim=1)
+    b = torch.cat(up, dim=1)
+    return torch.linalg.solve(whole, torch.cat(rows).T).T.to(b), b  # moments may be on a GPU
 
 
 def ssr(pairs: Sequence[Factors | None], weights: Weights, moments: Moments) -> Factors:
@@ -61,5 +62,5 @@ def ssr(pairs: Sequence[Factors | None], weights: Weights, moments: Moments) -> 
         return a, b
     guide = torch.cat([crossed for crossed in moments.crossed if crossed is not None]).double()
     ridge = torch.where(size > 0, RIDGE * size, torch.ones_like(size))
-    router = torch.linalg.solve(gram + torch.diag(ridge), guide.T).T
+    router = torch.linalg.solve(gram + torch.diag(ridge), guide.T).T.to(b.device)  # moments may be on a GPU
     return a, (b.double() @ router).float()

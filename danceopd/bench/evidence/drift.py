@@ -8,6 +8,7 @@ less than the base. Nothing here is a score.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,8 @@ def drift_items(given: str, suite: Suite) -> list[Item]:
     else:
         prompts = list(PROMPTS)
     return [
-        Item(f"drift-{n:03d}-{seed}", "generation", DRIFT, DRIFT, prompt)
-        for n, prompt in enumerate(prompts)
+        Item(f"drift-{hashlib.sha256(prompt.encode()).hexdigest()[:12]}-{seed}", "generation", DRIFT, DRIFT, prompt)
+        for prompt in prompts
         for seed in range(SEEDS)
     ]
 

@@ -38,7 +38,7 @@ def read_votes(files: Sequence[Path], blind: Mapping[str, Any]) -> dict[str, dic
             read = json.loads(file.read_text(encoding="utf-8"))
             if read["format"] != FORMAT:
                 raise ValueError(f"format {str(read['format'])[:40]!r}")
-            page, voter = str(read["page"]), str(read["voter"]).strip()[:80] or file.stem
+            page, voter = str(read["page"]), str(read["voter"]).strip()[:80] or str(file)
             votes = [(int(vote["pair"]), CHOICES[vote["vote"]]) for vote in read["votes"]]
         except FileNotFoundError:
             raise UserError(f"there is no file of votes {file}; give what the page saved") from None
@@ -53,7 +53,7 @@ def read_votes(files: Sequence[Path], blind: Mapping[str, Any]) -> dict[str, dic
             if not 0 <= number < len(blind["pairs"]):
                 raise UserError(f"{file} votes on pair {number}, and the page has {len(blind['pairs'])}")
             pair = blind["pairs"][number]
-            place = pair["capability"], pair["category"], pair["key"]
+            place = _place(pair)
             found.setdefault(voter, {})[place] = -vote if pair["swapped"] else vote
     return found
 
@@ -94,7 +94,8 @@ def people(
 
 
 def _place(row: Mapping[str, Any]) -> Place:
-    return row["capability"], row["category"], row["key"]
+    """Pairs of keys that stand in several categories carry the category in front; items do not."""
+    return row["capability"], row["category"], row["key"].removeprefix(f"{row['category']}/")
 
 
 def _agreement(pairs: Sequence[tuple[float, float]], sides_only: bool = False) -> dict[str, Any] | None:

@@ -42,7 +42,7 @@ def worst(scores: Mapping[str, Any], items: Sequence[Mapping[str, Any]]) -> dict
             words = _words(losses, facts.span(scores, capability))
             whom = "the best teacher of each category" if "teacher" in against else "the base"
             lost = [item for item, gain in losses if gain < 0][:SHOWN]
-            found[capability] = {"items": lost, "words": words, "against": whom, "n": len(losses)}
+            found[capability] = {"items": lost, "words": words, "against": whom}
     return found
 
 

@@ -43,16 +43,20 @@ def write_blind(folder: Path, pairs: Sequence[Pair], about: Mapping[str, Any]) -
     """Write the page and its key into `folder`; returns the page's path.
 
     `about`: what the key says of the models. The page that is there already stays if it shows the same pairs, since
-    people may be voting on it.
+    people may be voting on it; UserError where the key that is there is of another page.
     """
     images = [{side: _image(getattr(pair, side)) for side in ("a", "b", "source")} for pair in pairs]
     kept = [(pair, of) for pair, of in zip(pairs, images) if of["a"] and of["b"]]
     if not kept:
         raise UserError("no image of these pairs can be read, so there is nothing to vote on")
     shown = [[p.capability, p.category, p.key, of["a"].uri, of["b"].uri] for p, of in kept]  # type: ignore[union-attr]
-    page = hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
-    known = read_key(folder)
-    if known is None or known["page"] != page or not (folder / PAGE).is_file():
+    shows = hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
+    known, page = read_key(folder), secrets.token_hex(8)  # another order is another page
+    if known is not None and (known.get("shows") != shows or not (folder / PAGE).is_file()):
+        raise UserError(
+            f"{folder} has {KEY} of another page, which people may have voted on; choose another --output, or delete it"
+        )
+    if known is None:
         order = secrets.SystemRandom()
         order.shuffle(kept)
         swapped = [order.random() < 0.5 for _ in kept]
@@ -68,7 +72,7 @@ def write_blind(folder: Path, pairs: Sequence[Pair], about: Mapping[str, Any]) -
         values = {"pairs": sides, "page": page, "format": VOTES}
         html = render(HERE, "blind.html.j2", values, script_of(HERE, "blind.js.j2"), ("style", "blind"))
         with disk_errors(folder / PAGE):
-            write_json(folder / KEY, {"format": FORMAT, "page": page, **about, "pairs": records})
+            write_json(folder / KEY, {"format": FORMAT, "page": page, "shows": shows, **about, "pairs": records})
             write_atomic(folder / PAGE, html.encode("utf-8"))
     return folder / PAGE
 

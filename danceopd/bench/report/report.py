@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from danceopd.bench.evidence.worst import worst
+from danceopd.bench.pages.contact import NAME as CONTACT_SHEET
 from danceopd.bench.pages.contact import write_contact_sheet
 from danceopd.bench.pages.render import render, script_of
 from danceopd.bench.report import charts, facts, table
@@ -91,7 +92,7 @@ def page(scores: dict, rows: Sequence[dict], thumbnails: Thumbnails, budget: int
         "noise": _noise(scores, rows),
         "highlights": picked,
         "worst": worst(scores, items),
-        "sheet": bool(picked),
+        "sheet": (thumbnails.folder / CONTACT_SHEET).is_file(),
         "samples": _grids(scores, thumbnails),
         "drift": drift_lines(scores, thumbnails),
         "judges": judges(scores),

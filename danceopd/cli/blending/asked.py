@@ -22,7 +22,8 @@ class Asked:
 
     def check(self, how: Method) -> None:
         """UserError for a number that is none, and where the method looks at no inputs."""
-        given = [flag for flag, value in (("--data", self.data), ("--prompts", self.prompts)) if value]
+        flags = ("--data", self.data), ("--prompts", self.prompts), ("--device", self.device)
+        given = [flag for flag, value in flags if value]
         if given and how.regress is None:
             raise UserError(f"{how.name} looks at no inputs, so {given[0]} has no meaning; leave it out")
         if self.prompts is not None and not 1 <= self.prompts <= MOST:

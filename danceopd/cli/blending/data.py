@@ -1,12 +1,13 @@
 """Prompts and edits for the LoRAs of a blend, and the recording of what its layers see.
 
 `--data` is said once for all LoRAs or once for each: any source of prompts or edits (docs/data.md), or the recipe of a
-merge, whose teachers the LoRAs are. What is recorded is what a merge of the same LoRAs would start with: a recipe is
-made of the command's arguments, so that everything a merge refuses is refused here before a model is loaded.
+merge, whose teachers the LoRAs are; its scales and guidance are not used, the command's weights are. A recipe is made
+of the command's arguments, so that everything a merge refuses is refused here before a model is loaded.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from danceopd.adapters.blend import blend_parts
+from danceopd.adapters.blending.layers import LayerRule
 from danceopd.adapters.blending.methods import Method
 from danceopd.adapters.header import adapter_file
 from danceopd.adapters.regression.moments import features, moments_bytes
-from danceopd.assembly import open_base
+from danceopd.assembly import open_base, place
 from danceopd.cli.blending.asked import Asked
 from danceopd.common.console import progress_bar
 from danceopd.common.shipped import portable
@@ -33,13 +35,20 @@ from danceopd.models.lora import Adapter
 from danceopd.planning.cards import card_here
 from danceopd.planning.outline import Outline
 from danceopd.planning.settings import prepare
+from danceopd.recipe.checks import TAKEN
 from danceopd.recipe.recipe import Recipe
+
+_log = logging.getLogger("danceopd")
 
 SHIPPED_DATA = {
     "generation": ("generation", "scenes"), "editing": ("editing", "scenes"),
     "local-edit": ("editing", "scenes:local"), "global-edit": ("editing", "scenes:global"),
 }  # fmt: skip
 """Of the shipped LoRAs: what each does, and the data for it."""
+KEPT = {"call", "family", "editing_base", "rollout", "data", "dtype", "base_dtype", "gguf", "offload"}
+"""Keys of a merge's recipe that a recording follows."""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """A recording that was checked and not begun: its recipe, the base's folder, and the rows of each LoRA."""
@@ -62,10 +71,12 @@ class Calibration:
             )
         return lines
 
-    def memory(self, adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[int, int]:
+    def memory(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], layers: Sequence[LayerRule] = ()
+    ) -> tuple[int, int]:
         """(bytes of the base's transformer, bytes of the moments at most), about."""
         how, sizes, largest = self.how, dict[str, int](), 0
-        for name, part in blend_parts(adapters, weights, how).items():
+        for name, part in blend_parts(adapters, weights, how, layers).items():
             pairs = [adapters[i].tensors[name] for i in part.adapters if name in adapters[i].tensors]
             ranks, into = sum(a.shape[0] for a, _ in pairs), pairs[0][0].shape[1]
             sizes[name] = moments_bytes(ranks, into, how.latent)
@@ -78,14 +89,16 @@ class Calibration:
     def recording(self) -> Iterator[RecordedInputs]:
         """Load the base, encode the rows, and be ready to record."""
         recipe, device, questions = self.recipe, resolve_device(self.recipe.device), []
-        opened = open_base(recipe, self.base, None, device, [teacher.capability for teacher in recipe.teachers])
+        capabilities = [teacher.capability for teacher in recipe.teachers]
+        opened = open_base(recipe, self.base, self.run.saved, device, capabilities)
         encoder = Encoder(self.base, opened.family, opened.pipelines, recipe.editing_base)
         for teacher in recipe.teachers:
             data, rows = self.run.datasets[teacher.name].data, self.rows[teacher.name]
             questions.append(Questions(encoder.encode(teacher.capability, data, rows, recipe.rollout.steps), rows))
         free_encoders(encoder, opened.pipe)
         park_components(encoder)
-        opened.transformer.to(device)
+        if said := place(recipe, opened, device):
+            _log.info(said)
         with progress_bar("recording", ends=True) as report, RecordedInputs(
             opened.backbone, questions, device, recipe.seed, recipe.rows_at_once, report
         ) as inputs:
@@ -114,7 +127,7 @@ def calibration(
         )
     teachers = _of_recipe(given, files, said[0]) if given is not None else _of_sources(asked.data, files, base, method)
     count = asked.prompts or how.prompts
-    fields = {} if given is None else given.model_dump(include={"call", "family", "editing_base", "rollout", "data"})
+    fields = {} if given is None else given.model_dump(include=KEPT)
     drawn = {"steps": 4, "batch": max(2, min(2**14, count * len(files))), "micro_batch": "auto"}
     device = asked.device or ("auto" if given is None else given.device)
     fields |= {"base": base, "teachers": teachers, "output": output, "seed": seed, "device": device}
@@ -138,7 +151,7 @@ def _of_recipe(recipe: Recipe, files: Sequence[Path], where: str) -> list[dict]:
         if teacher is None:
             names = ", ".join(portable(t.adapter) for t in recipe.teachers)
             raise UserError(f"{where} has no teacher with the LoRA {file}; its teachers are {names}")
-        found.append(teacher.model_dump() | {"guidance": None, "negative": None, "scale": 1.0})
+        found.append(teacher.model_dump() | {"guidance": None, "negative": None, "scale": 1.0, "weight": 1.0})
     return found
 
 
@@ -190,5 +203,4 @@ def _named(files: Sequence[Path]) -> list[str]:
     words = [file.parent.name for file in files]
     words = words if len(set(words)) == len(words) else [file.stem for file in files]
     words = [re.sub(r"[^A-Za-z0-9_-]+", "-", word).strip("-_") or "lora" for word in words]
-    taken = {"student", "base", "blend", "ema"}
-    return [f"{word}-{i + 1}" if words.count(word) > 1 or word in taken else word for i, word in enumerate(words)]
+    return [f"{word}-{i + 1}" if words.count(word) > 1 or word in TAKEN else word for i, word in enumerate(words)]

@@ -1,4 +1,4 @@
-"""A family: FLUX.2 klein, of which the student adapts the attention layers alone.
+"""A family: FLUX.2 klein, whose students adapt the attention of the double-stream blocks, beside their start.
 
 For a model that danceopd does not know, fill in every field of `Family`: docs/bring-your-own-model.md.
 """
