@@ -36,7 +36,8 @@ class FolderTable(Table):
             twice = min(targets.keys() & plain.keys(), default=None)
             if twice is not None:
                 raise _two(path, targets[twice], plain[twice])
-        self._sources = _numbered(path, texts, sources if control else plain) if images else {}
+        first = _numbered(path, texts, sources) if control else {key: [file] for key, file in plain.items()}
+        self._sources = first if images else {}
         self._targets = ({**plain, **targets} if control else targets) if images else {}
         if images:
             self._refuse_lone(texts, control)

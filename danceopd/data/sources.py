@@ -13,7 +13,7 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, overload
 
 from danceopd.common.messages import clipped
 from danceopd.data.columns import INSTRUCTION, PROMPT, Layout, image_cells, is_text, no_column, numbered, role_of, shown
@@ -57,7 +57,7 @@ class Prompts(Sequence[str]):
         named = {"prompt": columns.prompt, "target": columns.target}
         return {role: name for role, name in named.items() if name is not None}
 
-    def worded(self, words: Callable[[str], str]) -> Self:
+    def worded(self, words: Callable[[str], str]) -> Prompts:
         """The same rows, whose texts, paraphrases and captions are `words` of what the table has."""
         found, held = copy.copy(self), self.held_out
         found._worded, found.held_out = words, held and held.worded(words)

@@ -33,7 +33,7 @@ from danceopd.pipelines.editing import check_references, editing_class
 from danceopd.pipelines.family import Family
 from danceopd.pipelines.generation import check_prompts
 from danceopd.recipe.checks import fault_of_quantised
-from danceopd.recipe.fast import FEW_STEP_NAMES, FEW_STEPS, steps_of
+from danceopd.recipe.fast import FEW_STEPS, few_step_name, steps_of
 from danceopd.recipe.recipe import Recipe
 
 QUANTISERS = {"quanto": "optimum", "fp8": "torch"}
@@ -60,7 +60,7 @@ def for_distilled(recipe: Recipe, folder: Path, begun: Recipe | None = None) -> 
     """
     name = re.split(r"[\\/]", portable(recipe.base).rstrip("\\/"))[-1]
     said, named = list[str](), "steps" in recipe.rollout.model_fields_set
-    sure, few = pipeline_index(folder).get("is_distilled") is True, FEW_STEP_NAMES.search(name.lower())
+    sure, few = pipeline_index(folder).get("is_distilled") is True, few_step_name(name)
     if recipe.fast is not None and recipe.fast.adapter is None and recipe.small_steps == 1 and not (sure or few):
         said.append(
             f"fast names no adapter, and the base does not say that it is distilled: where it needs many steps, a "
@@ -68,7 +68,7 @@ def for_distilled(recipe: Recipe, folder: Path, begun: Recipe | None = None) -> 
         )
     if not sure and not few:
         return recipe, said
-    what = "the base is distilled to few steps" if sure else f"the base's name says {few[0]!r}"  # type: ignore[index]
+    what = "the base is distilled to few steps" if sure else f"the base's name says {few!r}"
     given = recipe.call.get("num_inference_steps") or call_defaults(folder).get("num_inference_steps")
     if not (named or given or begun):
         otherwise = "" if sure else f", or rollout: {{steps: {recipe.rollout.steps}}} if it is not distilled"

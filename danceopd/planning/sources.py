@@ -15,7 +15,7 @@ from danceopd.data.bank.rows import BankEdits, BankPrompts
 from danceopd.data.dataset import TeacherData
 from danceopd.models.base import pipeline_index
 from danceopd.pipelines.family import Family
-from danceopd.planning.checks import FEW_STEP_NAMES
+from danceopd.recipe.fast import few_step_name
 from danceopd.recipe.parts import Teacher
 from danceopd.recipe.recipe import Recipe
 
@@ -34,7 +34,7 @@ def guidance_of(recipe: Recipe, folder: Path, family: Family) -> float | None:
     if who.guidance is not None:
         return who.guidance
     few = recipe.fast is not None and recipe.fast.stacks
-    few |= pipeline_index(folder).get("is_distilled") is True or bool(FEW_STEP_NAMES.search(recipe.base.lower()))
+    few |= pipeline_index(folder).get("is_distilled") is True or few_step_name(recipe.base) is not None
     if few or family.guidance_on is None:
         return None
     import diffusers

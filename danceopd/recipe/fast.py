@@ -51,6 +51,12 @@ class Fast(Part):
         return self.adapter is not None and self.teacher_steps == 1
 
 
+def few_step_name(base: str) -> str | None:
+    """The word in the last part of a base's path or hub name that says that it was distilled to few steps, if any."""
+    found = FEW_STEP_NAMES.search(re.split(r"[\\/]", base.rstrip("\\/"))[-1].lower())
+    return found[0] if found else None
+
+
 def steps_of(name: str) -> int:
     """The number of steps that the name of a distilled model or LoRA says; most often it says none, and means 4."""
     name = re.split(r"[\\/]", name.lower().rstrip("\\/"))[-1]

@@ -103,15 +103,16 @@ def _capabilities(teachers: list[TeacherFile], edits: bool, asks: bool) -> list[
 
     found = []
     for one in teachers:
-        guess = one.capability or "generation"
+        if not edits and one.capability == "editing":
+            raise UserError(f"{one.path} is named for editing, and the base's family only draws; name it --generation")
         if not edits:
             one = replace(one, capability="generation")
         elif one.capability is None and asks:
-            answer = typer.prompt(f"{one.path}: does it draw (d) or edit (e)?", default=guess[0].replace("g", "d"))
+            answer = typer.prompt(f"{one.path}: does it draw (d) or edit (e)?", default="d")
             one = replace(one, capability="editing" if answer.strip().lower().startswith("e") else "generation")
         elif one.capability is None:
             echo(f"assumed: {one.path} draws, for its name does not say that it edits (--editing {one.path} says so)")
-            one = replace(one, capability=guess)
+            one = replace(one, capability="generation")
         found.append(one)
     if len(found) > 1:
         return found
@@ -125,7 +126,6 @@ def _preset(
 ) -> tuple[dict[str, Any], list[str], dict[str, Any], str]:
     """The recipe's fields, what there is to say, the keys that the card asks for, and a line on the card."""
     from danceopd.cli.wizard.look import EDITING_BASES
-    from danceopd.common.shipped import portable
     from danceopd.common.system import gigabytes, resolve_device
     from danceopd.engine.teachers import check_teachers
     from danceopd.models.base import base_folder
@@ -138,10 +138,10 @@ def _preset(
     names = chain(["student"], (f"student-{number}" for number in count(2)))
     output = next(name for name in names if not Path(name).exists())
     fields |= {"data": "auto", "output": output, "steps": STEPS, "batch": 8, "student": {"rank": max(RANK, largest)}}
-    if not _is_small(fields["base"]):
+    if not _has_size(fields["base"]):
         fields["call"] = {"height": SIDE, "width": SIDE}
-    if portable(str(fields["base"])) == "base":
-        del fields["data"]  # the shipped base has its scenes
+    else:
+        del fields["data"]  # the small base has its scenes
     named = [{"name": one.name, "adapter": one.path, "capability": one.capability} for one in teachers]
     recipe = Recipe("the recipe", **fields, teachers=named)
     folder, said = base_folder(recipe.base), list[str]()
@@ -167,7 +167,7 @@ def _preset(
     return fields, said, sizes, f"for {card.name}, {gigabytes(card.memory)}"
 
 
-def _is_small(base: str) -> bool:
+def _has_size(base: str) -> bool:
     """Whether the base says by itself in which size it draws."""
     from danceopd.common.shipped import resolve
 

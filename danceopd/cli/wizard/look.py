@@ -16,7 +16,10 @@ from danceopd.common.shipped import SHIPPED
 from danceopd.errors import UserError
 from danceopd.recipe.checks import TAKEN
 
-EDITS = re.compile(r"edit|kontext|inpaint|remov|replac|retouch|relight|instruct|pix2pix|try-?on|eras", re.IGNORECASE)
+EDITS = re.compile(
+    r"(?<![a-z])(edit(?!ion|orial)|kontext|inpaint|remov|replac|retouch|relight|instruct|pix2pix|try-?on|erase)",
+    re.IGNORECASE,
+)
 """In the name of a file, or of the base that it was trained on: it edits."""
 HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WEIGHT_FILES = ("pytorch_lora_weights", "adapter_model", "model", "lora")

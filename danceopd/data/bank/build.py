@@ -1,22 +1,20 @@
-"""Makes `bank.json`, the prompts of `data: auto`: `words.txt` in templates, and the hand-written `written.txt`.
+"""`build()`: the prompts of `data: auto`, made of `words.txt` in templates and of the hand-written `written.txt`.
 
-`python -m danceopd.data.bank.build` writes it anew; the same words give the same file. Prompts of pictures have
+The same words give the same prompts, on every machine. Prompts of pictures have
 GenEval's kinds (objects, counting, position, colours, attributes), and people, places, scenes, text and styles. Edits
 have GEdit's eleven kinds; each belongs to a source, and its instruction is made of what the source's prompt says is
-there, so that it always applies. No prompt has the form of GenEval's own ("a photo of …").
+there, so that it nearly always applies. No prompt has the form of GenEval's own ("a photo of …").
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
-BANK = HERE / "bank.json"
 LANGUAGES = ("en", "zh")
 COUNTS = {
     "objects": 250, "counting": 300, "position": 340, "colours": 260, "attributes": 320, "people": 300, "places": 230,
@@ -358,14 +356,3 @@ def build() -> dict[str, Any]:
 
             editing[language] += _until(count // share, edits, seen)
     return {"generation": generation, "editing": editing}
-
-
-def as_text(bank: dict[str, Any]) -> str:
-    """The bank as its file has it."""
-    return json.dumps(bank, ensure_ascii=False, indent=0) + "\n"
-
-
-if __name__ == "__main__":
-    from danceopd.common.files import write_atomic
-
-    write_atomic(BANK, as_text(build()).encode())

@@ -7,7 +7,6 @@ source of an edit is a file that does not exist until it is drawn (danceopd/draw
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from danceopd.common.cache import cache_key
 from danceopd.common.messages import did_you_mean
+from danceopd.data.bank.build import build
 from danceopd.data.sources import Edits, Prompts
 from danceopd.data.tables import InMemoryTable
 from danceopd.errors import UserError
@@ -26,7 +26,6 @@ from danceopd.pipelines.registry import family_of
 from danceopd.recipe.recipe import Recipe
 
 NAME = "the prompt bank"
-BANK = Path(__file__).parent / "bank.json"
 HELD_OUT = 12
 """One of so many prompts, and of so many sources, is held out."""
 HELD_OUT_EDITS = 2
@@ -98,7 +97,7 @@ def bank_data(spec: str, capability: str, rows: int, setting: Setting) -> Prompt
     kinds = {word for word in wanted if word in kinds} or kinds
     order, trained, held = random.Random(f"bank/{setting.seed}"), list[Any](), list[Any]()
     for language in languages:
-        groups = bank[language].items() if capability == "generation" else [("", _with(bank[language], kinds))]
+        groups = bank[language].items() if capability == "generation" else [("", bank[language])]
         for kind, found in groups:
             for place, one in enumerate(found if kind in ("", *kinds) else ()):
                 (held if place % HELD_OUT == HELD_OUT - 1 else trained).append(one)
@@ -106,13 +105,12 @@ def bank_data(spec: str, capability: str, rows: int, setting: Setting) -> Prompt
     order.shuffle(held)
     if capability == "generation":
         return BankPrompts(trained, held)
-    edits = [(prompt, text) for prompt, texts in trained for text in texts][:rows]
-    return BankEdits(edits, setting, [(prompt, text) for prompt, texts in held for text in texts[:HELD_OUT_EDITS]])
+    edits = [(prompt, text) for prompt, texts in _with(trained, kinds) for text in texts][:rows]
+    apart = [(prompt, text) for prompt, texts in _with(held, kinds) for text in texts[:HELD_OUT_EDITS]]
+    return BankEdits(edits, setting, apart)
 
 
-@cache
-def _bank() -> dict[str, dict[str, Any]]:
-    return dict(json.loads(BANK.read_text(encoding="utf-8")))
+_bank = cache(build)
 
 
 def _kinds(part: Mapping[str, Any] | Sequence[Any]) -> list[str]:
