@@ -98,7 +98,7 @@ def test_a_card_that_is_too_small_changes_the_recipe(place: Path, tmp_path: Path
         (["base"], "there is no file to merge"),
         (["draws", "edits"], "none of the files says which base it was trained on; give --base"),
         (["nothing.safetensors"], "nothing.safetensors does not exist"),
-        (["draws", "other", "--base", "./base"], "use a LoRA made for this base"),
+        (["draws", "other", "--base", "./base"], "was made for another size of Flux2Transformer2DModel"),
         (["draws", "--gpu", "abc", "--base", "./base"], "--gpu is 'abc'"),
     ],
 )
