@@ -24,7 +24,7 @@ from danceopd.models.base import load_base
 from danceopd.models.lora import Adapter
 from danceopd.pipelines.registry import FAMILIES
 
-WITHOUT_ORIGINAL_NAMES = ("bria-fibo", "hidream", "longcat-image")
+WITHOUT_ORIGINAL_NAMES = ("bria-fibo", "hidream", "longcat-image", "qwen-image-2.1")
 """Families whose layers' names in other tools are not known here."""
 ALL = {tiny.family: tiny for tiny in reversed(TINYS)}
 FAMILY = {name: tiny for name, tiny in ALL.items() if name not in WITHOUT_ORIGINAL_NAMES}

@@ -35,7 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     pipe = tiny_klein(folder / "base")
     (folder / "base" / "danceopd.json").write_text(
-        json.dumps({"height": 64, "width": 64, "num_inference_steps": 6, "max_sequence_length": 24})
+        json.dumps({"height": 64, "width": 64, "num_inference_steps": 6, "max_sequence_length": 32})
     )
     for seed, name in enumerate(("draws", "edits")):
         write_adapter(random_adapter(pipe.transformer, rank=3 + seed, seed=seed), folder / name)
