@@ -165,7 +165,10 @@ def routed_teacher(
     contrast = recipe.contrast_of(teacher)
     if unconditional or (contrast is not None and contrast.reference == "null") or teacher.guidance is not None:
         null = null_condition(pipeline, teacher, fingerprint, recipe.output / "cache").to(device)
-    field = weights.attach(backbone, null, recipe.rollout.merged and not recipe.compile)
+    merged, weaker = recipe.rollout.merged and not recipe.compile, None
+    field = weights.attach(backbone, null, merged)
+    if contrast is not None and contrast.reference == "weaker":
+        weaker = weights.weaker(contrast.strength).attach(backbone, None, merged)
     steps, variants = recipe.rollout.steps, dict(data.variants)
     dataset = encoder.encode(teacher.capability, data.data, data.rows, steps, targets=recipe.needs_targets)
     if null is None and recipe.gates.needs_null(teacher.capability):
@@ -175,7 +178,7 @@ def routed_teacher(
         else:
             null = null.to(device)
     encoded = {name: encoder.encode(teacher.capability, *variant, steps) for name, variant in variants.items()}
-    return RoutedTeacher(teacher.name, field, dataset, null, encoded)
+    return RoutedTeacher(teacher.name, field, dataset, null, encoded, weaker)
 
 
 def warn_of_scenes(recipe: Recipe) -> None:

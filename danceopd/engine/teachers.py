@@ -69,6 +69,12 @@ class TeacherWeights:
             return self.checkpoint.sha256
         return None if self.adapter is None else self.adapter.sha256
 
+    def weaker(self, strength: float) -> TeacherWeights:
+        """The same teacher at `strength` of its scale, without guidance, under a name of its own."""
+        teacher = self.teacher
+        changed = {"name": f"{teacher.name}-weaker", "scale": teacher.scale * strength, "guidance": None}
+        return replace(self, teacher=teacher.model_copy(update=changed))
+
     def attach(self, backbone: Backbone, null: Condition | None = None, merged: bool = True) -> VelocityField:
         """Add its adapter to the backbone under the teacher's name; returns its velocity field. `null` guides it.
 
@@ -238,7 +244,8 @@ def _difference(
 class RoutedTeacher:
     """A teacher as rows are routed to it: its field, its dataset, and its null prompt (one row, or one each).
 
-    `variants` are the same rows under other conditions, by name, for gates (labelfree/gates/variants.py).
+    `variants` are the same rows under other conditions, by name, for gates (labelfree/gates/variants.py); `weaker` is
+    the teacher at a lower strength, for a contrast.
     """
 
     name: str
@@ -246,3 +253,4 @@ class RoutedTeacher:
     dataset: Dataset
     null: Condition | None = None
     variants: Mapping[str, Dataset] = dataclasses.field(default_factory=dict)
+    weaker: VelocityField | None = None

@@ -43,6 +43,9 @@ def contrasted(recipe: Recipe, teachers: Sequence[RoutedTeacher], base: Velocity
         asked: VelocityField
         if reference == "others":
             asked = _Mean([one for name, one in fields.items() if name != teacher.name])
+        elif reference == "weaker":
+            assert teacher.weaker is not None  # merge attaches it
+            asked = unguided(teacher.weaker)
         elif reference == "null":
             assert teacher.null is not None  # merge records it where `needs_null`
             asked = _NullPrompt(own, teacher.null)

@@ -137,6 +137,9 @@ def _adapters(recipe: Recipe, run: Outline, size: int, merged: bool, wait: Seque
     for name, adapter in run.adapters.items():
         if adapter is not None:
             parts.append(Part(f"teacher {name}", both * adapter.parameters, [*wait, "trial", *RUNNING]))
+        contrast = recipe.contrast_of(next(teacher for teacher in recipe.teachers if teacher.name == name))
+        if adapter is not None and contrast is not None and contrast.reference == "weaker":
+            parts.append(Part(f"teacher {name}, weaker", both * adapter.parameters, [*wait, "trial", *RUNNING]))
     for one in run.teachers:
         if one.stacks and one.fast is not None:
             few = Part(f"fast.adapter on {one.teacher.name}", both * one.fast.parameters, [*wait, "trial", *RUNNING])

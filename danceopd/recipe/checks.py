@@ -327,11 +327,13 @@ def _names(recipe: Recipe) -> Iterator[str]:
             yield f"teacher {teacher.name!r} has field_options and no field; name the plug-in that takes them"
         moved = recipe.contrast_of(teacher)
         if moved is not None and moved.reference == teacher.name:
-            yield f"contrast of teacher {teacher.name!r} has the teacher itself as its reference; name another"
+            yield f"contrast of teacher {teacher.name!r} has itself as its reference; name another, or weaker"
         if moved is not None and moved.reference == "source" and teacher.capability != "editing":
             yield f"contrast of teacher {teacher.name!r} has reference source, and it edits no source; choose prompt"
-        if moved is not None and moved.reference == "base" and teacher.adapter == "base":
+        if moved is not None and moved.reference in ("base", "weaker") and teacher.adapter == "base":
             yield f"contrast of teacher {teacher.name!r} has the base as reference, which it is itself; leave it out"
+        if moved is not None and moved.reference != "weaker" and moved.strength != 0.5:
+            yield f"contrast of teacher {teacher.name!r} has a strength, which is of reference weaker; leave it out"
     for name, reward in recipe.nft.rewards.items():
         if isinstance(reward, Likelihood) and reward.teacher not in (None, "base", *names):
             hint = did_you_mean(reward.teacher, ["base", *names])

@@ -22,7 +22,7 @@ from danceopd.recipe.parts import Part, Rows, existing
 
 Degradation = Literal["blur", "jpeg", "noise", "downscale"]
 DEGRADATIONS: tuple[Degradation, ...] = get_args(Degradation)
-REFERENCES = ("base", "others", "null", "prompt", "source")
+REFERENCES = ("base", "weaker", "others", "null", "prompt", "source")
 """References of a contrast that are no teacher's name."""
 MONITOR_EVERY = 100
 """Steps between the monitor's checks where the recipe does not say."""
@@ -172,8 +172,10 @@ class Contrast(Part):
     """
 
     reference: str = "others"
-    """`base`, another teacher's name, `others` (their mean), `null` (the null prompt), `prompt` or `source` (those of
-    another row)."""
+    """`base`, `weaker` (the teacher itself at `strength`), another teacher's name, `others` (their mean), `null` (the
+    null prompt), `prompt` or `source` (those of another row)."""
+    strength: float = Field(0.5, gt=0, lt=1, examples=[0.7])
+    """Of reference `weaker`: the teacher's scale in it, as a share of its own."""
     weight: float = Field(1.0, ge=0, le=10)
     """How far the target moves away from the reference; 0: not at all."""
     sigma: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)

@@ -10,13 +10,16 @@ from flows import Gaussian
 from tiny_merge import WEIGHTS, run, tiny_recipe
 from tiny_trainer import NAMES, batches_of, make_trainer, tiny_data, train
 
+from danceopd.adapters.blend import scaled
 from danceopd.engine.objectives import velocity_error
+from danceopd.engine.teachers import TeacherWeights
 from danceopd.errors import UserError
 from danceopd.labelfree.contrast import contrasted
 from danceopd.labelfree.gates.evidence import edit_mask
 from danceopd.models.fields import AdapterField, BaseField, ContrastField, GuidedField, unguided
 from danceopd.pipelines.registry import with_prompt_of
 from danceopd.plan import plan
+from danceopd.recipe.parts import Teacher
 from danceopd.recipe.recipe import Recipe
 
 
@@ -105,6 +108,26 @@ def test_each_reference_is_what_its_name_says(data, files, reference):
     torch.testing.assert_close(teachers[m].field(x, sigma, condition), v + 0.7 * (v - away))
 
 
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_weaker_teacher_is_itself_at_a_lower_strength_without_guidance(data, files, guided):
+    trainer, _ = moved(data, files, {})
+    lora = trainer.backbone.adapter("generation")
+    how = {"scale": 0.8, "guidance": 3.0 if guided else None}
+    teacher = Teacher(name="drawn", adapter=files["generation"], capability="generation", **how)
+    weaker = TeacherWeights(teacher, lora).weaker(0.25).attach(trainer.backbone)
+    recipe = Recipe(**files, contrast={"generation": {"reference": "weaker", "weight": 2.0, "strength": 0.25}})
+    first, second = trainer.teachers
+    found, _ = contrasted(recipe, [replace(first, weaker=weaker), second], BaseField(trainer.backbone))
+    condition = data.conditions["generation"]
+    x, sigma = torch.randn(len(condition), *condition.shape), torch.full((len(condition),), 0.6)
+    trainer.backbone.add_adapter("byhand", scaled(lora, 0.2))  # 0.25 of 0.8
+    v, away = first.field(x, sigma, condition), AdapterField(trainer.backbone, "byhand")(x, sigma, condition)
+    assert not torch.allclose(v, away)
+    torch.testing.assert_close(found.field(x, sigma, condition), v + 2 * (v - away))
+    for name in ("byhand", "drawn-weaker"):
+        trainer.backbone.remove_adapter(name)
+
+
 def test_a_guided_teacher_keeps_its_guidance_and_is_compared_without(data, files):
     trainer, _ = moved(data, files, {})
     teachers = [replace(t, field=GuidedField(t.field, data.null, 2.0)) for t in trainer.teachers]
@@ -148,6 +171,7 @@ REFUSED = [
     ({"contrast": {"genration": {}}}, "contrast.genration is no teacher and no capability; did you mean 'generation'"),
     ({"contrast": {"generation": {"reference": "bas"}}}, "contrast.generation.reference is 'bas'; did you mean 'base'"),
     ({"contrast": {"generation": {"reference": "generation"}}}, "itself as its reference"),
+    ({"contrast": {"generation": {"strength": 0.7}}}, "has a strength, which is of reference weaker"),
     ({"contrast": {"generation": {"reference": "source"}}}, "it edits no source; choose prompt"),
     ({"contrast": {"generation": {"weight": -1}}}, "contrast.generation.weight"),
     ({"contrast": {"generation": {"sigma": [0.7, 0.2]}}}, "give the lower noise level first"),
@@ -178,10 +202,11 @@ def test_weight_nought_is_plain_bit_for_bit_and_more_is_not(models, tmp_path):
         "plain": {},
         "nought": {"generation": {"weight": 0.0}, "editing": {"weight": 0.0, "reference": "null"}},
         "moved": {"generation": {"weight": 1.0}, "editing": {"weight": 1.0, "reference": "null"}},
+        "weaker": {"generation": {"reference": "weaker"}, "editing": {"reference": "weaker", "strength": 0.7}},
     }.items():
         run(tiny_recipe(models, tmp_path / name, contrast=contrast))
         written[name] = (tmp_path / name / WEIGHTS).read_bytes()
-    assert written["plain"] == written["nought"] != written["moved"]
+    assert written["plain"] == written["nought"] and len(set(written.values())) == 3
 
 
 def test_a_stopped_run_goes_on_to_the_same_student(models, tmp_path):
@@ -198,4 +223,9 @@ def test_the_plan_counts_the_reference(models, tmp_path):
 
     assert "contrast" not in passes(contrast={"generation": {"weight": 0.0}})
     assert passes(contrast={"generation": {}})["contrast"] == 0.5
+    weaker = plan(tiny_recipe(models, tmp_path / "none", contrast={"editing": {"reference": "weaker"}}), tflops=1.0)
+    assert weaker["passes"]["contrast"] == 0.5
+    held = {part["part"]: part["bytes"] for part in weaker["memory"]}
+    [name] = [part for part in held if part.endswith(", weaker")]
+    assert held[name] == held[name.removesuffix(", weaker")] > 0
     assert passes(contrast={"generation": {}, "editing": {}}, query={"count": 2})["contrast"] == 2.0
