@@ -1,18 +1,20 @@
 """How far past its teachers a student is: the arms of a recipe side by side at equal seconds, on the test split.
 
     python benchmarks/past.py                                          # the demo's recipe: 5 seeds of every arm
-    python benchmarks/past.py checkpoints/full.yaml --name past_full --arms "plain;contrast"
+    python benchmarks/past.py checkpoints/full.yaml --name past_full --arms "as it is" --seeds 3
 
-An arm is the recipe with some changes. Its steps are as many as take the plain recipe's processor seconds; seconds of
+An arm is the recipe with some changes. Its steps are as many as take the recipe's own processor seconds; seconds of
 an update are measured first, the arms in turn. Every run is scored item by item on the same test prompts and edits from
 the same noise as its teachers; differences are paired by item, and intervals (95 %) resample seeds and items, within
-categories. Finished runs are kept, one line each; it can be interrupted and started again.
+categories. Finished runs are kept, one line each, and the one at hand in build/; it can be interrupted and started
+again, and several may share the seeds (--first).
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -50,14 +52,24 @@ from danceopd.recipe.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results"
 ARMS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "contrast": {"contrast": {"generation": {"reference": "others", "weight": 1.0}}},
-    "joint SFT": {"objective": "supervised", "rollout": None},
-    "off-policy": {"objective": "offpolicy", "rollout": None},
-    "DiffusionOPD": {"objective": "diffusionopd", "query": None},
-    "Flow-OPD": {"objective": "flowopd", "query": None, "rollout": {"steps": 5, "noise": 0.7}},
-}
-"""Each arm's changes of the recipe's top-level keys; None leaves one out."""
+    "as it is": {},
+    "plain": {"contrast": None},
+    "contrast, base": {
+        "contrast": {"generation": {"reference": "base"}, "editing": {"reference": "base", "weight": 0.5}},
+    },
+    "contrast, others": {"contrast": {"generation": {}, "editing": {"weight": 0.3}}},
+    "nft": {"contrast": None, "objective": "nft", "nft": {"share": 0.5}},
+    "both": {"objective": "nft", "nft": {"share": 0.5}},
+    "joint SFT": {"contrast": None, "objective": "supervised", "rollout": None},
+    "off-policy": {"contrast": None, "objective": "offpolicy", "rollout": None},
+    "DiffusionOPD": {"contrast": None, "objective": "diffusionopd", "query": None},
+    "Flow-OPD": {
+        "contrast": None, "objective": "flowopd", "query": None, "rollout": {"steps": 5, "noise": 0.7},
+    },
+}  # fmt: skip
+"""Each arm's changes of the recipe's top-level keys; None leaves one out. `others` is the default reference."""
+RUNS = Path(__file__).parent.parent / "build" / "past"
+"""Runs that are not finished."""
 QUIET: dict[str, Any] = {"samples": {"every": 0, "count": 1}, "validation": {"every": 0}, "keep_last": 1}
 WEIGHTS = (0.3, 0.5, 0.7, 0.9)
 """Of each teacher in the linear blend; the best pair by the two gaps closed, on validation items, is scored."""
@@ -153,15 +165,15 @@ def recipe_of(plain: Mapping[str, Any], arm: str, **fields: Any) -> Recipe:
 
 
 def steps_of(plain: Mapping[str, Any], arms: list[str], repeats: int) -> dict[str, int]:
-    """Steps of each arm that take the plain recipe's processor seconds."""
+    """Steps of each arm that take the recipe's own processor seconds."""
     updates = {}
     with tempfile.TemporaryDirectory() as folder:
-        for arm in ("plain", *(arm for arm in arms if arm != "plain")):
+        for arm in dict.fromkeys(("as it is", *arms)):
             with curve_trainer(False), suppress(Started):
                 merging.merge(recipe_of(plain, arm, steps=10**6, output=Path(folder) / arm), started)
             updates[arm] = CurveTrainer.latest.update
         seconds = medians(updates, repeats)
-    return {arm: max(1, round(plain["steps"] * seconds["plain"] / seconds[arm])) for arm in arms}
+    return {arm: max(1, round(plain["steps"] * seconds["as it is"] / seconds[arm])) for arm in arms}
 
 
 def best_blend(base: Path, teachers: Mapping[str, Adapter], items: int) -> tuple[float, ...]:
@@ -218,9 +230,10 @@ def table(facts: Mapping[str, Any], lines: list[dict[str, Any]]) -> str:
 
 
 def main(
-    recipe: Annotated[Path, typer.Argument(help="The plain recipe.")] = Path("checkpoints/demo.yaml"),
+    recipe: Annotated[Path, typer.Argument(help="The recipe.")] = Path("checkpoints/demo.yaml"),
     arms: Annotated[str, typer.Option(help=f"Of {'; '.join(ARMS)}: separated by semicolons.")] = ";".join(ARMS),
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm.")] = 5,
+    first: Annotated[int, typer.Option(min=0, help="Seed of the first run.")] = 0,
     items: Annotated[int, typer.Option(min=6, help="Test prompts, and as many edits.")] = 1024,
     repeats: Annotated[int, typer.Option(min=1, help="Timed updates of each arm.")] = 5,
     name: Annotated[str, typer.Option(help="Written to benchmarks/results/NAME.md, .json and .jsonl.")] = "past",
@@ -260,14 +273,15 @@ def main(
     if not any(arm.startswith("blend") for arm, _ in done):
         weights = best_blend(base, teachers, min(items, 192))
         keep(f"blend {weights[0]:g} + {weights[1]:g}", 0, blend(list(teachers.values()), list(weights)), 0, 0.0)
-    for seed, arm in itertools.product(range(seeds), chosen):
+    for seed, arm in itertools.product(range(first, first + seeds), chosen):
         if (arm, seed) in done:
             continue
         began, steps = time.process_time(), facts["steps"][arm]
-        with tempfile.TemporaryDirectory() as folder:
-            fields = {"seed": seed, "steps": steps, "save_every": steps, "output": Path(folder) / "run"}
-            student = merging.merge(recipe_of(plain, arm, **fields), lambda metrics, steps: None)
-            keep(arm, seed, read_adapter(student.folder, empty_transformer(base)), steps, time.process_time() - began)
+        folder = RUNS / f"{name}-{arm.replace(' ', '-').replace(',', '')}-{seed}"
+        fields = {"seed": seed, "steps": steps, "save_every": min(100, steps), "output": folder}
+        student = merging.merge(recipe_of(plain, arm, **fields), lambda metrics, steps: None)
+        keep(arm, seed, read_adapter(student.folder, empty_transformer(base)), steps, time.process_time() - began)
+        shutil.rmtree(folder)
     (RESULTS / f"{name}.md").write_text(table(facts, read_lines(path)))
 
 
