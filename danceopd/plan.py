@@ -120,7 +120,7 @@ def _facts(weights: TeacherWeights, run: Outline) -> dict[str, Any]:
 def _disk(recipe: Recipe, run: Outline) -> dict[str, int]:
     """Bytes: the run folder at its fullest, the cache at most (nothing of it encoded before), and what is free."""
     config: Any = run.transformer.config
-    width = int(config.get("joint_attention_dim") or config.get("cap_feat_dim") or 0)
+    width = int(config.get("joint_attention_dim") or config.get("cap_feat_dim") or config.get("text_dim") or 0)
     channels = int(config.get("in_channels") or 64)
     rows = {
         (recipe.data_source(t), t.capability): len(a.rows) + sum(len(variant[1]) for variant in a.variants.values())

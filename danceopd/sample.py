@@ -62,7 +62,7 @@ def _generate(
     _warn_if_truncated(pipe, known, prompt, call)
     for i in range(count):
         generator = torch.Generator("cpu").manual_seed(seed + i)
-        yield pipe(prompt=prompt, generator=generator, **known.arguments(pipe, call)).images[0]
+        yield known.pictures(pipe(prompt=prompt, generator=generator, **known.arguments(pipe, call)))[0]
 
 
 def _warn_if_truncated(pipe: Any, family: Any, prompt: str, call: dict[str, Any]) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -97,6 +97,27 @@ def as_called(pipe: Any, height: int, width: int) -> tuple[int, int]:
     return height, width
 
 
+def one_frame(pipe: Any, call: dict[str, Any]) -> int:
+    """Default of `frames`: what is drawn is a picture."""
+    return 1
+
+
+def side_by_side(frames: Sequence[Image]) -> Image:
+    """The frames of a video as one picture; one frame is that picture."""
+    from PIL import Image
+
+    width, height = frames[0].size
+    whole = Image.new(frames[0].mode, (width * len(frames), height))
+    for number, frame in enumerate(frames):
+        whole.paste(frame, (number * width, 0))
+    return whole
+
+
+def image_processor(pipe: Any) -> Any:
+    """What makes pixels of pictures: a stock pipeline's `image_processor`, or that of its videos."""
+    return getattr(pipe, "image_processor", None) or pipe.video_processor
+
+
 def unchanged_condition(condition: Condition) -> Condition:
     """Default of `sync_free`: the forward reads nothing of the condition back from the device."""
     return condition
@@ -178,6 +199,10 @@ class Family:
     # not to be cut into rows. None: the forward itself waits for the device, so no graph can hold it.
     sync_free: Callable[[Condition], Condition] | None = unchanged_condition
     call: tuple[str, ...] = ("max_sequence_length",)  # settings of the stock call a recipe may give besides the size
+    usual: Mapping[str, Any] = field(default_factory=dict)  # arguments whose default here is not the stock class's
+    video: bool = False  # the stock class draws videos, as lists of frames; a picture is one frame
+    # (pipe, call) -> frames of latents that are drawn; UserError for a number of frames that the class cannot draw
+    frames: Callable[[Any, dict[str, Any]], int] = one_frame
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -191,6 +216,10 @@ class Family:
 
         return hasattr(getattr(diffusers, self.generation), "load_lora_weights")
 
+    def pictures(self, output: Any) -> list[Image]:
+        """The pictures in what the stock pipeline returns; of a video its frames side by side."""
+        return [side_by_side(frames) for frames in output.frames] if self.video else output.images
+
     def edited_size(self, pipe: Any, shapes: Sequence[tuple[int, int]], call: dict[str, Any]) -> tuple[int, int]:
         """(height, width) of an edit of sources of (width, height) `shapes`, as `size_of` says of the one that counts.
         """
@@ -200,13 +229,13 @@ class Family:
 
     def arguments(self, pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
         """`call` as the stock class takes it: with `extra`, without a size where it has that of the source image."""
-        taken, given = call_defaults(type(pipe)), {**self.extra(pipe, call), **call}
+        taken, given = call_defaults(type(pipe)), {**self.usual, **self.extra(pipe, call), **call}
         return {key: value for key, value in given.items() if key in taken or key not in ("height", "width")}
 
     def stock_call(self) -> dict[str, Any]:
         """Size, steps and settings that the generation class uses when it is called with a prompt alone."""
         import diffusers
 
-        defaults = call_defaults(getattr(diffusers, self.generation))
+        defaults = {**call_defaults(getattr(diffusers, self.generation)), **self.usual}
         settings = {key: defaults[key] for key in ("num_inference_steps", *self.call) if key in defaults}
         return {"height": 1024, "width": 1024, **settings}

@@ -19,7 +19,7 @@ from torch import Tensor
 from danceopd.errors import UserError
 
 from .condition import Condition, stack
-from .family import Family
+from .family import Family, image_processor
 from .record import first_call, record
 
 
@@ -74,6 +74,7 @@ class GenerationPipeline:
         self.pipe, self.family, self.chunk = pipe, family, chunk
         self.generation_pipe = pipe  # noise and schedule are recorded from it
         self.height, self.width = family.drawn(pipe, call["height"], call["width"])
+        self.frames = family.frames(pipe, call)  # of latents
         self.call = call
         self._sigmas: Tensor | None = None
 
@@ -136,14 +137,14 @@ class GenerationPipeline:
         size, pipe, parts = self._per_megapixel, self.generation_pipe, []
         for start in range(0, len(pictures), size):
             part = [one.convert("RGBA" if self.family.alpha else "RGB") for one in pictures[start : start + size]]
-            pixels = pipe.image_processor.preprocess(part, height=self.height, width=self.width)
+            pixels = image_processor(pipe).preprocess(part, height=self.height, width=self.width)
             parts.append(self.family.encode_images(pipe, pixels.to(pipe.vae.device, pipe.vae.dtype)))
         return torch.cat(parts)
 
     @property
     def _per_megapixel(self) -> int:
         """Pictures that the autoencoder takes at once."""
-        return max(1, min(self.chunk, 2**20 // (self.height * self.width)))
+        return max(1, min(self.chunk, 2**20 // (self.height * self.width * self.frames)))
 
     def _call_without_prompt(self, rows: int) -> dict[str, Any]:
         return {**self.call, **self.family.dummy_prompt(self.generation_pipe, rows, **self.call)}

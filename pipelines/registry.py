@@ -25,12 +25,13 @@ from .families.longcat import LONGCAT_IMAGE
 from .families.qwen import QWEN_IMAGE
 from .families.qwen21 import QWEN_IMAGE_21
 from .families.sd3 import SD3
+from .families.wan import WAN
 from .families.zimage import Z_IMAGE
 from .family import Family
 
 _FAMILIES = (
     FLUX2_KLEIN, FLUX2_KLEIN_KV, FLUX2_DEV, FLUX1, QWEN_IMAGE, QWEN_IMAGE_21, Z_IMAGE, KREA2, SD3, LONGCAT_IMAGE,
-    BRIA_FIBO, HIDREAM, ANIMA,
+    BRIA_FIBO, HIDREAM, WAN, ANIMA,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.name: family for family in _FAMILIES}
 BUILTIN = dict(FAMILIES)

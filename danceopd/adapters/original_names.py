@@ -253,6 +253,16 @@ def _krea2() -> Stacks:
     return found | {original: (module,) for original, module in ends.items()}
 
 
+def _wan() -> Stacks:
+    parts = {f"{o}_attn.{a}": f"{d}.to_{a}" for o, d in (("self", "attn1"), ("cross", "attn2")) for a in "qkv"}
+    parts |= {"self_attn.o": "attn1.to_out.0", "cross_attn.o": "attn2.to_out.0"}
+    parts |= {"ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}
+    found: Stacks = {f"blocks.{{}}.{o}": (f"blocks.{{}}.{d}",) for o, d in parts.items()}
+    ends = {f"{e}_embedding.{2 * i}": f"{e}_embedder.linear_{i + 1}" for e in ("time", "text") for i in range(2)}
+    ends["time_projection.1"] = "time_proj"
+    return found | {o: (f"condition_embedder.{d}",) for o, d in ends.items()} | {"head.head": ("proj_out",)}
+
+
 def _fused(*attentions: str) -> Stacks:
     """The Linears that diffusers' `fuse_qkv_projections` makes of attentions such as `transformer_blocks.{}.attn`."""
     found: Stacks = {}
@@ -365,6 +375,9 @@ ARCHITECTURES: dict[str, ArchitectureNames] = {
         ),
         ArchitectureNames(
             "Krea2Transformer2DModel", "Krea2", "Krea2LoraLoaderMixin", ("diffusers", "comfyui"), _krea2()
+        ),
+        ArchitectureNames(
+            "WanTransformer3DModel", "Wan", "WanLoraLoaderMixin", ("diffusers", "comfyui", "kohya"), _wan()
         ),
         ArchitectureNames(
             "SD3Transformer2DModel",

@@ -25,6 +25,7 @@ from danceopd.models.fields import VelocityField
 from danceopd.models.storage import computes_in, kept_as
 from danceopd.pipelines import GenerationPipeline, family_of
 from danceopd.pipelines.condition import Condition
+from danceopd.pipelines.family import image_processor
 
 
 class ModelHost:
@@ -54,12 +55,11 @@ class ModelHost:
     @torch.no_grad()
     def round_trip(self, images: list[Any], batch: int = 64) -> list[Any]:
         """Images through the autoencoder and back: the loss of quality that no model can avoid."""
-        vae, processor = self.pipe.vae, self.pipe.image_processor
         found: list[Any] = []
         for at in range(0, len(images), batch):
-            pixels = processor.preprocess(images[at : at + batch]).to(self.device, vae.dtype)
-            decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
-            found += processor.postprocess(decoded, output_type="pil")
+            pixels = image_processor(self.pipe).preprocess(images[at : at + batch]).to(self.device, self.pipe.vae.dtype)
+            latents = self.family.encode_images(self.pipe, pixels)
+            found += self.family.decode(self.pipe, latents, *pixels.shape[-2:])
         return found
 
     def null_condition(self, model: Model, drawer: GenerationPipeline) -> Condition:

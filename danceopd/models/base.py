@@ -80,7 +80,13 @@ def base_folder(base: str | Path) -> Path:
             f"base model {folder} is not a diffusers pipeline (it has no model_index.json); give a folder that "
             "DiffusionPipeline.save_pretrained wrote"
         )
-    pipeline_index(folder)
+    second = pipeline_index(folder).get("transformer_2")
+    if isinstance(second, list) and second[-1:] != [None]:
+        raise UserError(
+            f"base model {folder} switches between two transformers by noise level (transformer, transformer_2), and "
+            "danceopd runs one; take a base with one, such as Wan-AI/Wan2.2-TI2V-5B-Diffusers, or blend the LoRA files "
+            "of each transformer by themselves with `danceopd blend`, which needs no base"
+        )
     if (scheduler := folder / "scheduler" / "scheduler_config.json").is_file():
         read_json(scheduler, "the scheduler's configuration", mend="fetch the model again")
     return folder

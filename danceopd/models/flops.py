@@ -19,11 +19,12 @@ from torch import nn
 ONE = re.compile(r"(^|\.)(\w*modulation\w*|\w+_mod|norm\w*\.linear|norm_out|time_\w+|[pt]_embedder)(\.|$)")
 TEXT = re.compile(
     r"(^|\.)(add_[qkv]_proj|to_add_out|ff_context|context_embedder|context_refiner|cap_embedder|txt_\w+"
-    r"|caption_projection|to_\w+_t|ff_t|text_fusion)(\.|$)"
+    r"|caption_projection|to_\w+_t|ff_t|text_fusion|text_embedder)(\.|$)|^blocks\.\d+\.attn2\.to_[kv]$"
 )
 JOINT = re.compile(r"^(single_transformer_blocks|single_stream_blocks|layers)\.")
 STREAM = re.compile(r"\.(attn\.to_gate|img_mlp\.(proj|gate_layer|out)|ff\.(gate|up|down))$")  # of blocks for all tokens
-IMAGE = re.compile(r"(^|\.)(noise_refiner|attn2)(\.|$)")
+IMAGE = re.compile(r"(^|\.)(noise_refiner|attn2)(\.|$)|^blocks\.\d+\.attn1$")
+CROSS = re.compile(r"^blocks\.\d+\.attn2$")  # Wan's, in which the image attends to the text
 
 
 class Held(NamedTuple):
@@ -46,6 +47,7 @@ HELD = {
     "SD3Transformer2DModel": Held(2.52, 0, 2.82, 26),
     "LongCatImageTransformer2DModel": Held(2.456, 0, 2.88, 34.5),
     "BriaFiboTransformer2DModel": Held(2.5, 0, 2.8, 34),
+    "WanTransformer3DModel": Held(2.555, 12.5, 3.17, 24.3),
 }
 LEAST_KNOWN = Held(3.31, 25.5, 3.55, 43)
 """Of a transformer that was not counted: the most of those that were."""
@@ -78,13 +80,19 @@ class TokenCounts:
             return self.image + self.source
         return self.text if TEXT.search(path) else self.all
 
+    def attended(self, path: str) -> int:
+        """To how many tokens each of them attends."""
+        return self.text if CROSS.search(path) else self.attending(path)
+
 
 def forward_flops(transformer: nn.Module, tokens: TokenCounts) -> float:
     """FLOPs of a forward of one row; a multiply-add counts as two."""
     linears = sum(
         2 * m.weight.numel() * tokens.through(path) * _share(transformer, path) for path, m in _linears(transformer)
     )
-    attention = sum(4 * tokens.attending(path) ** 2 * width for path, width in _attentions(transformer))
+    attention = sum(
+        4 * tokens.attending(path) * tokens.attended(path) * width for path, width in _attentions(transformer)
+    )
     return float(linears + attention)
 
 

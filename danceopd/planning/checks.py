@@ -232,7 +232,12 @@ def check_prompts_of(
 def check_target_shapes(
     recipe: Recipe, datasets: Mapping[str, TeacherData], family: Family, pipe: Any, call: Mapping[str, Any]
 ) -> None:
-    """UserError for a target picture that would be squeezed into the size that is drawn."""
+    """UserError for a target picture that would be squeezed into the size that is drawn, or where a video is drawn."""
+    if family.frames(pipe, dict(call)) > 1:
+        raise UserError(
+            f"objective {recipe.objective} learns from pictures, and call.num_frames {call['num_frames']} draws "
+            "videos; set call.num_frames: 1, or take an objective without targets"
+        )
     settings = {key: value for key, value in call.items() if key != "num_inference_steps"}
     for teacher in recipe.teachers:
         data = datasets[teacher.name].data

@@ -36,6 +36,8 @@ PROOF_ROWS = 4
 """Rows that an export is proven on."""
 PIXEL_CHANNELS = 700
 """Numbers for each pixel that an autoencoder holds at the peak of decoding or encoding a picture."""
+FRAMES = 4
+"""Frames that the autoencoder of a video decodes at once."""
 DEFAULT_ENCODER: dict[str, Any] = {"hidden_size": 4096, "num_hidden_layers": 36, "vocab_size": 0}
 """What a text encoder without a configuration is taken for."""
 
@@ -101,6 +103,7 @@ def memory(recipe: Recipe, run: Outline, card: Card, world: int = 1) -> list[Par
     parts += _adapters(recipe, run, size, merged, wait)
     parts += _activations(recipe, run, card, world, size)
     decoding = size * PIXEL_CHANNELS * max(2**20, *(p.size[0] * p.size[1] for p in run.pictures))
+    decoding *= 1 if run.family.frames(run.pipe, run.call) == 1 else FRAMES
     for name, numel in run.components.items():
         if name in run.family.text_components:
             parts.append(Part(f"{name}, which then leaves", size * numel, ["encoding"]))
@@ -187,7 +190,7 @@ def _activations(recipe: Recipe, run: Outline, card: Card, world: int, size: int
 def _width(transformer: nn.Module) -> int:
     """Numbers of a token as the transformer gets it, at most: a prompt's states."""
     config: Any = transformer.config
-    return int(config.get("joint_attention_dim") or config.get("cap_feat_dim") or 0)
+    return int(config.get("joint_attention_dim") or config.get("cap_feat_dim") or config.get("text_dim") or 0)
 
 
 def _encoding(run: Outline, card: Card, size: int) -> int:

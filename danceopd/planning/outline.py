@@ -266,11 +266,11 @@ def _pictures(
                 sources = max(sources, len(shapes))
         else:
             sizes[family.drawn(pipe, call["height"], call["width"])] += 1
-    side = family.token_side(pipe)
+    side, frames = family.token_side(pipe), family.frames(pipe, call)
     pictures = []
     for capability, sizes in found.items():
         for size, count in sizes.most_common():
-            tokens = (size[0] // side) * (size[1] // side)
+            tokens = frames * (size[0] // side) * (size[1] // side)
             edits, text = capability == "editing", call.get("max_sequence_length") or 512
             one = TokenCounts(tokens, edits * sources * tokens, text + edits * sources * family.source_text)
             pictures.append(Picture(capability, size, count / sizes.total(), one, forward_flops(transformer, one)))

@@ -90,7 +90,7 @@ def drawing(recipe: Recipe, run: Outline) -> dict[str, float]:
         return {"pictures": 0, "forwards": 0, "flops": 0.0}
     guided = 1 if guidance_of(recipe, run.folder, run.family) is None else 2
     side, call = run.family.token_side(run.pipe), run.call
-    tokens = (call["height"] // side) * (call["width"] // side)
+    tokens = run.family.frames(run.pipe, call) * (call["height"] // side) * (call["width"] // side)
     row = forward_flops(run.transformer, TokenCounts(tokens, 0, call.get("max_sequence_length") or 512))
     forwards = missing * guided * call["num_inference_steps"] * recipe.small_steps
     return {"pictures": missing, "forwards": forwards, "flops": forwards * row}

@@ -31,7 +31,7 @@ TAKEN = ("student", "base", "blend", "ema", *BLENDS)
 """Names that mean something else than a teacher."""
 
 CALL_MOST = {"height": 2**14, "width": 2**14, "num_inference_steps": 1000, "max_sequence_length": 2**13,
-             "output_resolution": 2**13, "guidance_scale": 1e4}  # fmt: skip
+             "output_resolution": 2**13, "num_frames": 1000, "guidance_scale": 1e4}  # fmt: skip
 """Keys of `call`, and the largest value of each."""
 
 Check = tuple[Callable[["Recipe"], object], str]

@@ -107,6 +107,9 @@ def load_snippet(
     """
     call = {("num_inference_steps" if key == "steps" else key): value for key, value in (call or {}).items()}
     extra = "".join(f", {key}={value!r}" for key, value in call.items())
+    picture = "images[0]"
+    if family is not None and family.video:
+        extra, picture = f'{extra}, output_type="pil"', "frames[0][0]  # the first frame"
     load = ["from diffusers import DiffusionPipeline"]
     if fused:
         load.append('pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")')
@@ -124,7 +127,7 @@ def load_snippet(
     def use(capability: str, trigger: str = PROMPT) -> str:
         name, source, prompt = inputs[capability]
         worded = json.dumps(trigger.replace(PROMPT, prompt), ensure_ascii=False)
-        return f"{name} = pipe({source}prompt={worded}{extra}).images[0]"
+        return f"{name} = pipe({source}prompt={worded}{extra}).{picture}"
 
     asked = [teacher for teacher in teachers if teacher.get("trigger") and teacher["capability"] in inputs]
     own = [line for t in asked for line in ("", f"# {t['name']}, by its trigger", use(t["capability"], t["trigger"]))]

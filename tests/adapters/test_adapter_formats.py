@@ -125,7 +125,8 @@ def test_partly_adapted_layers_join_exactly(made, tmp_path):
     for format in FORMATS:
         done = write_as(some, tmp_path / format / "x.safetensors", format, pipe.transformer)
         assert read_adapter(done.file, pipe.transformer).sha256 == some.sha256
-        assert done.stock in (True, None) or not stock_reads(pipe, format)
+        whole = format == "kohya" and type(pipe).__name__ == "WanPipeline"  # stock reads files of all layers alone
+        assert done.stock in (True, None) or whole or not stock_reads(pipe, format)
 
 
 def test_a_rank_bounds_what_joining_adds(made, tmp_path):

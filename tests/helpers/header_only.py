@@ -40,6 +40,8 @@ class Model(NamedTuple):
     transformer: tuple[str, dict[str, Any]]
     vae: tuple[str, dict[str, Any]]
     encoders: dict[str, tuple[str, int]]
+    scheduler: dict[str, Any] = SCHEDULER
+    index: dict[str, Any] = {}  # more entries of its model_index.json
 
 
 MODELS = {
@@ -96,6 +98,19 @@ MODELS = {
          "text_encoder_2": ("CLIPTextModelWithProjection", 694_659_840),
          "text_encoder_3": ("T5EncoderModel", 4_762_310_656), "text_encoder_4": ("LlamaForCausalLM", 8_030_261_248)},
     ),
+    "wan2.2-ti2v-5b": Model(
+        "wan", "WanPipeline",
+        ("WanTransformer3DModel", {
+            "num_attention_heads": 24, "in_channels": 48, "out_channels": 48, "ffn_dim": 14336, "num_layers": 30}),
+        ("AutoencoderKLWan", {
+            "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12,
+            "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16, "latents_mean": (0.0,) * 48,
+            "latents_std": (1.0,) * 48}),
+        {"text_encoder": ("UMT5EncoderModel", 5_680_910_336)},
+        {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True,
+         "flow_shift": 5.0},
+        {"transformer_2": [None, None], "boundary_ratio": None, "expand_timesteps": True},
+    ),
     "sd3.5-medium": Model(
         "sd3", "StableDiffusion3Pipeline",
         ("SD3Transformer2DModel", {
@@ -116,7 +131,7 @@ FEW_BLOCKS = {
     "qwen-image-2.1": {"num_layers": 2}, "krea2": {"num_layers": 2},
     "qwen-image": {"num_layers": 2}, "z-image": {"n_layers": 8, "n_refiner_layers": 1},
     "longcat-image": {"num_layers": 1, "num_single_layers": 2}, "bria-fibo": {"num_layers": 1, "num_single_layers": 5},
-    "sd3.5-medium": {"num_layers": 4, "dual_attention_layers": (0, 1)},
+    "wan2.2-ti2v-5b": {"num_layers": 2}, "sd3.5-medium": {"num_layers": 4, "dual_attention_layers": (0, 1)},
 }  # fmt: skip
 """Configurations with few blocks, in about the proportion of the whole model."""
 
@@ -140,12 +155,13 @@ def header_only(name: str, folder: Path, dtype: str = "BF16", **index: Any) -> P
     """The pipeline folder of a model of `MODELS` below `folder`; `index` are more entries of its model_index.json."""
     model, place = MODELS[name], folder / name
     parts = {
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "scheduler": ["diffusers", model.scheduler["_class_name"]],
         "transformer": ["diffusers", model.transformer[0]], "vae": ["diffusers", model.vae[0]],
         **{part: ["transformers", kind] for part, (kind, _) in model.encoders.items()},
     }  # fmt: skip
-    _json(place / "model_index.json", {"_class_name": model.pipeline, "_diffusers_version": "0.36.0", **parts, **index})
-    _json(place / "scheduler" / "scheduler_config.json", SCHEDULER)
+    named = {"_class_name": model.pipeline, "_diffusers_version": "0.36.0"}
+    _json(place / "model_index.json", {**named, **parts, **model.index, **index})
+    _json(place / "scheduler" / "scheduler_config.json", model.scheduler)
     with torch.device("meta"):
         vae = getattr(diffusers, model.vae[0])(**model.vae[1])
     for part, module in (("transformer", transformer(name)), ("vae", vae)):

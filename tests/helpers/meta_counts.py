@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from danceopd.models.backbone import Backbone
 from danceopd.pipelines.condition import Condition
+from danceopd.pipelines.families.wan import WHOLE
 from danceopd.pipelines.registry import FAMILIES
 
 META = torch.device("meta")
@@ -90,6 +91,17 @@ class _Positions(nn.Module):
         return tables if self.count > 1 else tables[0]
 
 
+class _Grid(nn.Module):
+    """The same for a grid of latents."""
+
+    def __init__(self, width: int, tokens: int) -> None:
+        super().__init__()
+        self.shape = 1, tokens, 1, width
+
+    def forward(self, latents: Tensor) -> Any:
+        return torch.empty(self.shape, device=META), torch.empty(self.shape, device=META)
+
+
 def condition(family: str, transformer: Any, rows: int, side: int, source: bool, text: int) -> tuple[Any, Condition]:
     """(shape of a row's latents, condition) of pictures of `side` x `side` pixels, their rotary tables replaced."""
     dtype, config = next(transformer.parameters()).dtype, transformer.config
@@ -149,6 +161,10 @@ def condition(family: str, transformer: Any, rows: int, side: int, source: bool,
         return (16, side // 8, side // 8), Condition(
             family, (16, side // 8, side // 8), kwargs, fixed={"lengths": [[text]] * rows}
         )
+    if family == "wan":
+        transformer.rope = _Grid(config.attention_head_dim, n)
+        shape = (config.in_channels, 1, side // 16 * 2, side // 16 * 2)
+        return shape, Condition(family, shape, {"encoder_hidden_states": empty(rows, text, 4096)}, fixed={WHOLE: True})
     assert family == "sd3"
     kwargs = {"encoder_hidden_states": empty(rows, text, 4096), "pooled_projections": empty(rows, 2048)}
     return (16, side // 8, side // 8), Condition(family, (16, side // 8, side // 8), kwargs)

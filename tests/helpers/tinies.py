@@ -13,6 +13,7 @@ import tiny_longcat
 import tiny_qwen
 import tiny_qwen21
 import tiny_sd3
+import tiny_wan
 import tiny_zimage
 from tiny import CALL, tiny_klein
 from tiny_parts import Tiny
@@ -33,5 +34,6 @@ TINYS: list[Tiny] = [
     tiny_longcat.TINY,
     tiny_fibo.TINY,
     tiny_hidream.TINY,
+    tiny_wan.TINY,
 ]
 MODULAR: list[Tiny] = [tiny_anima.TINY]  # recorded from Python; a merge does not load their folders

@@ -83,7 +83,8 @@ def recorded_steps(pipe: Any, **call: Any) -> tuple[Any, list[tuple[torch.Tensor
 
     scheduler.step = step
     try:
-        return pipe(**call).images, steps
+        output = pipe(**call)
+        return (output.images if hasattr(output, "images") else [video[0] for video in output.frames]), steps
     finally:
         del scheduler.step
 

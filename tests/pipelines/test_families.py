@@ -28,6 +28,7 @@ from danceopd.errors import UserError
 from danceopd.models.backbone import Backbone
 from danceopd.models.fields import AdapterField, BaseField, GuidedField
 from danceopd.pipelines import Condition, EditingPipeline, GenerationPipeline, editing_pipe, family_of, record, stack
+from danceopd.pipelines.family import image_processor
 from danceopd.pipelines.modular import is_modular
 from danceopd.pipelines.registry import FAMILIES
 
@@ -314,7 +315,7 @@ def test_clean_latents_are_what_the_autoencoder_is_handed_to_draw_them(case, mon
     monkeypatch.setattr(plain.vae, "decode", lambda z, **how: handed.append(z) or decode(z, **how))
     GenerationPipeline(plain, case.family, case.tiny.call).images(x)
     pictures = [one.convert("RGBA" if case.family.alpha else "RGB") for one in pictures]
-    pixels = plain.image_processor.preprocess(pictures, height=call["height"], width=call["width"]).to(plain.vae.dtype)
+    pixels = image_processor(plain).preprocess(pictures, height=call["height"], width=call["width"]).to(plain.vae.dtype)
     with torch.no_grad():
         frames = pixels.unsqueeze(2) if torch.cat(handed).ndim == 5 else pixels
         rounded = torch.finfo(plain.vae.dtype).eps / case.tiny.tolerance

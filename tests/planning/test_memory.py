@@ -13,6 +13,7 @@ ROWS = [
     ("klein-4b", 1024, True, 512), ("klein-4b", 512, False, 512), ("flux1-dev", 1024, True, 512),
     ("qwen-image", 1024, True, 512), ("z-image", 1024, False, 512), ("sd3.5-medium", 1024, False, 333),
     ("longcat-image", 1024, True, 512), ("bria-fibo", 1024, True, 1000),
+    ("wan2.2-ti2v-5b", 1024, False, 512),
 ]  # fmt: skip
 
 

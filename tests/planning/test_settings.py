@@ -42,7 +42,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(large: Path, name: str, output: Path, **over: Any) -> Recipe:
     """A merge of one prompt-driven and one editing LoRA at the model's true size."""
-    edits = MODELS[name].family not in ("sd3", "qwen-image", "krea2", "hidream")
+    edits = MODELS[name].family not in ("sd3", "qwen-image", "krea2", "hidream", "wan")
     second = {"name": "e", "capability": "editing" if edits else "generation"}
     loras = large / "loras" / name
     fields: dict[str, Any] = {
