@@ -1,10 +1,10 @@
 """The family `wan`: Wan 2.1 and 2.2, one pipeline class, generation only; latents are frames of a grid.
 
 A picture is a video of one frame (`call.num_frames: 1`, the default here); `5`, `9`, … draw a short video, which is
-shown as its frames side by side. Prompts are UMT5 states, trimmed and then padded with zeros, without a mask. The stock class
-gives the 5B model its time once for each token; here once for a row, since all tokens of a picture from text have the
-same. Times are 0 to 1000; UniPC, the scheduler of the released models, rounds them down to whole numbers, and so does
-a condition that was recorded with it.
+shown as its frames side by side. Prompts are UMT5 states, trimmed and then padded with zeros, without a mask. The
+stock class gives the 5B model its time once for each token; here once for a row, since all tokens of a picture from
+text have the same. Times are 0 to 1000; UniPC, the scheduler of the released models, rounds them down to whole numbers,
+and so does a condition that was recorded with it.
 """
 
 from __future__ import annotations
