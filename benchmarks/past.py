@@ -17,7 +17,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,6 +47,7 @@ from danceopd.common.system import describe_machine
 from danceopd.engine.rollout import rollout
 from danceopd.labelfree.statistics import spread
 from danceopd.models.base import base_folder, empty_transformer
+from danceopd.models.fields import VelocityField
 from danceopd.models.lora import Adapter
 from danceopd.recipe.recipe import Recipe
 
@@ -101,16 +102,20 @@ class TestEvaluator(ImageEvaluator):
 
     def items(self, adapter: Adapter | None) -> Scored:
         """Every item's score: generation 0 or 1, editing O, and exact 0 or 1."""
-        found: Scored = {"generation": {}, "editing": {}, "exact": {}}
         with self.merged(adapter) as field:
-            for suite, tasks in self.parts:
-                self.suite, self.tasks = suite, tasks
-                for n, capability in enumerate(CAPABILITIES):
-                    for score in self.scores(n, self.images(n, field)):
-                        category = score.item.category
-                        found[capability].setdefault(category, []).append(round(score.value, 4))
-                        if capability == "editing":
-                            found["exact"].setdefault(category, []).append(float(score.correct))
+            return self.items_of([field, field])
+
+    def items_of(self, fields: Sequence[VelocityField]) -> Scored:
+        """The same of a field for each capability."""
+        found: Scored = {"generation": {}, "editing": {}, "exact": {}}
+        for suite, tasks in self.parts:
+            self.suite, self.tasks = suite, tasks
+            for n, capability in enumerate(CAPABILITIES):
+                for score in self.scores(n, self.images(n, fields[n])):
+                    category = score.item.category
+                    found[capability].setdefault(category, []).append(round(score.value, 4))
+                    if capability == "editing":
+                        found["exact"].setdefault(category, []).append(float(score.correct))
         return found
 
     def diversity(self, adapter: Adapter | None) -> float:

@@ -163,9 +163,10 @@ def _check(teacher: Teacher, base: Path, values: bool) -> TeacherWeights:
         return TeacherWeights(teacher)
     if not is_checkpoint(teacher.adapter):
         recorded = inspect_adapter(teacher.adapter).record.get("base_sha256")
-        compared = recorded and "base" not in teacher.accept
-        mine = base_fingerprints(base) if compared else set()  # it reads the whole file; none where it is a GGUF
-        if mine and recorded not in mine:
+        if "base" in teacher.accept:
+            recorded = None
+        mine = base_fingerprints(base) if recorded else set()  # it reads the whole file; none where it is a GGUF
+        if recorded and mine and recorded not in mine:
             raise UserError(
                 f"teacher {teacher.name!r} ({teacher.adapter}) was trained on another base than {base}: their "
                 f"fingerprints differ ({recorded[:12]} and {min(mine)[:12]}); give the base it was "
