@@ -39,6 +39,7 @@ from danceopd.pipelines.family import Family
 from danceopd.pipelines.generation import GenerationPipeline
 from danceopd.pipelines.record import empty_module
 from danceopd.pipelines.registry import family_of
+from danceopd.pipelines.two_transformers import SECOND
 from danceopd.recipe.recipe import Recipe
 from danceopd.run.export import stock_dtype
 
@@ -70,6 +71,8 @@ def open_base(
     pipe = load_base(base, dtype if saved else stock_dtype(recipe.dtype), **parts)
     transformer = computes_in(pipe.transformer, dtype)
     pipe.transformer = empty_module(transformer, torch.empty(0, dtype=dtype))  # pipelines only record calls
+    if hasattr(transformer, SECOND):
+        pipe.transformer_2 = None  # of which they record the first one's
     pipe.to(device)
     family = family_of(pipe, recipe.family)
     call = pipeline_call(base, recipe.call, family)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from danceopd.adapters.original_names import ArchitectureNames, is_original
 from danceopd.adapters.svd import Factors, full_factors, hadamard_factors, kronecker_factors
 from danceopd.common.messages import few
+from danceopd.pipelines.two_transformers import PREFIX
 
 PREFIXES = (
     "base_model.model.",
@@ -110,6 +111,11 @@ def adapter_kind(keys: Iterable[str]) -> str:
     """What the keys of a file are: LoRA, DoRA, LoKr or LoHa."""
     parts = {parts[1] for parts in map(split_key, keys) if parts}
     return next((kind for mark, kind in _KINDS.items() if any(part.startswith(mark) for part in parts)), "LoRA")
+
+
+def stock_name(module: str) -> str:
+    """A module as stock diffusers names it in a file: below `transformer.`, or below `transformer_2.`."""
+    return module if module.startswith(PREFIX) else f"transformer.{module}"
 
 
 def split_prefix(layer: str) -> tuple[str, str]:

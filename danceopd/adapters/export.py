@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from danceopd.adapters.blend import scaled
-from danceopd.adapters.dialects import linear_sizes, split_key
-from danceopd.adapters.header import METADATA_KEY, WEIGHTS
+from danceopd.adapters.dialects import linear_sizes, split_key, stock_name
+from danceopd.adapters.header import METADATA_KEY, WEIGHTS, inspect_adapter
 from danceopd.adapters.load import ExportError, check_base
 from danceopd.adapters.original_names import ARCHITECTURES, ArchitectureNames, Pair, Sizes
 from danceopd.adapters.read import read_adapter
@@ -32,8 +32,9 @@ from danceopd.common.messages import did_you_mean, few
 from danceopd.common.shipped import portable, resolve
 from danceopd.common.tensors import DTYPES
 from danceopd.errors import UserError
-from danceopd.models.base import base_fingerprint, empty_transformer
+from danceopd.models.base import base_fingerprint, empty_transformer, transformer_fingerprint
 from danceopd.models.lora import Adapter
+from danceopd.pipelines.two_transformers import PREFIX, SECOND, of_second
 
 FORMATS = ("diffusers", "comfyui", "peft", "kohya")
 
@@ -77,13 +78,15 @@ def export_as(
     rank: int | None = None,
     drop: Sequence[str] = (),
     leave_out: Sequence[str] = (),
+    second: str | os.PathLike | None = None,
 ) -> ExportedFile:
     """Write a student, or any LoRA, into the folder `output` in one of FORMATS.
 
     `student` is a run's folder, a LoRA, or a shipped name; `base` as for `load_student`, only its configuration is
     read. Where the tool has one Linear for q, k and v, their pairs are joined exactly and the ranks add up, unless
     `rank` limits them: then the closest pair of that rank is written and `residual` says what that lost. `drop` and
-    `leave_out` as for `read_adapter`; `residual` is of what was read.
+    `leave_out` as for `read_adapter`; `residual` is of what was read. `second` is a LoRA of the second of a base's two
+    transformers, which goes into the same file.
 
     UserError for a format that this architecture has no table for, and when the file exists already; ExportError when
     the written file reads back as something else.
@@ -96,6 +99,8 @@ def export_as(
     header, where = check_base(Path(resolve(os.fspath(student), "student")), base)
     transformer = empty_transformer(where)
     adapter = read_adapter(header.file, transformer, drop=drop, leave_out=leave_out)
+    if second is not None:
+        adapter = _with_second(adapter, second, transformer, where)
     name = Path(student).stem if Path(student).suffix == ".safetensors" else Path(student).resolve().name
     file = Path(output).expanduser() / {"diffusers": WEIGHTS, "peft": "adapter_model.safetensors"}.get(
         format, f"{name}.safetensors"
@@ -107,6 +112,22 @@ def export_as(
     record = {"base": portable(str(name_of_base)), "base_sha256": base_fingerprint(where)}
     record["source_sha256"] = adapter.sha256
     return write_as(adapter, file, format, transformer, DTYPES[dtype], rank, record)
+
+
+def _with_second(adapter: Adapter, file: str | os.PathLike, transformer: nn.Module, base: Path) -> Adapter:
+    """The adapter, and that of a file for the second of two transformers."""
+    if not hasattr(transformer, SECOND):
+        raise UserError(f"second is {file}, and {base} has one transformer; leave it out")
+    if of_second(adapter.tensors):
+        raise UserError(f"second is {file}, and the first file has layers of both transformers already; leave it out")
+    trained_on = inspect_adapter(file).record.get("base_sha256")
+    if trained_on and trained_on != (mine := transformer_fingerprint(base / SECOND)):
+        raise UserError(
+            f"second is {file}, which was trained on other weights than {base / SECOND} (their fingerprints differ: "
+            f"{trained_on[:12]} and {mine[:12]}); give the LoRA of the second transformer"
+        )
+    found = read_adapter(file, transformer.get_submodule(SECOND)).tensors
+    return Adapter(adapter.tensors | {PREFIX + name: pair for name, pair in found.items()})
 
 
 def write_as(
@@ -126,6 +147,13 @@ def write_as(
     names, layers = ARCHITECTURES.get(type(transformer).__name__), dict(adapter.tensors)
     if not layers:
         raise ValueError("an adapter without layers is not written")
+    if format != "diffusers" and (second := of_second(layers)):
+        if len(second) < len(layers):
+            raise UserError(
+                f"a {format} file is a LoRA of one transformer, and this one adapts two; write a file for each: with "
+                "--leave-out 'transformer_2.*', and with --leave-out 'blocks.*'"
+            )
+        return write_as(Adapter(second), file, format, transformer.get_submodule(SECOND), dtype, rank, record)
     sizes = linear_sizes(transformer)
     original = naming(names, format, transformer) == "original"
     if names is not None and original:
@@ -213,7 +241,7 @@ def _write(
     tensors: dict[str, Tensor] = {}
     for layer, (a, b) in sorted(layers.items()):
         stem = {
-            "diffusers": f"transformer.{layer}",
+            "diffusers": stock_name(layer),
             "peft": f"base_model.model.{layer}",
             "comfyui": f"diffusion_model.{layer}",
             "kohya": f"lora_unet_{layer.replace('.', '_')}",
@@ -261,7 +289,8 @@ def _read_by_diffusers(
     for key, tensor in state.items():
         layer, part = split_key(key) or (key, "?")
         halves.setdefault(layer, {})[part] = tensor.float()
-    odd = [layer for layer, parts in halves.items() if not layer.startswith("transformer.") or parts.keys() != {*"AB"}]
+    known = ("transformer.", PREFIX)
+    odd = [layer for layer, parts in halves.items() if not layer.startswith(known) or parts.keys() != {*"AB"}]
     if odd:
         return False, f"it makes {few(odd)} of it"
     found = Adapter({n.removeprefix("transformer."): (parts["A"], parts["B"]) for n, parts in halves.items()})

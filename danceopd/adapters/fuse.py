@@ -17,7 +17,7 @@ from danceopd.common.files import disk_errors, partial_path, write_json
 from danceopd.common.messages import few
 from danceopd.common.shipped import resolve
 from danceopd.errors import UserError
-from danceopd.models.base import call_defaults, load_base, quietly, stored_dtype
+from danceopd.models.base import call_defaults, load_base, quietly, stored_dtype, transformer_folders
 from danceopd.models.lora import Adapter
 from danceopd.recipe.recorded import recorded_recipe
 
@@ -42,6 +42,8 @@ def fuse(
     if (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is a whole pipeline already; copy it, or give a student's LoRA folder")
     header, where = check_base(folder, base)
+    if len(transformer_folders(where)) > 1:
+        raise UserError(f"{where} has two transformers, into which a student is not fused; load it as a LoRA")
     pipe = load_student(folder, base=where, dtype=dtype or stored_dtype(where))
     adapter = read_adapter(header.file, pipe.transformer)
     weights = {name: pipe.transformer.get_submodule(name).weight for name in adapter.tensors}

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from danceopd.adapters.dialects import stock_name
 from danceopd.adapters.header import LoraHeader, inspect_adapter
 from danceopd.adapters.read import read_adapter
 from danceopd.common.messages import few
 from danceopd.common.shipped import resolve
 from danceopd.errors import UserError
-from danceopd.models.base import base_fingerprint, base_folder, empty_transformer, load_base
+from danceopd.models.base import base_fingerprint, base_fingerprints, base_folder, empty_transformer, load_base
 from danceopd.models.lora import Adapter
+from danceopd.pipelines.two_transformers import SECOND, joined, of_second, parted
 from danceopd.recipe.recorded import recorded_recipe
 
 ADAPTER_NAME = "student"
@@ -58,6 +60,7 @@ def load_student(
         # diffusers reads our own files exactly; what it reads from other files may differ
         plain = header.record and header.dialect in ("diffusers", "peft")
         load_lora(pipe, header.file if plain else adapter, adapter)
+    parted(pipe)
     return pipe if device is None else pipe.to(device)
 
 
@@ -77,7 +80,7 @@ def check_base(
     header = inspect_adapter(folder)
     where = base_folder(os.fspath(base) if base is not None else _base_of(folder, header))
     trained_on = header.record.get("base_sha256")
-    if trained_on and accept is None and trained_on != base_fingerprint(where):
+    if trained_on and accept is None and trained_on not in {base_fingerprint(where), *base_fingerprints(where)}:
         name = f" ({header.record['base']})" if header.record.get("base") else ""
         raise UserError(
             f"{header.file} was trained on another base{name} than {where}: the transformers' fingerprints differ "
@@ -109,16 +112,28 @@ def lora_loader(pipe: Any) -> Any:
 
 
 def load_lora(pipe: Any, source: Path | Adapter, adapter: Adapter) -> None:
-    """Stock loading of a file (or of an adapter, as a diffusers state dict), then `check_injected`."""
+    """Stock loading of a file (or of an adapter, as a diffusers state dict), then `check_injected`.
+
+    Of a pipeline with two transformers each takes its own layers.
+    """
+    how: dict[str, Any] = {"adapter_name": ADAPTER_NAME}
     if isinstance(source, Path):
-        lora_loader(pipe)(source.parent, weight_name=source.name, adapter_name=ADAPTER_NAME)
+        given: Any = source.parent
+        how["weight_name"] = source.name
     else:
-        halves = {
-            f"transformer.{name}.lora_{half}.weight": tensor
+        given = {
+            f"{stock_name(name)}.lora_{half}.weight": tensor
             for name, pair in source.to().tensors.items()  # a copy: diffusers keeps the very tensors it is given
             for half, tensor in zip("AB", pair)
         }
-        lora_loader(pipe)(halves, adapter_name=ADAPTER_NAME)
+    second = parted(pipe)
+    seconds = of_second(adapter.tensors)
+    if len(seconds) < len(adapter):
+        lora_loader(pipe)(given, **how)
+    if second is not None:
+        if seconds:
+            second.load_lora_adapter(given, prefix=SECOND, **how)
+        joined(pipe.transformer, second, pipe.transformer.boundary)
     check_injected(pipe.transformer, adapter)
 
 

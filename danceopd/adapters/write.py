@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from danceopd.adapters.dialects import stock_name
 from danceopd.adapters.header import METADATA_KEY, WEIGHTS
 from danceopd.common.files import disk_errors, write_atomic
 from danceopd.errors import UserError
@@ -47,7 +48,7 @@ def write_adapter(
     check_range(adapter.tensors, dtype)
     layers, ranks = fill(rounded.tensors) if one_rank else (rounded.tensors, {})
     tensors = {
-        f"transformer.{name}.lora_{half}.weight": tensor.to(dtype).contiguous()
+        f"{stock_name(name)}.lora_{half}.weight": tensor.to(dtype).contiguous()
         for name, pair in layers.items()
         for half, tensor in zip("AB", pair)
     }

@@ -311,6 +311,9 @@ def export(
     leave_out: Annotated[
         list[str] | None, typer.Option(help="A layer not to write, `*` for anything; may be given several times.")
     ] = None,
+    second: Annotated[
+        str | None, typer.Option(help="A LoRA of the base's second transformer (Wan 2.2 A14B), for the same file.")
+    ] = None,
 ) -> None:
     """Write a student under the names another tool wants, and read it back to prove it.
 
@@ -318,7 +321,7 @@ def export(
     """
     from danceopd.adapters.export import export_as
 
-    echo(export_as(student, output, format, dtype, base, rank, drop or (), leave_out or ()).sentence)
+    echo(export_as(student, output, format, dtype, base, rank, drop or (), leave_out or (), second).sentence)
 
 
 @app.command()

@@ -27,6 +27,7 @@ from danceopd.common.system import out_of_memory
 from danceopd.errors import UserError
 from danceopd.pipelines.family import Family
 from danceopd.pipelines.registry import family_of
+from danceopd.pipelines.two_transformers import SECOND, boundary, joined, joined_pipe
 from danceopd.recipe.checks import CALL_MOST, check_call
 
 _LARGEST = 2**24
@@ -80,13 +81,7 @@ def base_folder(base: str | Path) -> Path:
             f"base model {folder} is not a diffusers pipeline (it has no model_index.json); give a folder that "
             "DiffusionPipeline.save_pretrained wrote"
         )
-    second = pipeline_index(folder).get("transformer_2")
-    if isinstance(second, list) and second[-1:] != [None]:
-        raise UserError(
-            f"base model {folder} switches between two transformers by noise level (transformer, transformer_2), and "
-            "danceopd runs one; take a base with one, such as Wan-AI/Wan2.2-TI2V-5B-Diffusers, or blend the LoRA files "
-            "of each transformer by themselves with `danceopd blend`, which needs no base"
-        )
+    boundary(pipeline_index(folder), folder)
     if (scheduler := folder / "scheduler" / "scheduler_config.json").is_file():
         read_json(scheduler, "the scheduler's configuration", mend="fetch the model again")
     return folder
@@ -100,14 +95,15 @@ def pipeline_index(folder: str | Path) -> dict[str, Any]:
 def load_base(folder: str | Path, dtype: torch.dtype | None = None, **components: Any) -> Any:
     """`DiffusionPipeline.from_pretrained(folder)` without progress bars; `dtype` None is the stock default (fp32).
 
-    `components` replace the folder's own (`vae=None` leaves one out). UserError when it does not load.
+    Of two transformers the first holds the second (`pipelines/two_transformers.py`). `components` replace the folder's
+    own (`vae=None` leaves one out). UserError when it does not load.
     """
     from diffusers import DiffusionPipeline
 
     kwargs: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     try:
         with quietly():
-            return DiffusionPipeline.from_pretrained(folder, **kwargs, **components)
+            return joined_pipe(DiffusionPipeline.from_pretrained(folder, **kwargs, **components))
     except ImportError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} needs a package that is not installed ({reason}); install it") from error
@@ -121,8 +117,18 @@ def load_base(folder: str | Path, dtype: torch.dtype | None = None, **components
 
 
 def empty_transformer(folder: str | Path) -> nn.Module:
-    """The pipeline's transformer on the meta device, from its config alone: shapes without weights."""
-    return empty_model(transformer_config(Path(folder) / "transformer"), folder)
+    """The pipeline's transformer on the meta device, from its config alone: shapes without weights. It holds the second
+    of two."""
+    first, *rest = (empty_model(transformer_config(place), folder) for place in transformer_folders(folder))
+    ratio = boundary(pipeline_index(folder), folder) if rest else None
+    return first if ratio is None else joined(first, rest[0], ratio)
+
+
+def transformer_folders(folder: str | Path) -> list[Path]:
+    """Where a pipeline's folder has its transformer, or its two."""
+    folder = Path(folder)
+    two = (folder / "model_index.json").is_file() and boundary(pipeline_index(folder), folder) is not None
+    return [folder / "transformer", *([folder / SECOND] if two else [])]
 
 
 def empty_model(config: Mapping[str, Any], where: str | Path) -> nn.Module:
@@ -167,14 +173,19 @@ def base_fingerprint(base: str | Path, gguf: str | None = None) -> str:
     """
     if gguf is not None:
         return file_sha256(Path(gguf))
-    return transformer_fingerprint(base_folder(base) / "transformer")
+    found = [transformer_fingerprint(place) for place in transformer_folders(base_folder(base))]
+    return found[0] if len(found) == 1 else hashlib.sha256("\n".join(found).encode()).hexdigest()
 
 
 def base_fingerprints(base: str | Path, gguf: str | None = None) -> set[str]:
     """Every fingerprint that weights trained on this base may record: of the `gguf`, and of the folder's own weights.
+
+    Of two transformers that of both, and that of the first, which a LoRA of one transformer adapts.
     """
-    own = any((base_folder(base) / "transformer").glob("*.safetensors"))
-    return {base_fingerprint(base, one) for one in ([None] if own else []) + ([gguf] if gguf else [])}
+    first = base_folder(base) / "transformer"
+    own = any(first.glob("*.safetensors"))
+    found = {base_fingerprint(base, one) for one in ([None] if own else []) + ([gguf] if gguf else [])}
+    return found | ({transformer_fingerprint(first)} if own else set())
 
 
 def transformer_fingerprint(folder: Path) -> str:

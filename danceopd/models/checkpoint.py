@@ -23,7 +23,15 @@ from danceopd.common.messages import few
 from danceopd.common.parse import read_json
 from danceopd.common.safetensors import read_header
 from danceopd.errors import UserError
-from danceopd.models.base import base_folder, empty_model, file_sha256, transformer_config, transformer_fingerprint
+from danceopd.models.base import (
+    base_folder,
+    empty_model,
+    file_sha256,
+    transformer_config,
+    transformer_fingerprint,
+    transformer_folders,
+)
+from danceopd.pipelines.two_transformers import PREFIX, SECOND, of_second
 
 _log = logging.getLogger("danceopd")
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -58,7 +66,7 @@ class Checkpoint:
         from safetensors import SafetensorError
 
         try:
-            return self._opened(found).get_tensor(name)
+            return self._opened(found).get_tensor(name.removeprefix(PREFIX))
         except (SafetensorError, OSError, RuntimeError) as error:
             raise UserError(f"{found} cannot be read ({error}); download or copy it again") from None
 
@@ -92,6 +100,12 @@ def open_checkpoint(path: str | Path, like: Checkpoint | None = None) -> Checkpo
     tensor for tensor. UserError for anything else, and for weights that are quantised or pickled.
     """
     place = Path(path).expanduser()
+    if like is not None and of_second(like.shapes):
+        raise UserError(
+            f"{like.path} has two transformers, and whole models of two are not compared; extract a LoRA of each "
+            "(`danceopd extract BASE/transformer TUNED/transformer`, and of transformer_2), and write both into one "
+            "file: `danceopd export FIRST --second SECOND --base BASE -o OUT`"
+        )
     if place.is_file():
         return _single(place, like)
     if not (place / "config.json").is_file():
@@ -103,9 +117,11 @@ def open_checkpoint(path: str | Path, like: Checkpoint | None = None) -> Checkpo
     config = transformer_config(folder, whole=True)
     found: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    files = _weights(folder)
+    folders = transformer_folders(place) if folder != place else [folder]
+    files = tuple(file for each in folders for file in _weights(each))
     for file in files:
         for name, shape in _header(file).items():
+            name = PREFIX + name if file.parent.name == SECOND and len(folders) > 1 else name
             if name in found:
                 raise UserError(f"{folder} holds {name} twice, in {found[name].name} and {file.name}; keep one copy")
             found[name], shapes[name] = file, shape

@@ -31,6 +31,7 @@ from danceopd.models.backbone import Backbone
 from danceopd.models.fields import AdapterField, MergedField
 from danceopd.pipelines.condition import Condition
 from danceopd.pipelines.registry import FAMILIES
+from danceopd.pipelines.two_transformers import SECOND
 
 MIN_CALLS = 8
 """Calls with one layout before it is captured, which costs about two forwards; and never in the update that used it
@@ -206,6 +207,8 @@ def with_cuda_graphs(
         reason = "rollout.cache_source keeps too much to be copied at each step"
     elif any(hasattr(module, "_hf_hook") for module in field.backbone.transformer.modules()):
         reason = "the transformer's weights are offloaded"
+    elif hasattr(field.backbone.transformer, SECOND):
+        reason = "the noise level of a row chooses between two transformers"
     elif field.backbone.family.sync_free is None:
         reason = f"a forward of {field.backbone.family.name} waits for the device"
     if reason is None and isinstance(field, MergedField):

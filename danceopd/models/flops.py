@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from danceopd.pipelines.two_transformers import PREFIX, SECOND
+
 ONE = re.compile(r"(^|\.)(\w*modulation\w*|\w+_mod|norm\w*\.linear|norm_out|time_\w+|[pt]_embedder)(\.|$)")
 TEXT = re.compile(
     r"(^|\.)(add_[qkv]_proj|to_add_out|ff_context|context_embedder|context_refiner|cap_embedder|txt_\w+"
@@ -103,7 +105,7 @@ def activation_bytes(transformer: nn.Module, tokens: TokenCounts, size: int, che
     `checkpointed`: with gradient checkpointing, the input of each block, and one block whole, in its backward. Weights,
     their gradients and adapters are not counted.
     """
-    blocks = {block: 0 for block in block_paths(transformer) if not TEXT.search(block)}
+    blocks = {b: 0 for b in block_paths(transformer) if not (TEXT.search(b) or b.startswith(PREFIX))}
     rest = 0
     widths = [
         (path, int(2 * tokens.through(path) * m.out_features * _share(transformer, path)))
@@ -139,8 +141,13 @@ def _width(transformer: nn.Module) -> int:
     return max((width for _, width in _attentions(transformer)), default=0)
 
 
+def _of_one(transformer: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """Modules by path; of two transformers those of the first, since a row goes through one."""
+    return ((path, m) for path, m in transformer.named_modules() if not path.startswith(PREFIX))
+
+
 def _linears(transformer: nn.Module) -> Iterable[tuple[str, nn.Linear]]:
-    return [(path, m) for path, m in transformer.named_modules() if isinstance(m, nn.Linear)]
+    return [(path, m) for path, m in _of_one(transformer) if isinstance(m, nn.Linear)]
 
 
 def _share(transformer: nn.Module, path: str) -> float:
@@ -154,7 +161,7 @@ def _share(transformer: nn.Module, path: str) -> float:
 def _attentions(transformer: nn.Module) -> Iterable[tuple[str, int]]:
     """Path and width (heads times head dim) of each attention module."""
     found = []
-    for path, module in transformer.named_modules():
+    for path, module in _of_one(transformer):
         if isinstance(getattr(module, "to_q", None), nn.Linear):
             found.append((path, module.to_q.out_features))
         elif hasattr(module, "to_qkv_mlp_proj"):
@@ -167,3 +174,5 @@ def block_paths(transformer: nn.Module) -> Iterable[str]:
     for name, child in transformer.named_children():
         if isinstance(child, nn.ModuleList):
             yield from (f"{name}.{i}" for i in range(len(child)))
+        elif name == SECOND:
+            yield from (f"{PREFIX}{path}" for path in block_paths(child))

@@ -32,6 +32,7 @@ from danceopd.models.storage import check_gguf, check_package, saved_as
 from danceopd.pipelines.editing import check_references, editing_class
 from danceopd.pipelines.family import Family
 from danceopd.pipelines.generation import check_prompts
+from danceopd.pipelines.two_transformers import SECOND
 from danceopd.recipe.checks import fault_of_quantised
 from danceopd.recipe.fast import FEW_STEPS, few_step_name, steps_of
 from danceopd.recipe.recipe import Recipe
@@ -111,6 +112,8 @@ def check_storage(recipe: Recipe, folder: Path, transformer: nn.Module) -> tuple
     there in full precision. `transformer` is its own, on the meta device.
     """
     place = folder / "transformer"
+    if hasattr(transformer, SECOND) and (key := _untried_on_two(recipe)):
+        raise UserError(f"{folder} has two transformers, of which the noise level chooses: leave out {key}")
     try:
         saved = saved_as(transformer_config(place))
     except UserError as error:
@@ -129,6 +132,20 @@ def check_storage(recipe: Recipe, folder: Path, transformer: nn.Module) -> tuple
     if fault := fault_of_quantised(recipe):
         raise UserError(f"{place} was saved quantised in {saved}: {fault}")
     return saved, sum(file.stat().st_size for file in place.glob("*.safetensors")), False
+
+
+def _untried_on_two(recipe: Recipe) -> str | None:
+    """A setting of the recipe that was never tried on a base of two transformers."""
+    settings = {
+        f"base_dtype: {recipe.base_dtype}": recipe.base_dtype is not None,
+        f"offload: {recipe.offload}": recipe.offload != "none",
+        f"parallel: {recipe.parallel}": recipe.parallel == "fsdp",
+        "compile: true": recipe.compile,
+        f"student.init_method: {recipe.student.init_method}, which records inputs": (
+            recipe.student.init == "blend" and recipe.student.init_method in ("regmean", "regmean++", "ssr")
+        ),
+    }
+    return next((key for key, given in settings.items() if given), None)
 
 
 def check_encoders(folder: Path, family: Family) -> None:

@@ -18,6 +18,7 @@ from danceopd.labelfree.contrast import contrast_forwards
 from danceopd.labelfree.gates.cost import gate_forwards
 from danceopd.labelfree.nft.cost import nft_forwards
 from danceopd.models.flops import TokenCounts, forward_flops
+from danceopd.pipelines.two_transformers import PREFIX
 from danceopd.planning.outline import Outline
 from danceopd.planning.sources import guidance_of, wanted_sources
 from danceopd.recipe.checks import EVERY_STEP, NO_ROLLOUT
@@ -131,6 +132,7 @@ def _lora_share(recipe: Recipe, run: Outline) -> float:
     added = sum(
         2 * recipe.student.rank * (m.in_features + m.out_features) * picture.tokens.through(path)
         for path, m in run.modules.items()
+        if not path.startswith(PREFIX)  # a row goes through one of two transformers
     )
     return added / picture.flops
 

@@ -99,11 +99,12 @@ def add_results(
 
 def load_snippet(
     base: str, call: Mapping[str, Any] | None = None, fused: bool = False, family: Family | None = None,
-    teachers: Sequence[Mapping[str, Any]] = (),
+    teachers: Sequence[Mapping[str, Any]] = (), two: bool = False,
 ) -> str:  # fmt: skip
     """Python that loads the student with stock diffusers, then draws, then edits. `call` has the recipe's keys
     (height, width, steps, max_sequence_length). Of a `family` that edits with another class, or not at all, only what
-    draws. Each of `teachers` with a trigger, as the resolved recipe has them, has a line of its own.
+    draws. `two`: the base has two transformers. Each of `teachers` with a trigger, as the resolved recipe has them, has
+    a line of its own.
     """
     call = {("num_inference_steps" if key == "steps" else key): value for key, value in (call or {}).items()}
     extra = "".join(f", {key}={value!r}" for key, value in call.items())
@@ -118,6 +119,9 @@ def load_snippet(
         load.append(f'pipe = DiffusionPipeline.from_pretrained("{where}")')
         if family is None or family.loads_loras:
             load.append('pipe.load_lora_weights("path/to/this/folder")')
+            if two:  # which that does not load
+                where = f'"path/to/this/folder", weight_name="{WEIGHTS}", prefix="transformer_2"'
+                load.append(f"pipe.transformer_2.load_lora_adapter({where})")
         else:
             load.append(f'pipe.transformer.load_lora_adapter("path/to/this/folder", weight_name="{WEIGHTS}")')
     inputs = {"generation": ("drawn", "", "a red circle above a blue square")}

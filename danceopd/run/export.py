@@ -43,6 +43,7 @@ from danceopd.models.lora import Adapter
 from danceopd.models.storage import dequantised, kept_as, offload, quantised_weight
 from danceopd.pipelines.condition import Condition
 from danceopd.pipelines.registry import FAMILIES
+from danceopd.pipelines.two_transformers import SECOND
 from danceopd.recipe.recipe import Recipe
 from danceopd.run.card import load_snippet, write_card
 from danceopd.run.directory import RunDirectory
@@ -108,7 +109,7 @@ def write_student(
             hashes={**origin.hashes, "base": origin.fingerprint, "student": student.sha256},
             snippet=load_snippet(
                 str(recipe.resolved()["base"]), call, family=trainer.backbone.family,
-                teachers=recipe.resolved()["teachers"],
+                teachers=recipe.resolved()["teachers"], two=hasattr(trainer.backbone.transformer, SECOND),
             ),  # fmt: skip
             grid=grid if grid.exists() else None,
             init=origin.init,
@@ -136,6 +137,8 @@ def _with_own_transformer(pipe: Any, transformer: nn.Module, origin: Origin, rec
     uninstall(transformer)
     eager_blocks(transformer)
     pipe.transformer = transformer
+    if hasattr(transformer, SECOND):
+        pipe.transformer_2 = transformer.transformer_2
     if recipe.gguf is not None or origin.saved:
         return pipe
     stored, dtype = open_checkpoint(origin.base), DTYPES[recipe.dtype]

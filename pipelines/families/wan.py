@@ -1,5 +1,8 @@
 """The family `wan`: Wan 2.1 and 2.2, one pipeline class, generation only; latents are frames of a grid.
 
+Wan 2.2 A14B has two transformers: rows whose time is below `boundary` are asked of the second, which hangs on the first
+as its child `transformer_2` (pipelines/two_transformers.py).
+
 A picture is a video of one frame (`call.num_frames: 1`, the default here); `5`, `9`, … draw a short video, which is
 shown as its frames side by side. Prompts are UMT5 states, trimmed and then padded with zeros, without a mask. The
 stock class gives the 5B model its time once for each token; here once for a row, since all tokens of a picture from
@@ -19,6 +22,7 @@ from danceopd.errors import UserError
 
 from ..condition import Condition
 from ..family import Family, side_by_side
+from ..two_transformers import SECOND
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -65,6 +69,16 @@ def _velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) 
     time = sigma * 1000
     if condition.fixed[WHOLE]:
         time = (time + 1e-3).floor()  # an fp32 sigma may be just below its whole time
+    second = getattr(transformer, SECOND, None)
+    low = torch.zeros(len(x), dtype=torch.bool) if second is None else (time < 1000 * transformer.boundary).cpu()
+    if low.all() or not low.any():
+        return _run(second if low.any() else transformer, x, time, condition)
+    rows = [(~low).nonzero()[:, 0].to(x.device), low.nonzero()[:, 0].to(x.device)]
+    parts = [_run(m, x[at], time[at], condition.rows(at)) for m, at in zip((transformer, second), rows, strict=True)]
+    return torch.cat(parts)[torch.cat(rows).argsort()]
+
+
+def _run(transformer: Any, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
     x = x.to(compute_dtype(transformer.proj_out))
     return transformer(hidden_states=x, timestep=time, return_dict=False, **condition.kwargs)[0].float()
 
@@ -92,7 +106,7 @@ WAN = Family(
     name="wan",
     generation="WanPipeline",
     editing=None,
-    lora_targets=r"blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ffn\.net\.(0\.proj|2))",
+    lora_targets=r"(transformer_2\.)?blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ffn\.net\.(0\.proj|2))",
     guidance_off={"guidance_scale": 1.0},
     guidance_on=lambda scale: {"guidance_scale": scale},
     prompt_kwargs=(TEXT,),

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from danceopd.pipelines.registry import FAMILIES
+from danceopd.pipelines.two_transformers import SECOND
 
 VAE = {
     "block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -111,6 +112,13 @@ MODELS = {
          "flow_shift": 5.0},
         {"transformer_2": [None, None], "boundary_ratio": None, "expand_timesteps": True},
     ),
+    "wan2.2-t2v-a14b": Model(
+        "wan", "WanPipeline", ("WanTransformer3DModel", {}), ("AutoencoderKLWan", {}),
+        {"text_encoder": ("UMT5EncoderModel", 5_680_910_336)},
+        {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True,
+         "flow_shift": 3.0},
+        {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875},
+    ),
     "sd3.5-medium": Model(
         "sd3", "StableDiffusion3Pipeline",
         ("SD3Transformer2DModel", {
@@ -164,7 +172,8 @@ def header_only(name: str, folder: Path, dtype: str = "BF16", **index: Any) -> P
     _json(place / "scheduler" / "scheduler_config.json", model.scheduler)
     with torch.device("meta"):
         vae = getattr(diffusers, model.vae[0])(**model.vae[1])
-    for part, module in (("transformer", transformer(name)), ("vae", vae)):
+    both = {SECOND: transformer(name)} if model.index.get("boundary_ratio") else {}
+    for part, module in {"transformer": transformer(name), **both, "vae": vae}.items():
         kept = {key: value for key, value in module.config.items() if not key.startswith("_")}
         _json(place / part / "config.json", {"_class_name": type(module).__name__, **kept})
         shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
@@ -179,8 +188,9 @@ def header_only_lora(name: str, file: Path, rank: int = 32) -> Path:
     shapes = {}
     for path, module in transformer(name).named_modules():
         if isinstance(module, nn.Linear) and re.fullmatch(FAMILIES[MODELS[name].family].lora_targets, path):
-            shapes[f"transformer.{path}.lora_A.weight"] = (rank, module.in_features)
-            shapes[f"transformer.{path}.lora_B.weight"] = (module.out_features, rank)
+            for stem in ("transformer", *([SECOND] if MODELS[name].index.get("boundary_ratio") else [])):
+                shapes[f"{stem}.{path}.lora_A.weight"] = (rank, module.in_features)
+                shapes[f"{stem}.{path}.lora_B.weight"] = (module.out_features, rank)
     return sparse(file, shapes)
 
 

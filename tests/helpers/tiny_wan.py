@@ -18,11 +18,17 @@ from transformers import UMT5Config, UMT5EncoderModel
 CALL = {"height": 64, "width": 64, "steps": 4, "max_sequence_length": 40}
 
 
-def tiny_wan(folder: str | Path | None = None, seed: int = 0, unipc: bool = False, **settings: Any) -> WanPipeline:
+def tiny_wan(
+    folder: str | Path | None = None, seed: int = 0, unipc: bool = False, two: bool = False, **settings: Any
+) -> WanPipeline:
     """The pipeline, in eval mode, fp32 on the CPU; also saved to `folder` when one is given.
 
-    `unipc`: with the scheduler of the released models. `settings` are the pipeline's (`expand_timesteps`).
+    `unipc`: with the scheduler of the released models. `two`: as Wan 2.2 A14B, with a second transformer for what is
+    less noisy than 0.7. `settings` are the pipeline's (`expand_timesteps`).
     """
+    if two:
+        with seeded(seed + 1):
+            settings |= {"transformer_2": tiny_transformer(), "boundary_ratio": 0.7}
     kind, how = (FlowMatchEulerDiscreteScheduler, {"shift": 3.0})
     if unipc:
         how = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
@@ -45,7 +51,8 @@ def tiny_wan(folder: str | Path | None = None, seed: int = 0, unipc: bool = Fals
             transformer=tiny_transformer(),
             **settings,
         )
-    scale_matrices(pipe.transformer, 1.5)
+    for transformer in (pipe.transformer, *([pipe.transformer_2] if two else [])):
+        scale_matrices(transformer, 1.5)
     return finish(pipe, folder)
 
 

@@ -14,7 +14,6 @@ from tiny_wan import CALL, TINY, tiny_transformer, tiny_wan
 from danceopd.adapters.read import read_adapter
 from danceopd.adapters.write import write_adapter
 from danceopd.errors import UserError
-from danceopd.models.base import base_folder
 from danceopd.pipelines import GenerationPipeline
 from danceopd.pipelines.registry import FAMILIES
 from danceopd.sample import sample
@@ -94,10 +93,3 @@ def test_files_in_the_original_names_are_read(student, tmp_path):
     found = read_adapter(tmp_path / "lora.safetensors", tiny_transformer())
     assert len(found) == 6
     assert all(torch.equal(b, adapter.tensors[name][1]) for name, (_, b) in found.tensors.items())
-
-
-def test_a_base_of_two_transformers_is_refused(tmp_path):
-    index = {"_class_name": "WanPipeline", "transformer_2": ["diffusers", "WanTransformer3DModel"]}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"switches between two transformers by noise level .* and danceopd runs one"):
-        base_folder(tmp_path)

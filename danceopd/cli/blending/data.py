@@ -30,7 +30,7 @@ from danceopd.engine.calibration.inputs import ROOM, RecordedInputs, stages
 from danceopd.engine.calibration.states import Questions, spread
 from danceopd.engine.teachers import TeacherWeights
 from danceopd.errors import UserError
-from danceopd.models.base import base_folder
+from danceopd.models.base import base_folder, transformer_folders
 from danceopd.models.lora import Adapter
 from danceopd.planning.cards import card_here
 from danceopd.planning.outline import Outline
@@ -133,6 +133,11 @@ def calibration(
     fields |= {"base": base, "teachers": teachers, "output": output, "seed": seed, "device": device}
     recipe = Recipe("the blend", **fields, **drawn)
     folder = base_folder(recipe.base)
+    if len(transformer_folders(folder)) > 1:
+        raise UserError(
+            f"{method} records inputs on a base of one transformer, and {folder} has two; take a method that needs no "
+            "base, such as linear or ties"
+        )
     weights = [TeacherWeights(teacher, adapter) for teacher, adapter in zip(recipe.teachers, adapters, strict=True)]
     prepared = prepare(recipe, folder, weights, card_here(resolve_device(device)), ended=False, room=False)
     assert prepared.run is not None
