@@ -121,7 +121,8 @@ def _with_second(adapter: Adapter, file: str | os.PathLike, transformer: nn.Modu
     if of_second(adapter.tensors):
         raise UserError(f"second is {file}, and the first file has layers of both transformers already; leave it out")
     trained_on = inspect_adapter(file).record.get("base_sha256")
-    if trained_on and trained_on != (mine := transformer_fingerprint(base / SECOND)):
+    mine = transformer_fingerprint(base / SECOND)
+    if trained_on not in (None, mine, base_fingerprint(base)):
         raise UserError(
             f"second is {file}, which was trained on other weights than {base / SECOND} (their fingerprints differ: "
             f"{trained_on[:12]} and {mine[:12]}); give the LoRA of the second transformer"

@@ -141,7 +141,7 @@ def _width(transformer: nn.Module) -> int:
     return max((width for _, width in _attentions(transformer)), default=0)
 
 
-def _of_one(transformer: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+def _of_one(transformer: nn.Module) -> Iterable[tuple[str, Any]]:
     """Modules by path; of two transformers those of the first, since a row goes through one."""
     return ((path, m) for path, m in transformer.named_modules() if not path.startswith(PREFIX))
 
