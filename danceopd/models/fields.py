@@ -21,7 +21,6 @@ from danceopd.models.backbone import Backbone
 from danceopd.models.lora import RowsNotTold
 from danceopd.pipelines.condition import Condition, stack
 from danceopd.pipelines.registry import FAMILIES, with_prompt_of
-from danceopd.pipelines.two_transformers import SECOND
 
 _log = logging.getLogger("danceopd")
 VelocityField = Callable[[Tensor, Tensor, Condition], Tensor]
@@ -184,8 +183,8 @@ def _one_forward(asks: Sequence[Ask]) -> Sequence[Tensor]:
     def alone() -> list[Tensor]:
         return [field(*one[1:]) for field, one in zip(fields, asks)]
 
-    if len(asks) == 1 or sum(rows) > most * len(asks) or hasattr(fields[0].backbone.transformer, SECOND):
-        return alone()  # each of two transformers sees some of the rows
+    if len(asks) == 1 or sum(rows) > most * len(asks):
+        return alone()
     backbone, held = fields[0].backbone, asks[0].condition
     kind = held.context is None, *(key for key, value in sorted(held.kwargs.items()) if value is not None)
     exact = backbone.rows_apart.get(kind)

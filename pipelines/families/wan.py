@@ -70,7 +70,9 @@ def _velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) 
     if condition.fixed[WHOLE]:
         time = (time + 1e-3).floor()  # an fp32 sigma may be just below its whole time
     second = getattr(transformer, SECOND, None)
-    low = torch.zeros(len(x), dtype=torch.bool) if second is None else (time < 1000 * transformer.boundary).cpu()
+    if second is None:
+        return _run(transformer, x, time, condition)
+    low = (time < 1000 * transformer.boundary).cpu()
     if low.all() or not low.any():
         return _run(second if low.any() else transformer, x, time, condition)
     rows = [(~low).nonzero()[:, 0].to(x.device), low.nonzero()[:, 0].to(x.device)]
