@@ -165,6 +165,7 @@ def routed_teacher(
     """Put a teacher on the backbone and encode its rows, its null prompt, and the variants that gates need."""
     teacher, pipeline, null = weights.teacher, encoder.pipelines[weights.teacher.capability], None
     unconditional = recipe.guidance.unconditional > 0 or recipe.rollout.guidance != 1  # the student meets it, too
+    unconditional = unconditional or "guided" in recipe.nft.contexts
     contrast = recipe.contrast_of(teacher)
     if unconditional or (contrast is not None and contrast.reference == "null") or teacher.guidance is not None:
         null = null_condition(pipeline, teacher, fingerprint, recipe.output / "cache").to(device)

@@ -47,6 +47,15 @@ class Ranked:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class TeacherContext:
+    """What a batch's teachers know besides the student: `condition` of all rows, and `fields` by teacher index that
+    answer in their place."""
+
+    condition: Condition
+    fields: Mapping[int, VelocityField]
+
+
 @dataclass
 class Batch:
     """The B `rows` of a layout that has `global_size` rows in the update; tensors of rows are (B, …), in order.
@@ -73,6 +82,7 @@ class Batch:
     targets: Callable[[], Tensor] | None = None
     hook: BatchHook | None = None
     ranked: Ranked | None = None  # of objective nft: a hook gives them
+    context: TeacherContext | None = None  # None: teachers are asked under the student's condition
 
     def __post_init__(self) -> None:
         self.set_queries(*place(self.query_draws, self.sigmas, self.query.law, self.query.jitter))

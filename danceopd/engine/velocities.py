@@ -39,7 +39,8 @@ class Velocities:
     def teacher(self, batch: Batch, x: Tensor, sigma: Tensor) -> Tensor:
         """The routed teachers' velocities at `x (B, …)`, `sigma (B,)`, or the mean ones of their small steps."""
         routes = list(self._routes(batch))
-        conditions = [batch.condition.rows(rows) for _, rows in routes]
+        condition = batch.condition if batch.context is None else batch.context.condition
+        conditions = [condition.rows(rows) for _, rows in routes]
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             found = torch.empty_like(x)
@@ -53,10 +54,11 @@ class Velocities:
 
     def _routes(self, batch: Batch) -> Iterator[tuple[VelocityField, list[int]]]:
         """The batch's teachers, unguided for unconditional rows, and each one's rows."""
+        instead = {} if batch.context is None else batch.context.fields
         routes = list(zip(batch.teacher_index, batch.unconditional, strict=True))
         for m, unconditional in sorted(set(routes)):
             rows = [i for i, route in enumerate(routes) if route == (m, unconditional)]
-            yield unguided(self.teachers[m]) if unconditional else self.teachers[m], rows
+            yield unguided(self.teachers[m]) if unconditional else instead.get(m, self.teachers[m]), rows
 
     def teacher_under(
         self, batch: Batch, rows: list[int], condition: Condition, x: Tensor, sigma: Tensor,

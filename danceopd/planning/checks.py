@@ -228,6 +228,7 @@ def check_prompts_of(
 ) -> list[str]:  # fmt: skip
     """UserError for a prompt that the encoder would cut, or guidance that the family lacks; what was not checked."""
     unguided = recipe.guidance.unconditional == 0 and recipe.rollout.guidance == 1
+    unguided = unguided and "guided" not in recipe.nft.contexts
     for teacher in recipe.teachers:
         if teacher.guidance is not None or not unguided:
             check_guidance(family, teacher.name)

@@ -153,8 +153,9 @@ def outline(recipe: Recipe, folder: Path, teachers: Sequence[TeacherWeights]) ->
     adapters = {one.teacher.name: _shapes(one, transformer) for one in teachers}
     checks.check_start(recipe, adapters)
     datasets = with_variants(
-        recipe.gates, recipe.sampling, recipe.rollout.steps, recipe.teachers, open_datasets(recipe, family.alpha)
-    )
+        recipe.gates, recipe.sampling, recipe.rollout.steps, recipe.teachers, open_datasets(recipe, family.alpha),
+        captions="caption" in recipe.nft.contexts,
+    )  # fmt: skip
     checks.check_contrast(recipe, datasets)
     checks.check_sources(recipe, datasets, family, class_name(folder))
     pipe = _pipeline(folder, family, transformer)

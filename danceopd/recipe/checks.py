@@ -202,6 +202,11 @@ CHECKS: tuple[Check, ...] = (
         "give nft.anchor",
     ),
     (
+        lambda r: r.nft.contexts and not r.nft.asks_teacher,
+        "nft.contexts are for the teachers' answers, and nft.share 1 without an anchor asks for none; lower nft.share, "
+        "or give nft.anchor",
+    ),
+    (
         lambda r: r.objective == "nft" and r.validation.decides,
         "validation.{r.validation.decides} goes by the distance to the teachers, which objective nft leaves behind; "
         "leave it out",

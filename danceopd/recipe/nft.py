@@ -10,7 +10,7 @@ A number alone is a reward's weight. docs/labelfree.md has the equations; a key 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny, ValidationError, WithJsonSchema
 
@@ -85,7 +85,8 @@ class NFT(Part):
     stays as it is for so long. `beta` is how far the student moves from it in the positive and the negative branch,
     `clip` the standard score at which a sample counts as wholly good or bad. `share` of the loss is this one, the rest
     is objective danceopd's; `anchor` weighs the error to the routed teacher at the samples' states, beside it.
-    `hindsight` is how far the noise levels at which good and bad samples part count more (0: all alike).
+    `hindsight` is how far the noise levels at which good and bad samples part count more (0: all alike). `contexts` are
+    what teachers are given besides the question, where that makes bad samples into good ones.
     """
 
     group: int = Field(6, ge=2, le=2**10)
@@ -107,6 +108,11 @@ class NFT(Part):
     """Weight of the error to the routed teacher at the samples' states."""
     hindsight: float = Field(0.0, ge=0, le=1)
     """How far the noise levels at which good and bad samples part count more; 0: all alike."""
+    contexts: tuple[Literal["guided", "caption"], ...] = Field((), examples=[["guided"]])
+    """What a teacher is tried with on bad samples, and asked with once it makes more of them good than it does alone:
+    `guided` is classifier-free guidance, `caption` the data's longer prompt (column `expanded`)."""
+    context_scale: float = Field(3.0, gt=1, le=100)
+    """Guidance scale of the context `guided`."""
     round: PositiveInt = 16
     """Updates whose samples are drawn by one average of the student."""
     reuse: PositiveInt = 4

@@ -18,7 +18,7 @@ from danceopd.bench.report.card import add_to_card
 from danceopd.bench.report.items import PAGE, highlights, image_order, items_of
 from danceopd.bench.report.report import page, report
 from danceopd.bench.report.thumbnails import Thumbnails
-from danceopd.bench.report.training import monitor_summary, recipe_summary, validation_error
+from danceopd.bench.report.training import monitor_summary, recipe_summary, skills_summary, validation_error
 from danceopd.bench.report.verdict import verdict
 from danceopd.bench.results import load
 from danceopd.run.card import write_card
@@ -62,6 +62,15 @@ def test_600_items_of_a_megapixel_stay_below_25_megabytes(tmp_path: Path) -> Non
     assert 12_000_000 < len(html.encode()) < 25_000_000
     assert html.count('<article class="item') == 640
     assert {max(t.width, t.height) for found in stand.made.values() for t in found} == {512, 256}
+
+
+def test_what_ranked_samples_showed_stands_in_the_report(folder: Path, tmp_path: Path) -> None:
+    skills = {"draws": {"groups": 20, "summary": ["Half of it <is> decided early."]}, "edits": {"groups": 2}}
+    (tmp_path / "skills.json").write_text(json.dumps(skills))
+    scores, rows = load(folder)
+    assert skills_summary(tmp_path / "none") is None and 'id="skills"' not in page(scores, rows, Thumbnails(folder), 0)
+    html = page({**scores, "skills": skills_summary(tmp_path)}, rows, Thumbnails(folder), 0)
+    assert "Half of it &lt;is&gt; decided early." in html[html.index('id="skills"') :]
 
 
 def test_alarms_of_the_monitor_stand_on_the_first_screen(folder: Path) -> None:

@@ -187,7 +187,7 @@ def test_levels_count_by_the_share_of_what_was_seen():
     seen.fold(lambda tensor: tensor.mul_(1), torch.device("cpu"))
     # shares 0.9 and 0.1 are 1.8 and 0.2 of their mean; half of that counts
     torch.testing.assert_close(seen.weights([0, 0, 0, 1], at), torch.tensor([1.4, 0.6, 1.0, 1.0]))
-    (sentence,) = seen.sentences()
+    (sentence,) = seen.sentences()["a"]
     assert "samples of a part most at noise levels 0.7 to 0.8, which is 90%" in sentence and "16 questions" in sentence
     again = Parting(["a", "b"], strength=0.5)
     again.load_state_dict(seen.state_dict())

@@ -34,7 +34,7 @@ FAILURES = 500
 OPTIONAL = (
     *("judge", "judging", "subsets", "metrics", "pictures", "ceiling", "probes", "blend_grid", "base", "seed"),
     *("call", "limit", "categories", "machine", "seconds", "versions", "command", "monitor", "validation", "recipe"),
-    *("comparison", "recipe_yaml", "samples", "drift", "second_judge"),
+    *("comparison", "recipe_yaml", "samples", "skills", "drift", "second_judge"),
 )
 """Keys of `scores.json` that older benches or other programs may have left out."""
 

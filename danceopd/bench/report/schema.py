@@ -251,6 +251,7 @@ class _Scores(_Part):
     recipe: _Recipe | None = None
     recipe_yaml: str | None = None
     samples: list[_Grid] | None = None
+    skills: list[str] | None = None
     drift: _Drift | None = None
     second_judge: _SecondJudge | None = None
     judging: dict[str, Any] | None = None

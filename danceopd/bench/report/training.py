@@ -29,7 +29,7 @@ GRIDS, GRID_SIDE = 4, 1280
 def about_training(student: str | Path | None, folder: Path) -> dict[str, Any]:
     """All of it, for `scores.json`; sample grids are copied into the bench's `folder`."""
     about: dict[str, Any] = {"monitor": monitor_summary(student), "validation": validation_error(student)}
-    about |= {"recipe": recipe_summary(student), "recipe_yaml": recipe_text(student)}
+    about |= {"skills": skills_summary(student), "recipe": recipe_summary(student), "recipe_yaml": recipe_text(student)}
     return about | {"samples": training_samples(student, folder)}
 
 
@@ -88,6 +88,13 @@ def monitor_summary(student: str | Path | None) -> dict[str, Any] | None:
     with suppress(*FAULTS):
         found = _read(student, "monitor.json", "watch.json")
         return {key: found[key] for key in ("judge", "alarms", "rolled_back")} | {"checks": len(found["checks"])}
+    return None
+
+
+def skills_summary(student: str | Path | None) -> list[str] | None:
+    """What a run with ranked samples saw in hindsight, in sentences; None where it saw nothing."""
+    with suppress(*FAULTS, AttributeError):
+        return [str(line) for one in _read(student, "skills.json").values() for line in one.get("summary", [])] or None
     return None
 
 

@@ -68,9 +68,23 @@ class Degraded(Edits):
 
 def with_variants(
     gates: Gates, sampling: Sampling, rollout_steps: int, teachers: Sequence[Teacher],
-    datasets: Mapping[str, TeacherData],
+    datasets: Mapping[str, TeacherData], captions: bool = False,
 ) -> dict[str, TeacherData]:  # fmt: skip
-    """The teachers' data with the variants that the gates need; UserError where a gate would have none."""
+    """The teachers' data with the variants that the gates need, and with longer `captions` (nft.contexts).
+
+    UserError where there would be none.
+    """
+    if captions:
+        longer = {t.name: longer_captions(datasets[t.name]) for t in teachers}
+        if not any(longer.values()):
+            raise UserError(
+                "nft.contexts has caption, and no row of the data has a longer caption; add a column `expanded`, or "
+                "leave caption out"
+            )
+        return {
+            name: replace(data, variants={EXPANDED: reworded(data.data, longer[name])} if longer[name] else {})
+            for name, data in datasets.items()
+        }
     if not gates.on:
         return dict(datasets)
     found = {t.name: _variants(gates, t, datasets[t.name]) for t in teachers}
@@ -86,8 +100,7 @@ def _variants(gates: Gates, teacher: Teacher, dataset: TeacherData) -> dict[str,
     skills = gates.skills
     context = None if skills is None or not skills.eta else skills.privileged(teacher.capability)
     if context is not None and "caption" in (context.step, context.episode):
-        longer = {row: mine.expanded(row) or expanded(mine.prompt(row)) for row in sampled}
-        prompts = {row: prompt for row, prompt in longer.items() if prompt}
+        prompts = longer_captions(dataset)
         if not prompts:
             key = f"gates.skills.{teacher.capability}." + ("step" if context.step == "caption" else "episode")
             raise UserError(
@@ -96,6 +109,13 @@ def _variants(gates: Gates, teacher: Teacher, dataset: TeacherData) -> dict[str,
             )
         found[EXPANDED] = reworded(mine, prompts)
     return found
+
+
+def longer_captions(dataset: TeacherData) -> dict[int, str]:
+    """Longer captions of a teacher's rows, by row: of the data, or the synthetic scenes' own."""
+    data = dataset.data
+    found = {row: data.expanded(row) or expanded(data.prompt(row)) for row in sorted(dataset.rows)}
+    return {row: caption for row, caption in found.items() if caption}
 
 
 def unchanged(data: Prompts, rows: Iterable[int]) -> Variant:

@@ -20,4 +20,8 @@ def nft_forwards(recipe: Recipe) -> dict[str, dict[str, float]]:
         "rewards": asked / options.reuse,
         "the average that drew": float(recipe.query.count),
     }
+    if options.contexts:  # a sample of each question is finished twice, and the teacher may be guided from then on
+        guided = "guided" in options.contexts
+        parts["contexts"] = ((2 + guided) * steps + 2 * asked) / options.group / options.reuse
+        parts["contexts"] += guided * recipe.query.count
     return {part: dict.fromkeys((t.name for t in recipe.teachers), count) for part, count in parts.items()}

@@ -29,14 +29,15 @@ _STATE = "nft.parting"
 
 
 class CleanEstimates:
-    """`found`: the N clean estimates (B, …) of a rollout of N steps, on the CPU; an `engine.rollout.Observer` of rows
-    that all go on to the end, which is the last estimate."""
+    """`found`: the N clean estimates (B, …) of a rollout of N steps, and `states` where they were made, on the CPU; an
+    `engine.rollout.Observer` of rows that all go on to the end, which is the last estimate."""
 
     def __init__(self) -> None:
         self.found: list[Tensor] = []
+        self.states: list[Tensor] = []
 
     def before(self, step: int, rows: Tensor, x: Tensor) -> None:
-        """Nothing: the field sees the states, too."""
+        self.states.append(x.to("cpu", copy=True))
 
     def around(self, field: VelocityField) -> VelocityField:
         """The field, observed."""
@@ -112,17 +113,17 @@ class Parting:
             for name, seen, mean in zip(self.teachers, self.seen, self.mean)
         }
 
-    def sentences(self) -> list[str]:
-        """The same in plain words, a sentence for each teacher with enough groups."""
-        found = []
+    def sentences(self) -> dict[str, list[str]]:
+        """The same in plain words, by teacher: a sentence where there are enough groups."""
+        found = {}
         for name, seen, mean in zip(self.teachers, self.seen, self.mean):
             if seen >= LEAST:
                 best = int(mean.argmax())
-                found.append(
+                found[name] = [
                     f"Good and bad samples of {name} part most at noise levels {best / BINS:g} to "
                     f"{(best + 1) / BINS:g}, which is {float(mean[best]):.0%} of all that tells them from each other "
                     f"({int(seen)} questions)."
-                )
+                ]
         return found
 
     def state_dict(self) -> dict[str, Tensor]:
