@@ -43,9 +43,9 @@ def null_condition(pipeline: GenerationPipeline, teacher: Teacher, base_sha256: 
 
 
 def check_guidance(family: Family, name: str) -> None:
-    """UserError where the family of guided teacher `name` has no classifier-free guidance."""
+    """UserError where a family has no classifier-free guidance; `name` is the key of the recipe that needs it."""
     if family.guidance_on is None:
-        raise UserError(f"teacher {name!r} is guided, and {family.name} has no classifier-free guidance")
+        raise UserError(f"{name} needs classifier-free guidance, and {family.name} has none; leave it out")
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def null_prompt(pipeline: GenerationPipeline, name: str, negative: str | None = 
     classifier-free guidance, or when its null prompt reads the source image, so that one row is not enough.
     """
     family = pipeline.family
-    check_guidance(family, name)
+    check_guidance(family, f"the null prompt of teacher {name!r}")
     if negative is None:
         negative = str(family.guidance_on(2.0).get("negative_prompt", ""))
     elif negative.strip():

@@ -227,11 +227,13 @@ def check_prompts_of(
     datasets: Mapping[str, TeacherData],
 ) -> list[str]:  # fmt: skip
     """UserError for a prompt that the encoder would cut, or guidance that the family lacks; what was not checked."""
-    unguided = recipe.guidance.unconditional == 0 and recipe.rollout.guidance == 1
-    unguided = unguided and "guided" not in recipe.nft.contexts
-    for teacher in recipe.teachers:
-        if teacher.guidance is not None or not unguided:
-            check_guidance(family, teacher.name)
+    asking = {
+        "guidance.unconditional": recipe.guidance.unconditional > 0, "rollout.guidance": recipe.rollout.guidance != 1,
+        "guided in nft.contexts": "guided" in recipe.nft.contexts,
+    }  # fmt: skip
+    asking |= {f"guidance of teacher {t.name!r}": t.guidance is not None for t in recipe.teachers}
+    for key in (key for key, asked in asking.items() if asked):
+        check_guidance(family, key)
     named, cuts = tokenizers(pipeline_index(folder)), family.prompt_limit(pipe, dict(call)) < sys.maxsize
     if cuts and (not named or any(pipe.components.get(name) is None for name in named)):
         return [f"{folder} has no tokenizer, so the length of prompts is not checked, and a merge would not load it"]

@@ -17,6 +17,7 @@ from danceopd.engine.rollout import rollout
 from danceopd.errors import UserError
 from danceopd.labelfree.nft.skills import Parting, parting
 from danceopd.merge import merge
+from danceopd.pipelines.registry import FAMILIES
 from danceopd.plan import plan
 from danceopd.recipe.recipe import Recipe
 
@@ -244,13 +245,19 @@ def test_it_is_monitored_and_an_alarm_brings_it_back_to_plain_distillation(model
     assert "the reward likelihood" in checks[0]["confidences"] and checks[2]["rolled_back_to"] == 0
 
 
+READS_SOURCE = ("qwen-image", "qwen-image-2.1", "longcat-image")
+"""Families whose null prompt is read together with an edit's source."""
+
+
 @pytest.mark.parametrize("tiny", TINYS, ids=lambda tiny: tiny.family)
 def test_every_family(tiny, tmp_path):
     recipe = family_recipe(tiny, tiny.build(), tmp_path).resolved()
     rewards = {"likelihood": {"draws": 1}, "consensus": 0.5, "preserve": 0.5}
+    guided = FAMILIES[tiny.family].guidance_on is not None and tiny.family not in READS_SOURCE
+    contexts = ["guided"] if guided else []
+    parts = {"group": 2, "round": 2, "reuse": 2, "share": 0.5, "anchor": 0.5, "rewards": rewards, "contexts": contexts}
     fields = {
-        "objective": "nft", "batch": 4,
-        "nft": {"group": 2, "round": 2, "reuse": 2, "share": 0.5, "anchor": 0.5, "rewards": rewards},
+        "objective": "nft", "batch": 4, "nft": parts,
         "steps": 2, "monitor": {"every": 0}, "validation": {"every": 0},
     }  # fmt: skip
     merge(Recipe(**{**recipe, **fields}), report=lambda metrics, steps: None)
