@@ -223,6 +223,7 @@ def _train(
             weights = check_weights(run.path, recipe, opened.base, opened.teachers)
             record_plugins(run.path, recipe)
             run.settle()
+            run.logger.start()
             warn_of_scenes(recipe)
             if recipe.objective == "nft":
                 _say(check_audit(recipe, recipe.nft, fingerprint, hashes), processes)

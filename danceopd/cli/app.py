@@ -32,6 +32,7 @@ from danceopd.cli.flags import (
     Seed,
     Settings,
     TimeLimit,
+    Trackers,
     Width,
     number,
     one_of,
@@ -77,6 +78,7 @@ def merge(
     seed: RecipeSeed = None,
     device: Device = None,
     time_limit: TimeLimit = None,
+    trackers: Trackers = None,
     fuse: Annotated[bool, typer.Option("--fuse", help="Also make OUTPUT a whole pipeline.")] = False,
     start: Annotated[
         Path | None, typer.Option("--from", help="Start at what another run has learnt, such as with another rate.")
@@ -93,7 +95,7 @@ def merge(
 
     resolved = Recipe.load(
         recipe, base=base, generation=generation, editing=editing, output=output, steps=steps, seed=seed, device=device,
-        time_limit=time_limit, settings=settings(set_keys or ())
+        time_limit=time_limit, trackers=trackers, settings=settings(set_keys or ())
     )  # fmt: skip
     from danceopd.merge import merge as run
 
@@ -128,6 +130,7 @@ def plan(
     tflops: Annotated[float | None, typer.Option(min=0.0001, help="Reckon with this speed; default: measure.")] = None,
     seed: RecipeSeed = None,
     time_limit: TimeLimit = None,
+    trackers: Trackers = None,
     fuse: Annotated[bool, typer.Option("--fuse", hidden=True)] = False,  # so that merge's flags can be planned
     set_keys: Settings = None,
     as_json: Json = False,
@@ -140,7 +143,7 @@ def plan(
 
     resolved = Recipe.load(
         recipe, base=base, generation=generation, editing=editing, output=output, steps=steps, seed=seed, device=device,
-        time_limit=time_limit, settings=settings(set_keys or ())
+        time_limit=time_limit, trackers=trackers, settings=settings(set_keys or ())
     )  # fmt: skip
     from danceopd.plan import plan as run
 

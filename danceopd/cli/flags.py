@@ -167,3 +167,7 @@ RunFolder = Annotated[Path | None, typer.Option("--output", "-o", help="Run fold
 Height = Annotated[int | None, typer.Option(help="Pixels; default: the model's, and of an edit the source's shape.")]
 Width = Annotated[int | None, typer.Option(help="Pixels, with --height.")]
 MergeSteps = Annotated[int | None, typer.Option(help="Optimizer steps; default: 2000, of the shipped recipe 180.")]
+Trackers = Annotated[
+    str | None,
+    typer.Option(help="tensorboard, wandb, mlflow with commas, or none; default: the recipe's, or tensorboard."),
+]

@@ -39,6 +39,7 @@ from danceopd.planning import checks
 from danceopd.planning.plugins import check_plugins
 from danceopd.planning.sources import about_bank
 from danceopd.recipe.recipe import Recipe
+from danceopd.run.trackers.tracker import check_trackers
 
 LOOKED = 256
 """Source images of a teacher whose sizes are read."""
@@ -142,6 +143,7 @@ def outline(recipe: Recipe, folder: Path, teachers: Sequence[TeacherWeights]) ->
     `teachers` as `check_teachers` returns them.
     """
     own = check_plugins(recipe)
+    check_trackers(recipe.trackers)
     family, transformer = family_of(folder, recipe.family), empty_transformer(folder)
     saved, stored_bytes, whole = checks.check_storage(recipe, folder, transformer)
     checks.check_encoders(folder, family)

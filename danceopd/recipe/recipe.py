@@ -59,6 +59,7 @@ from danceopd.recipe.values import (
     MicroBatch,
     ObjectiveName,
     Output,
+    Trackers,
     existing,
 )
 
@@ -82,6 +83,7 @@ CONTINUES = (
     "validation",
     "monitor",
     "callbacks",
+    "trackers",
 )
 """Fields that may differ between a run and its continuation: but for rounding they change nothing a step computes."""
 
@@ -191,6 +193,8 @@ class Recipe(Part):
     """Pipeline family (docs/bring-your-own-model.md), or a plug-in; null: by the base's pipeline class."""
     callbacks: Callbacks = Field({}, examples=[{"my_module:Notes": {"every": 100}}])
     """Plug-ins that watch the run, by name, with their options (docs/plugins.md)."""
+    trackers: Trackers = Field({"tensorboard": {}}, examples=[{"wandb": {"project": "my-loras"}}])
+    """Where figures and sample pictures go besides the run folder (docs/trackers.md); `none`: nowhere."""
     editing_base: EditingBase = Field(None, examples=["Qwen/Qwen-Image-Edit"])
     """A pipeline that has what the base lacks for editing, such as an image processor; null: none."""
 

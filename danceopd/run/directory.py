@@ -1,6 +1,6 @@
 """The run directory: what a merge writes, so that it can be followed, trusted and continued.
 
-    recipe.yaml  data.json  teachers.json  plugins.json  metrics.jsonl  logs/
+    recipe.yaml  data.json  teachers.json  plugins.json  trackers.json  metrics.jsonl  logs/
     samples/step-000050.png  validation.json  validation.png
     checkpoints/step-000050/{state.safetensors,meta.json,manifest.json}
     monitor.jsonl  monitor.json  checkpoints/good-000050/…         of a monitored run (labelfree/monitor.py)
@@ -34,6 +34,7 @@ from danceopd.recipe.recipe import Recipe
 from danceopd.recipe.recorded import recorded_recipe
 from danceopd.run.checkpoints import CheckpointStore
 from danceopd.run.logger import Logger
+from danceopd.run.trackers.tracker import IDS, trackers_of
 
 FINISHED, WEIGHTS = "finished.json", "pytorch_lora_weights.safetensors"
 DATA, TEACHERS = "data.json", "teachers.json"
@@ -44,7 +45,7 @@ DIVERGED = "diverged.json"
 """Where the loss was not finite, from which checkpoint the run went on, and the learning rate before that."""
 START = "start"
 """A folder with the LoRA of another run that this one starts as (provenance.py)."""
-AT_START = (DATA, TEACHERS, PLUGINS, DIVERGED, "validation.json", "validation.png", "monitor.json")
+AT_START = (DATA, TEACHERS, PLUGINS, DIVERGED, IDS, "validation.json", "validation.png", "monitor.json")
 """What a run writes as it begins, which is deleted where nothing was trained yet."""
 OLD_NAMES = {"gap.json": "validation.json", "gap.png": "validation.png", "watch.json": "monitor.json",
              "watch.jsonl": "monitor.jsonl"}  # fmt: skip
@@ -89,7 +90,7 @@ class RunDirectory:
             remove_partial_files(self.path, below=False)
             remove_partial_files(self.path / "samples")
         self.checkpoints = CheckpointStore(self.path / "checkpoints", recipe.keep_last)
-        self.logger = Logger(self.path)
+        self.logger = Logger(self.path, trackers_of(recipe, self.path))
 
     def settle(self) -> None:
         """Writes `recipe.yaml`."""

@@ -1,7 +1,7 @@
-"""The logs of a run: metrics.jsonl, TensorBoard, and sample grids.
+"""The logs of a run: metrics.jsonl, sample grids, and both at the run's trackers.
 
 `Logger` writes them and drops what was logged after a step that a run continues from. `MetricsLog` is the callback that
-logs every update: its metrics, the adapter's norm, rows a second and peak memory. TensorBoard is opened on first use.
+logs every update: its metrics, the adapter's norm, rows a second and peak memory.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from danceopd.common.files import disk_errors, json_safe, partial_path, write_atomic
 from danceopd.common.system import peak_memory
 from danceopd.engine.callbacks import Callback
 from danceopd.engine.metrics import StepMetrics, adapter_norm
 from danceopd.engine.trainer import Trainer
+from danceopd.run.trackers.tracker import Tracker
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,34 +27,39 @@ METRICS = "metrics.jsonl"
 
 
 class Logger:
-    """Logs below a run folder."""
+    """Logs below a run folder, and at its trackers."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._writer: Any = None
+    def __init__(self, folder: Path, trackers: Sequence[Tracker] = ()) -> None:
+        self.folder, self.trackers = folder, trackers
+
+    def start(self) -> None:
+        """Open the trackers that have a server; UserError where one does not open."""
+        for tracker in self.trackers:
+            tracker.start()
 
     def log(self, step: int, **scalars: Any) -> None:
-        """One line in metrics.jsonl; the numbers go to TensorBoard too."""
+        """One line in metrics.jsonl; the numbers go to the trackers too."""
         line = json.dumps({"step": step, **json_safe(scalars)})
         with disk_errors(self.folder / METRICS), open(self.folder / METRICS, "a", encoding="utf-8") as file:
             file.write(line + "\n")
+        numbers = {key: float(value) for key, value in scalars.items() if isinstance(json_safe(value), (int, float))}
         with disk_errors(self.folder / "logs"):
-            for key, value in scalars.items():
-                if isinstance(json_safe(value), (int, float)):
-                    self._tensorboard(step).add_scalar(key, float(value), step)
+            for tracker in self.trackers:
+                tracker.log(step, numbers)
 
     def picture(self, step: int) -> Path:
         """Where the sample grid of a step is, or would be."""
         return self.folder / "samples" / f"step-{step:06d}.png"
 
     def image(self, step: int, image: Image.Image) -> Path:
-        """`samples/step-000050.png` and the like, and the same picture in TensorBoard."""
+        """`samples/step-000050.png` and the like, and the same picture at the trackers."""
         path = self.picture(step)
         part = partial_path(path)
         with disk_errors(path):
             image.save(part, format="PNG")
             os.replace(part, path)
-            self._tensorboard(step).add_image("samples", np.array(image.convert("RGB")), step, dataformats="HWC")
+            for tracker in self.trackers:
+                tracker.picture(step, image, path)
         return path
 
     def truncate(self, step: int) -> None:
@@ -73,22 +78,15 @@ class Logger:
             write_atomic(path, "".join(kept).encode())
 
     def forget(self, step: int) -> None:
-        """Drops what was logged after a step; what TensorBoard has of it goes when the next figure comes."""
+        """Drops what was logged after a step."""
         self.truncate(step)
-        self.close()
+        for tracker in self.trackers:
+            tracker.forget()
 
     def close(self) -> None:
-        """Closes TensorBoard's files."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-    def _tensorboard(self, step: int) -> Any:
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self.folder / "logs"), purge_step=step, flush_secs=10)
-        return self._writer
+        """Closes the trackers."""
+        for tracker in self.trackers:
+            tracker.close()
 
 
 class Throughput(Callback):

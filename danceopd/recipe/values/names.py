@@ -5,7 +5,7 @@ That is the name of an entry point, `module:name`, or in Python the object.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, WithJsonSchema
@@ -79,15 +79,15 @@ FamilyName = Annotated[str, BeforeValidator(lambda value: _name_of("family", val
 """Of a family: checked with the recipe, since the list of those that are built in needs torch."""
 
 
-def _callbacks(value: Any) -> Any:
-    """Options by name, of a mapping, or of a list of names, objects and mappings."""
+def options_by_name(value: Any, check: Callable[[Any], str]) -> dict[str, dict[str, Any]]:
+    """Options by name, of a mapping, or of a list of names, objects and mappings; `check` returns a name, or raises."""
     if value is None:
         return {}
     given = value if isinstance(value, list | tuple) else [value]
     pairs = [pair for one in given for pair in (one.items() if isinstance(one, Mapping) else [(one, {})])]
     found: dict[str, dict[str, Any]] = {}
     for one, options in pairs:
-        name = part_name("callback", one)
+        name = check(one)
         if name in found:
             raise ValueError(f"{name} is named twice; name each once")
         if not isinstance(options, Mapping | None) and options is not True:
@@ -98,7 +98,7 @@ def _callbacks(value: Any) -> Any:
 
 Callbacks = Annotated[
     dict[str, dict[str, Any]],
-    BeforeValidator(_callbacks),
+    BeforeValidator(lambda value: options_by_name(value, lambda one: part_name("callback", one))),
     WithJsonSchema(
         {"anyOf": [{"type": "object", "additionalProperties": {"anyOf": [{"type": "object"}, {"type": "null"}]}},
                    {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "object"}]}}]}
