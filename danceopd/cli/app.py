@@ -42,6 +42,7 @@ from danceopd.cli.flags import (
 )
 from danceopd.cli.openmoji import app as openmoji
 from danceopd.cli.plugins import plugins
+from danceopd.cli.publish.command import push
 from danceopd.cli.wizard.command import init
 from danceopd.errors import UserError
 
@@ -224,6 +225,7 @@ def sample(
     run(student, prompt, image, seed, count, output, base, device, report=echo, size=size, accept=accept)
 
 
+app.command()(push)
 app.command()(commands.bench)
 app.command()(commands.suites)
 app.command()(commands.report)

@@ -23,7 +23,8 @@ from danceopd.recipe.parts import PROMPT
 if TYPE_CHECKING:
     from danceopd.pipelines.family import Family
 
-_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""A name on the hub: owner/name."""
 PAPER = "[DanceOPD](https://arxiv.org/abs/2606.27377)"
 
 
@@ -116,7 +117,7 @@ def load_snippet(
     if fused:
         load.append('pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")')
     else:
-        where = base if _HUB.fullmatch(base) else f"path/to/{Path(base).name}"
+        where = base if HUB_NAME.fullmatch(base) else f"path/to/{Path(base).name}"
         load.append(f'pipe = DiffusionPipeline.from_pretrained("{where}")')
         if family is None or family.loads_loras:
             load.append('pipe.load_lora_weights("path/to/this/folder")')

@@ -1,0 +1,1 @@
+"""`danceopd push`: what would be sent is shown, and then sent."""
