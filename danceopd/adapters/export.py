@@ -37,6 +37,8 @@ from danceopd.models.lora import Adapter
 from danceopd.pipelines.two_transformers import PREFIX, SECOND, of_second
 
 FORMATS = ("diffusers", "comfyui", "peft", "kohya")
+CARRIED = ("teachers", "num_inference_steps")
+"""Of a student's record, what its export says too."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def export_as(
     name_of_base = header.record.get("base") or (os.fspath(base) if base is not None else str(where))
     record = {"base": portable(str(name_of_base)), "base_sha256": base_fingerprint(where)}
     record["source_sha256"] = adapter.sha256
+    record |= {key: header.record[key] for key in CARRIED if key in header.record}
     return write_as(adapter, file, format, transformer, DTYPES[dtype], rank, record)
 
 

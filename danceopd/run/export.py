@@ -66,6 +66,13 @@ class Origin:
     saved: str | None = None  # in which kind the base was saved quantised
 
 
+def _teachers(recipe: Recipe) -> str:
+    """The teachers in words, for the file's metadata: name, capability and trigger of each."""
+    return "; ".join(
+        f"{one.name} ({one.capability}{f', trigger: {one.trigger}' if one.trigger else ''})" for one in recipe.teachers
+    )
+
+
 def stock_dtype(dtype: str) -> torch.dtype | None:
     """The dtype to load the base in; None is the stock default, fp32."""
     return None if dtype == "fp32" else DTYPES[dtype]
@@ -88,7 +95,7 @@ def write_student(
     with processes.main_first():
         if run is None:
             return
-        facts = {"steps": str(step), "seed": str(recipe.seed)}
+        facts = {"steps": str(step), "seed": str(recipe.seed), "teachers": _teachers(recipe)}
         if recipe.fast is not None:
             facts["num_inference_steps"] = str(recipe.fast.steps)
         load: Callable[[], Any] = partial(load_base, origin.base, stock_dtype(recipe.dtype))

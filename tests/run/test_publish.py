@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import torch
 import yaml
 from huggingface_hub import errors
+from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny_merge import WEIGHTS, run, tiny_recipe
 
 from danceopd.errors import UserError
-from danceopd.models.base import file_sha256
 from danceopd.run.publish.push import push
 
 REPO, BASE = "you/both", "acme/tiny-klein"
@@ -73,13 +77,21 @@ def test_what_is_sent(student: Path, hub: Hub) -> None:
         "README.md", "recipe.yaml", WEIGHTS, f"samples/{grid}", "bench/report.html", "comfyui/both.safetensors",
         *(["validation.png"] if (student / "validation.png").is_file() else []),
     }  # fmt: skip
-    assert hub.sent[WEIGHTS] == (student / WEIGHTS).read_bytes()
     card = hub.sent["README.md"].decode()
     fields = yaml.safe_load(card.split("---\n")[1])
     assert fields["base_model"] == BASE and "# both\n" in card
     assert f'from_pretrained("{BASE}")' in card and f'load_lora_weights("{REPO}")' in card and "path/to" not in card
     for text in (card, hub.sent["recipe.yaml"].decode()):
         assert str(student.parent) not in text and str(student) not in text
+    (sent := student.parent / "sent.safetensors").write_bytes(hub.sent[WEIGHTS])
+    mine, theirs = load_file(student / WEIGHTS), load_file(sent)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+    with safe_open(sent, "pt") as opened:
+        record = json.loads(opened.metadata()["danceopd"])
+    assert record["base"] == BASE and str(student.parent) not in str(record)
+    assert record["teachers"] == "generation (generation); editing (editing)"
+    assert record["sha256"] in card
+    assert str(student.parent).encode() not in hub.sent["comfyui/both.safetensors"]
     assert (student / "README.md").read_text() != card  # the run's own is left as it is
 
 
@@ -93,12 +105,13 @@ def test_nothing_is_sent_or_asked_where_it_is_declined_or_dry(student: Path, hub
 
     assert push(student, REPO, base_model=BASE, dry_run=True, confirm=confirm) is None
     assert push(student, REPO, base_model=BASE, confirm=lambda found: False) is None
-    assert seen[0].base == BASE and seen[0].files[WEIGHTS] == (student / WEIGHTS).stat().st_size
+    assert seen[0].base == BASE and WEIGHTS in seen[0].files
     assert any("license" in note for note in seen[0].notes)
 
 
 def test_the_same_model_again_and_another_one(student: Path, hub: Hub) -> None:
-    hub.holds = [(WEIGHTS, file_sha256(student / WEIGHTS))]
+    assert push(student, REPO, base_model=BASE)
+    hub.holds = [(WEIGHTS, hashlib.sha256(hub.sent[WEIGHTS]).hexdigest())]
     assert push(student, REPO, base_model=BASE)
     for holds in ([(WEIGHTS, "0" * 64)], [("model_index.json", None)]):
         hub.holds, hub.sent = holds, {}

@@ -6,6 +6,7 @@ that others can load. Checkpoints, logs, caches and data stay at home, and so do
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
+from danceopd.adapters.header import METADATA_KEY
 from danceopd.common.files import disk_errors
 from danceopd.common.parse import YAML_BYTES, parse_yaml, read_text
 from danceopd.errors import UserError
@@ -69,6 +71,9 @@ def publication(run: str | Path, target: Path, repo: str, base_model: str | None
         for name in names:
             place = target / name
             place.parent.mkdir(parents=True, exist_ok=True)
+            if name == WEIGHTS:
+                copy_lora(run / name, place, base)
+                continue
             try:
                 os.link((run / name).resolve(), place)
             except OSError:  # another disk
@@ -80,6 +85,19 @@ def publication(run: str | Path, target: Path, repo: str, base_model: str | None
     files = {path.relative_to(target).as_posix(): path.stat().st_size for path in sorted(target.rglob("*"))
              if path.is_file()}  # fmt: skip
     return Publication(target, files, base, notes)
+
+
+def copy_lora(file: Path, place: Path, base: str) -> None:
+    """Copy a LoRA, with `base` as the base in danceopd's record, which may be a path here."""
+    with open(file, "rb") as source, open(place, "wb") as copy:
+        header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
+        metadata = header.setdefault("__metadata__", {})
+        record = json.loads(metadata.get(METADATA_KEY, "{}"))
+        metadata[METADATA_KEY] = json.dumps({**record, **({"base": base} if base else {})}, sort_keys=True)
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        copy.write(len(text).to_bytes(8, "little") + text)
+        shutil.copyfileobj(source, copy)
 
 
 def _card_of(text: str, repo: str, base_model: str | None, path: Path) -> tuple[str, str, list[str]]:

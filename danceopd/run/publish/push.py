@@ -16,7 +16,7 @@ from danceopd.common.messages import clipped
 from danceopd.errors import UserError
 from danceopd.models.base import file_sha256
 from danceopd.run.directory import WEIGHTS
-from danceopd.run.publish.files import PIPELINE, Publication, publication
+from danceopd.run.publish.files import PIPELINE, Publication, copy_lora, publication
 
 COMFYUI = "comfyui"
 """Folder of the file for ComfyUI."""
@@ -63,7 +63,7 @@ def _with_comfyui(run: Path, found: Publication, repo: str) -> Publication:
         written = export_as(run, temporary, "comfyui").file
         place = found.folder / COMFYUI / f"{repo.split('/')[-1]}.safetensors"
         place.parent.mkdir()
-        place.write_bytes(written.read_bytes())
+        copy_lora(written, place, found.base)
     files = {**found.files, place.relative_to(found.folder).as_posix(): place.stat().st_size}
     return Publication(found.folder, files, found.base, found.notes)
 
