@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("danceopd")
 
 
-def _generate(
+def generate(
     pipe: Any,
     prompt: str,
     image: Image | Sequence[Image] | None,
@@ -93,16 +93,11 @@ def sample(
     settings' own, and of an edit the source's shape. UserError for an empty prompt, a bad count, seed or size, and an
     image that cannot be read.
     """
-    if not prompt.strip():
-        raise UserError("the prompt is empty; write what the image should show")
-    if not 1 <= count <= 10**6:
-        raise UserError(f"{count} images were asked for; ask for one to a million with -n")
-    if not 0 <= seed <= 2**63 - count:
-        raise UserError(f"the seed is {seed}; give a whole number from 0, below 2**63")
+    check_request(prompt, count, seed)
     if size is not None and min(size) < 16:
         raise UserError(f"the size is {size[1]}x{size[0]} pixels; give at least 16 a side")
     paths = [] if image is None else [image] if isinstance(image, str | Path) else list(image)
-    settings = _recipe_settings(Path(student))
+    settings = recipe_settings(Path(student))
     editing_base, family = settings.pop("editing_base", None), settings.pop("family", None)
     sources = _sources([Path(path) for path in paths], student, base, editing_base, family, accept)
     folder = Path(output)
@@ -115,13 +110,23 @@ def sample(
     pipe = load_student(student, base=base, device=resolve_device(device or "auto"), accept=accept)
     pipe.set_progress_bar_config(disable=True)
     written, shown = list[Path](), sources or None
-    for i, picture in enumerate(_generate(pipe, prompt, shown, seed, count, editing_base, settings, size, family)):
+    for i, picture in enumerate(generate(pipe, prompt, shown, seed, count, editing_base, settings, size, family)):
         path = _new_path(folder, prompt, seed + i)
         with disk_errors(path):
             picture.save(path)
         written.append(path)
         report(path)
     return written
+
+
+def check_request(prompt: str, count: int, seed: int) -> None:
+    """UserError for an empty prompt, a bad count or seed."""
+    if not prompt.strip():
+        raise UserError("the prompt is empty; write what the image should show")
+    if not 1 <= count <= 10**6:
+        raise UserError(f"{count} images were asked for; ask for one to a million with -n")
+    if not 0 <= seed <= 2**63 - count:
+        raise UserError(f"the seed is {seed}; give a whole number from 0, below 2**63")
 
 
 def _sources(
@@ -149,7 +154,7 @@ def _sources(
     return found
 
 
-def _recipe_settings(student: Path) -> dict[str, Any]:
+def recipe_settings(student: Path) -> dict[str, Any]:
     """`call` of the student's recipe, its `editing_base` and its `family`; empty without a recipe."""
     if not (student / "recipe.yaml").is_file():
         return {}

@@ -111,30 +111,33 @@ def lora_loader(pipe: Any) -> Any:
     return getattr(pipe, "load_lora_weights", None) or pipe.transformer.load_lora_adapter
 
 
-def load_lora(pipe: Any, source: Path | Adapter, adapter: Adapter) -> None:
-    """Stock loading of a file (or of an adapter, as a diffusers state dict), then `check_injected`.
+def load_lora(pipe: Any, source: Path | Adapter, adapter: Adapter, name: str = ADAPTER_NAME) -> None:
+    """Stock loading of a file (or of an adapter, as a diffusers state dict), then `check_injected`; it acts alone.
 
     Of a pipeline with two transformers each takes its own layers.
     """
-    how: dict[str, Any] = {"adapter_name": ADAPTER_NAME}
+    how: dict[str, Any] = {"adapter_name": name}
     if isinstance(source, Path):
         given: Any = source.parent
         how["weight_name"] = source.name
     else:
         given = {
-            f"{stock_name(name)}.lora_{half}.weight": tensor
-            for name, pair in source.to().tensors.items()  # a copy: diffusers keeps the very tensors it is given
+            f"{stock_name(layer)}.lora_{half}.weight": tensor
+            for layer, pair in source.to().tensors.items()  # a copy: diffusers keeps the very tensors it is given
             for half, tensor in zip("AB", pair)
         }
     second = parted(pipe)
     seconds = of_second(adapter.tensors)
     if len(seconds) < len(adapter):
         lora_loader(pipe)(given, **how)
+    if second is not None and seconds:
+        second.load_lora_adapter(given, prefix=SECOND, **how)
+    for transformer in filter(None, (pipe.transformer, second)):
+        if name in getattr(transformer, "peft_config", {}):
+            transformer.set_adapters([name])
     if second is not None:
-        if seconds:
-            second.load_lora_adapter(given, prefix=SECOND, **how)
         joined(pipe.transformer, second, pipe.transformer.boundary)
-    check_injected(pipe.transformer, adapter)
+    check_injected(pipe.transformer, adapter, name)
 
 
 def check_injected(transformer: nn.Module, adapter: Adapter, name: str = ADAPTER_NAME) -> None:

@@ -43,6 +43,7 @@ from danceopd.cli.flags import (
 from danceopd.cli.openmoji import app as openmoji
 from danceopd.cli.plugins import plugins
 from danceopd.cli.publish.command import push
+from danceopd.cli.ui.command import ui
 from danceopd.cli.wizard.command import init
 from danceopd.errors import UserError
 
@@ -226,6 +227,7 @@ def sample(
 
 
 app.command()(push)
+app.command()(ui)
 app.command()(commands.bench)
 app.command()(commands.suites)
 app.command()(commands.report)

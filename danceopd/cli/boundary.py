@@ -109,9 +109,14 @@ def explained(error: BaseException, command: str) -> int:
         else:
             say(f"{_stripped(error.format_message())}; run {_usage(error)} --help to see what it takes")
         return int(getattr(error, "exit_code", 2))
-    sentence = _known(error, command)
-    say(sentence or _fault(error))
-    return 2 if sentence else 1
+    known = _known(error, command)
+    say(known or _fault(error))
+    return 2 if known else 1
+
+
+def sentence(error: Exception, command: str) -> str:
+    """The one sentence of what went wrong; the traceback of a fault of our own is in a file that it names."""
+    return _known(error, command) or _fault(error)
 
 
 def _known(error: BaseException, command: str) -> str:

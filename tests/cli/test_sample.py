@@ -21,7 +21,7 @@ from danceopd.errors import UserError
 from danceopd.models.base import base_fingerprint, call_defaults
 from danceopd.pipelines import editing_pipe, family_of
 from danceopd.pipelines.family import source_size
-from danceopd.sample import _generate, sample
+from danceopd.sample import generate, sample
 
 CALL = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 1.0, "max_sequence_length": 24}
 
@@ -107,7 +107,7 @@ def test_every_family_edits_in_the_source_s_shape(tiny: Tiny, tmp_path: Path) ->
         tiny.components(tmp_path / "components")
     call = {key: value for key, value in tiny.call.items() if key != "steps"} | {"num_inference_steps": 2}
     family, wide = family_of(pipe), random_image(4, 128, 64)
-    (made,) = _generate(pipe, "a red circle", wide, 0, 1, components, call, None)
+    (made,) = generate(pipe, "a red circle", wide, 0, 1, components, call, None)
     assert made.size[::-1] == family.size_of(editing_pipe(pipe, components, family), wide, call)
     assert made.width > 1.8 * made.height
 

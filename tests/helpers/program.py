@@ -152,7 +152,7 @@ def _import_everything() -> None:
     import danceopd
 
     for module in pkgutil.walk_packages(danceopd.__path__, "danceopd."):
-        if "__main__" not in module.name and "triton" not in module.name:
+        if not any(word in module.name for word in ("__main__", "triton", "ui.page")):  # the last needs an extra
             importlib.import_module(module.name)
     for name in ("Flux2KleinPipeline", "AutoencoderKLFlux2", "FlowMatchEulerDiscreteScheduler", "loaders"):
         getattr(diffusers, name)
