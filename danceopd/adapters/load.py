@@ -133,7 +133,7 @@ def load_lora(pipe: Any, source: Path | Adapter, adapter: Adapter, name: str = A
     if second is not None and seconds:
         second.load_lora_adapter(given, prefix=SECOND, **how)
     for transformer in filter(None, (pipe.transformer, second)):
-        if name in getattr(transformer, "peft_config", {}):
+        if len(getattr(transformer, "peft_config", ())) > 1:  # the first one acts as it was loaded, which is checked
             transformer.set_adapters([name])
     if second is not None:
         joined(pipe.transformer, second, pipe.transformer.boundary)
