@@ -51,6 +51,8 @@ def generate(
     known = family_of(pipe, family)
     if image is None:
         pipe = generation_pipe(pipe, known)
+        if size is not None:
+            known.drawn(pipe, *size)  # UserError for one that the class refuses
     else:
         pipe = editing_pipe(pipe, editing_base, known)
         sources: list[Any] = list(image) if isinstance(image, list | tuple) else [image]

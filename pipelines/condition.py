@@ -111,7 +111,8 @@ def _layout(value: Tensor | None, content: bool = False, ragged: bool = False) -
     """(shape of a row, dtype, checksum of row 0 where `content` counts); a ragged row's length does not count."""
     if value is None:
         return None
-    checksum = zlib.crc32(value[0].cpu().contiguous().numpy().tobytes()) if content and len(value) else 0
+    numbers = value[:1].cpu().contiguous().view(torch.uint8)  # numpy has no bfloat16
+    checksum = zlib.crc32(numbers.numpy().tobytes()) if content and len(value) else 0
     return tuple(value.shape[2 if ragged else 1 :]), str(value.dtype).removeprefix("torch."), checksum
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from danceopd.errors import UserError
+
 from .modular import call_defaults
 
 if TYPE_CHECKING:
@@ -92,9 +94,28 @@ def nothing_to_change(pipe: Any) -> None:
     """Default of `prepare_recording`: the stock call can be told all by its arguments."""
 
 
-def as_called(pipe: Any, height: int, width: int) -> tuple[int, int]:
-    """Default of `drawn`: the stock pipeline draws the size that it is called with."""
-    return height, width
+def whole_tokens(pipe: Any, height: int, width: int) -> tuple[int, int]:
+    """Default of `drawn`: the stock pipeline floors a size to pairs of latents; UserError where nothing is left."""
+    side = 2 * pipe.vae_scale_factor
+    if min(height, width) < side:
+        raise UserError(
+            f"height {height} and width {width} leave no picture, since sizes are rounded down to multiples of {side}; "
+            f"give at least {side}"
+        )
+    return height // side * side, width // side * side
+
+
+def in_multiples(side: Callable[[Any], int]) -> Callable[[Any, int, int], tuple[int, int]]:
+    """A `drawn` of stock pipelines that refuse a size which is no multiple of `side(pipe)` pixels."""
+
+    def drawn(pipe: Any, height: int, width: int) -> tuple[int, int]:
+        if height % (each := side(pipe)) or width % each:
+            raise UserError(
+                f"height {height} and width {width} must be multiples of {each} for {type(pipe).__name__}; change them"
+            )
+        return height, width
+
+    return drawn
 
 
 def one_frame(pipe: Any, call: dict[str, Any]) -> int:
@@ -186,8 +207,9 @@ class Family:
     alpha: bool = False  # pictures are RGBA: the alpha channel of a source is read, and the decoder draws one
     smallest_source: int = 64  # pixels a side
     source_text: int = 0  # text tokens that the encoder makes of a source image, at most
-    # (pipe, height, width) -> the (height, width) that the generation class draws when it is called with that size
-    drawn: Callable[[Any, int, int], tuple[int, int]] = as_called
+    # (pipe, height, width) -> the (height, width) that the generation class draws when it is called with that size;
+    # UserError for one that it refuses
+    drawn: Callable[[Any, int, int], tuple[int, int]] = whole_tokens
     token_side: Callable[[Any], int] = latent_pairs  # (pipe) -> pixels a side of a picture's token
     grid: Callable[[Condition], tuple[int, int] | None] = image_grid  # rows and columns of a picture's latents
     # (transformer, condition) -> the same with its source's keys and values, computed once, in place of the source;
@@ -237,5 +259,5 @@ class Family:
         import diffusers
 
         defaults = {**call_defaults(getattr(diffusers, self.generation)), **self.usual}
-        settings = {key: defaults[key] for key in ("num_inference_steps", *self.call) if key in defaults}
+        settings = {key: defaults[key] for key in ("num_inference_steps", *self.call) if defaults.get(key) is not None}
         return {"height": 1024, "width": 1024, **settings}

@@ -16,6 +16,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from danceopd.common.messages import clipped
 from danceopd.errors import UserError
 
 from .condition import Condition, stack
@@ -135,9 +136,11 @@ class GenerationPipeline:
         The inverse of `images`, up to what the autoencoder loses.
         """
         size, pipe, parts = self._per_megapixel, self.generation_pipe, []
+        stock = image_processor(pipe)  # which may round a size further than what the pipeline draws
+        exact = type(stock).from_config(stock.config, vae_scale_factor=1)
         for start in range(0, len(pictures), size):
             part = [one.convert("RGBA" if self.family.alpha else "RGB") for one in pictures[start : start + size]]
-            pixels = image_processor(pipe).preprocess(part, height=self.height, width=self.width)
+            pixels = exact.preprocess(part, height=self.height, width=self.width)
             parts.append(self.family.encode_images(pipe, pixels.to(pipe.vae.device, pipe.vae.dtype)))
         return torch.cat(parts)
 
@@ -170,7 +173,11 @@ def check_prompts(
         except UserError as error:
             raise UserError(f"{name} {error}") from error
     limit = family.prompt_limit(pipe, call)
-    for name, prompt, length in zip(names, prompts, family.prompt_lengths(pipe, prompts), strict=True):
+    try:
+        lengths = family.prompt_lengths(pipe, prompts)
+    except ValueError as error:  # such as a tokenizer without a chat template
+        raise UserError(f"the tokenizer reads no prompt ({clipped(str(error), 200)}); fetch the base again") from error
+    for name, prompt, length in zip(names, prompts, lengths, strict=True):
         if length > limit:
             raise UserError(
                 f"{name} has {length} tokens and would be cut at {limit} ({prompt[:40]!r}…); shorten it or raise "

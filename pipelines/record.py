@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from danceopd.common.messages import clipped
+from danceopd.errors import UserError
+
 from .condition import Condition
 from .modular import is_modular, prepare_modular
 
@@ -56,6 +59,11 @@ def first_call(
         copied(**{**family.arguments(pipe, call), **lists, **family.guidance_off})
     except _Recorded:
         return caught, copied.scheduler.sigmas.detach().to("cpu", torch.float32, copy=True)
+    except UserError:
+        raise
+    except ValueError as error:
+        said = clipped(str(error), 200)
+        raise UserError(f"{type(pipe).__name__} refuses this call ({said}); change call in the recipe") from error
     finally:
         hook.remove()
         getattr(pipe, "maybe_free_model_hooks", list)()
@@ -80,8 +88,8 @@ def record(pipe: Any, family: Family, **call: Any) -> tuple[Condition, Tensor]:
     """Run the stock `pipe(**call)` up to its first transformer call.
 
     Returns the condition (as many rows as the pipeline's batch) and the scheduler's sigmas for that call,
-    `(N+1,)` fp32 on the CPU, last 0. Errors of the pipeline itself pass through. TypeError when the family's `split`
-    left an argument in `kwargs` that is no tensor.
+    `(N+1,)` fp32 on the CPU, last 0. UserError for a call that the stock class refuses. TypeError when the family's
+    `split` left an argument in `kwargs` that is no tensor.
     """
     kwargs, sigmas = first_call(pipe, family, **call)
     condition = family.split(kwargs)[1]

@@ -108,3 +108,20 @@ def test_the_sentences_of_troubleshooting_are_those_that_are_printed() -> None:
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # a string over several lines
     assert len(quoted) > 12
     assert [words for words in quoted if words not in source] == []
+
+
+def test_the_table_of_families_is_true():
+    """Its families, how many sources an edit has, the settings of `call`, and the lines of each file."""
+    from danceopd.pipelines.registry import BUILTIN
+
+    text = (ROOT / "docs" / "bring-your-own-model.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if ".py`, " in line]
+    assert [cells[0].strip("`") for cells in rows] == list(BUILTIN)
+    for cells, family in zip(rows, BUILTIN.values(), strict=True):
+        most = max((family.references(name) for name in family.classes), default=1) if family.editing else 0
+        told = "" if not most else "1" if most == 1 else f"up to {most}" + (", RGBA" if family.alpha else "")
+        assert cells[4] == told, family.name
+        taken = [f"`{key}`" for key in family.call if key != "max_sequence_length"]
+        assert cells[5] == ", ".join(taken), family.name
+        place, lines = re.fullmatch(r"`(\S+)`, (\d+)", cells[6]).groups()
+        assert len((ROOT / place).read_text(encoding="utf-8").splitlines()) == int(lines), place

@@ -222,6 +222,26 @@ def check_streamed(recipe: Recipe, teachers: Iterable[TeacherWeights], sharded: 
         )
 
 
+def check_settings(recipe: Recipe, family: Family, pipe: Any, call: Mapping[str, Any]) -> list[str]:
+    """What there is to say of a call's settings: a size that is rounded, a guidance that the base does not read.
+
+    UserError for a size that the stock class refuses.
+    """
+    said, size = list[str](), (call["height"], call["width"])
+    drawn = family.drawn(pipe, *size)
+    if recipe.has("generation") and drawn != size:
+        said.append(
+            f"call.height {size[0]} and call.width {size[1]} are drawn as {drawn[0]} and {drawn[1]}, whole tokens of "
+            f"{family.name}"
+        )
+    if "guidance_scale" in recipe.call and not pipe.transformer.config.get("guidance_embeds"):
+        said.append(
+            "call.guidance_scale changes nothing, since the base reads no guidance (guidance_embeds is false); "
+            "guidance on a teacher is classifier-free guidance"
+        )
+    return said
+
+
 def check_prompts_of(
     recipe: Recipe, folder: Path, family: Family, pipe: Any, call: Mapping[str, Any],
     datasets: Mapping[str, TeacherData],

@@ -161,7 +161,8 @@ def outline(recipe: Recipe, folder: Path, teachers: Sequence[TeacherWeights]) ->
     checks.check_contrast(recipe, datasets)
     checks.check_sources(recipe, datasets, family, class_name(folder))
     pipe = _pipeline(folder, family, transformer)
-    notes = own + checks.check_prompts_of(recipe, folder, family, pipe, call, datasets)
+    notes = own + checks.check_settings(recipe, family, pipe, call)
+    notes += checks.check_prompts_of(recipe, folder, family, pipe, call, datasets)
     notes += about_bank(recipe, datasets)
     refused = None
     if recipe.has("editing") and recipe.editing_base is None and class_name(folder) == family.generation:

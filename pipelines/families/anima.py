@@ -14,7 +14,7 @@ from torch import Tensor
 from danceopd.common.tensors import compute_dtype
 
 from ..condition import Condition
-from ..family import Family
+from ..family import Family, in_multiples, latent_pairs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,6 +76,7 @@ ANIMA = Family(
     text_components=("text_encoder",),
     prompt_lengths=_lengths,
     dummy_prompt=_dummy_prompt,
+    drawn=in_multiples(latent_pairs),
     grid=lambda condition: (condition.shape[2], condition.shape[3]),
     split=_split,
     velocity=_velocity,

@@ -23,7 +23,7 @@ from danceopd.common.tensors import compute_dtype
 from danceopd.errors import UserError
 
 from ..condition import Condition, joined_layers, split_layers
-from ..family import Family, grid_from_ids
+from ..family import Family, grid_from_ids, in_multiples
 from .qwen import BUCKET
 
 if TYPE_CHECKING:
@@ -173,6 +173,7 @@ BRIA_FIBO = Family(
     dummy_prompt=_dummy_prompt,
     prepare_recording=_prepare_recording,
     token_side=lambda pipe: pipe.vae_scale_factor,
+    drawn=in_multiples(lambda pipe: max(16, pipe.vae_scale_factor)),
     references=lambda pipe: 10,
     grid=lambda condition: grid_from_ids(condition.shared["img_ids"], condition.shape[0]),
     split=_split,

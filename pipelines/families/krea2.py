@@ -19,7 +19,7 @@ from torch import Tensor
 from danceopd.common.tensors import compute_dtype
 
 from ..condition import Condition
-from ..family import Family, stock_limit
+from ..family import Family
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,6 +43,16 @@ def _dummy_prompt(pipe: Any, rows: int, **call: Any) -> dict[str, Any]:
     size = (rows, 1, config.num_text_layers, config.text_hidden_dim)
     text = torch.zeros(size, device=pipe._execution_device, dtype=like.dtype)
     return {"prompt_embeds": text, "prompt_embeds_mask": torch.ones(rows, 1, dtype=torch.bool, device=text.device)}
+
+
+def _side(pipe: Any) -> int:
+    return pipe.vae_scale_factor * pipe.patch_size
+
+
+def _drawn(pipe: Any, height: int, width: int) -> tuple[int, int]:
+    """The (height, width) that the stock pipeline draws: rounded up to whole tokens."""
+    side = _side(pipe)
+    return -(-height // side) * side, -(-width // side) * side
 
 
 def _split(call: dict[str, Any]) -> tuple[Tensor, Condition]:
@@ -121,8 +131,8 @@ KREA2 = Family(
     prompt_kwargs=TEXT,
     text_components=("text_encoder",),
     prompt_lengths=_lengths,
-    prompt_limit=stock_limit,
-    token_side=lambda pipe: pipe.vae_scale_factor * pipe.patch_size,
+    token_side=_side,
+    drawn=_drawn,
     grid=_grid,
     dummy_prompt=_dummy_prompt,
     split=_split,

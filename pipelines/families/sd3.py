@@ -14,7 +14,7 @@ from torch import Tensor
 from danceopd.common.tensors import compute_dtype
 
 from ..condition import Condition
-from ..family import Family, stock_limit
+from ..family import Family, in_multiples, stock_limit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,6 +37,10 @@ def _dummy_prompt(pipe: Any, rows: int, **call: Any) -> dict[str, Any]:
         "prompt_embeds": torch.zeros(rows, 1, config.joint_attention_dim, **how),
         "pooled_prompt_embeds": torch.zeros(rows, config.pooled_projection_dim, **how),
     }
+
+
+def _side(pipe: Any) -> int:
+    return pipe.vae_scale_factor * pipe.transformer.config.patch_size
 
 
 def _split(call: dict[str, Any]) -> tuple[Tensor, Condition]:
@@ -75,6 +79,8 @@ SD3 = Family(
     prompt_lengths=_lengths,
     prompt_limit=_limit,
     dummy_prompt=_dummy_prompt,
+    token_side=_side,
+    drawn=in_multiples(_side),
     split=_split,
     velocity=_velocity,
     decode=decode,

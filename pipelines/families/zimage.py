@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from danceopd.errors import UserError
 
 from ..condition import Condition
-from ..family import Family
+from ..family import Family, in_multiples, latent_pairs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -210,7 +210,7 @@ Z_IMAGE = Family(
     prepare_editing=_z_prepare_editing,
     editing_generates=_reads_siglip,
     references=lambda editing: 10,
-    smallest_source=64,
+    drawn=in_multiples(latent_pairs),
     prompt_lengths=_z_lengths,
     encode_prompts=_z_encode_prompts,
     dummy_prompt=_z_dummy_prompt,

@@ -225,6 +225,26 @@ def test_noise_and_schedule_are_the_stock_ones_and_need_no_text_encoder(case):
     assert torch.equal(ours.noise([8, 9]), noise) and torch.equal(ours.sigmas(), sigmas)
 
 
+@pytest.mark.parametrize(("height", "width"), [(40, 56), (48, 80)])
+def test_a_size_is_drawn_as_the_stock_pipeline_draws_it_or_refused_where_that_refuses_it(built, height, width):
+    tiny, pipe, _ = built
+    family = FAMILIES[tiny.family]
+    call = {**tiny.call, "height": height, "width": width}
+    settings = {key: value for key, value in call.items() if key != "steps"}
+    run = {**family.arguments(pipe, settings), "prompt": "a ring", "num_inference_steps": 1}
+    try:
+        ours = GenerationPipeline(pipe, family, call)
+    except UserError as error:
+        assert re.search(r"must be multiples of (16|32)", str(error))
+        with pytest.raises((ValueError, RuntimeError)):  # Krea 2 fails in its reshape
+            pipe(**run)
+        return
+    [picture] = family.pictures(pipe(**run))
+    noise = ours.noise([1])
+    assert ours.images(noise)[0].size == picture.size == (ours.width, ours.height)
+    assert ours.encode_images([picture]).shape == noise.shape == (1, *ours.conditions(["a ring"]).shape)
+
+
 def test_lora_targets_are_linears_and_stock_pipelines_load_our_adapter(built, tmp_path):
     tiny, pipe, field = built
     family = FAMILIES[tiny.family]

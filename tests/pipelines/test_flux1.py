@@ -16,6 +16,7 @@ from danceopd.models.backbone import Backbone
 from danceopd.models.base import pipeline_call
 from danceopd.models.fields import BaseField
 from danceopd.pipelines import EditingPipeline, GenerationPipeline, editing_pipe, family_of, generation_pipe, record
+from danceopd.pipelines.condition import stack
 from danceopd.pipelines.registry import FAMILIES
 
 FLUX1 = FAMILIES["flux1"]
@@ -44,6 +45,16 @@ def test_a_bucket_of_another_shape_equals_the_stock_kontext(pipe, size):
     *_, last = ours.denoise(condition.rows([0]), ours.noise([1]), BaseField(Backbone(tiny_flux1().transformer, FLUX1)))
     torch.testing.assert_close(last.x, final, rtol=0, atol=1e-4)
     assert ours.images(last.x)[0].size == (width, height)
+
+
+def test_edits_of_a_base_in_bfloat16_share_a_batch():
+    """Positions are in the base's dtype, which numpy does not have."""
+    ours = EditingPipeline(tiny_kontext(tiny_flux1().to(torch.bfloat16)), FLUX1, {**CALL, "steps": 2})
+    batch = ours.conditions(["make it red", "add a ring"], [random_image(i) for i in range(2)])
+    assert len(batch) == 2 and batch.shared["img_ids"].dtype == torch.bfloat16
+    wide = ours.conditions(["make it red"], [random_image(1, 128, 64)])
+    with pytest.raises(UserError, match="cannot share a batch"):
+        stack([batch, wide])
 
 
 @pytest.mark.parametrize(

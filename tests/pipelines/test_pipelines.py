@@ -195,7 +195,7 @@ def test_recording_leaves_no_trace(pipe, draw):
     before = stock_run(pipe, 2, prompt=PROMPTS[0], output_type="np")
     schedule, state = pipe.scheduler.sigmas.clone(), torch.random.get_rng_state()
     record(pipe, draw.family, prompt="a star", height=64, width=64, num_inference_steps=3)
-    with pytest.raises(ValueError, match="prompt"):
+    with pytest.raises(UserError, match=r"Flux2KleinPipeline refuses this call \(.*prompt"):
         record(pipe, draw.family, height=64, width=64)  # the stock pipeline's own refusal
     assert torch.equal(torch.random.get_rng_state(), state) and torch.equal(pipe.scheduler.sigmas, schedule)
     assert pipe.transformer is transformer and not transformer._forward_pre_hooks
@@ -277,6 +277,12 @@ def test_bad_prompts(draw, edit, prompts, sentence):
         edit.conditions(prompts, [random_image(0)] * len(prompts))
 
 
+def test_a_tokenizer_without_a_chat_template_is_named(pipe, draw, monkeypatch):
+    monkeypatch.setattr(pipe.tokenizer, "chat_template", None)
+    with pytest.raises(UserError, match="the tokenizer reads no prompt .*chat"):
+        draw.conditions(["a star"])
+
+
 def test_a_prompt_that_just_fits_is_not_cut(pipe, draw):
     fits, cut = " ".join(["star"] * 19), " ".join(["star"] * 20)  # the chat template adds 5
     draw.conditions([fits])
@@ -351,7 +357,8 @@ def test_a_vae_that_is_kept_elsewhere_decodes_on_the_device_of_the_latents(pipe)
         seen.append(pipe.vae.device)
         return [None] * len(x) if len(seen) < 3 else 1 / 0
 
-    pipeline = GenerationPipeline(SimpleNamespace(vae=vae), replace(family_of(pipe), decode=decode), CALL, chunk=1)
+    family = replace(family_of(pipe), decode=decode)
+    pipeline = GenerationPipeline(SimpleNamespace(vae=vae, vae_scale_factor=8), family, CALL, chunk=1)
     x = torch.empty(2, 16, 32, device="meta")
     assert len(pipeline.images(x)) == 2 and seen == [x.device] * 2 and vae.device == "cpu"
     with pytest.raises(ZeroDivisionError):

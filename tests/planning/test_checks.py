@@ -202,3 +202,11 @@ def test_a_distilled_base_takes_few_steps_and_says_so(models: Path, tmp_path: Pa
     merge(tiny_recipe(place, tmp_path / "run", steps=1, rollout={}, call={**call, "num_inference_steps": 4}))
     kept = Recipe.from_yaml(tmp_path / "run" / "recipe.yaml")
     assert kept.rollout.steps == 4 and kept.call["num_inference_steps"] == 4
+
+
+def test_a_plan_says_what_size_is_drawn(models, tmp_path):
+    call = {"max_sequence_length": 64, "height": 72, "width": 64}
+    facts = plan(tiny_recipe(models, tmp_path / "run", call=call), tflops=1.0)
+    assert any("call.height 72 and call.width 64 are drawn as 64 and 64" in note for note in facts["notes"])
+    with pytest.raises(UserError, match="height 8 and width 64 leave no picture"):
+        plan(tiny_recipe(models, tmp_path / "run", call={**call, "height": 8}), tflops=1.0)
