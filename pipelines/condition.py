@@ -111,8 +111,9 @@ def _layout(value: Tensor | None, content: bool = False, ragged: bool = False) -
     """(shape of a row, dtype, checksum of row 0 where `content` counts); a ragged row's length does not count."""
     if value is None:
         return None
-    numbers = value[:1].cpu().contiguous().view(torch.uint8)  # numpy has no bfloat16
-    checksum = zlib.crc32(numbers.numpy().tobytes()) if content and len(value) else 0
+    checksum = 0
+    if content and len(value):  # as bytes, since numpy has no bfloat16
+        checksum = zlib.crc32(value[0].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return tuple(value.shape[2 if ragged else 1 :]), str(value.dtype).removeprefix("torch."), checksum
 
 
