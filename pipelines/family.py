@@ -90,6 +90,11 @@ def unchanged_prompt(prompt: str, editing: bool) -> str:
     return prompt
 
 
+def same_prompt(other: Condition, condition: Condition) -> Condition:
+    """Default of `fit_prompt`: prompts do not depend on the number of sources."""
+    return other
+
+
 def nothing_to_change(pipe: Any) -> None:
     """Default of `prepare_recording`: the stock call can be told all by its arguments."""
 
@@ -182,6 +187,8 @@ class Family:
     prompt_kwargs: tuple[str, ...]  # the Condition's kwargs that hold the prompt (guidance replaces these)
     prompt_lengths: Callable[[Any, list[str]], list[int]]  # (pipe, prompts) -> tokens each, untruncated
     prompt_limit: Callable[[Any, dict[str, Any]], int] = stock_limit  # (pipe, call) -> tokens before a prompt is cut
+    # (a null prompt's condition, the one that gets its prompt) -> the former for as many sources as the latter has
+    fit_prompt: Callable[[Condition, Condition], Condition] = same_prompt
     # (prompt, whether it is an edit's) -> the text that the stock class takes; UserError for one that it refuses
     prompt: Callable[[str, bool], str] = unchanged_prompt
     # (pipe, prompts, sources, **call) -> the call kwargs of each row; `sources` are the pictures of each row, as many

@@ -112,6 +112,7 @@ def with_prompt_of(condition: Condition, other: Condition) -> Condition:
     """
     if len(other) not in (1, len(condition)):
         raise ValueError(f"the condition with the prompts has {len(other)} rows; give 1 or {len(condition)}")
+    other = FAMILIES[condition.family].fit_prompt(other, condition)
     kwargs = dict(condition.kwargs)
     for key in FAMILIES[condition.family].prompt_kwargs:
         value = other.kwargs[key]

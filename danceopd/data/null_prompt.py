@@ -42,10 +42,18 @@ def null_condition(pipeline: GenerationPipeline, teacher: Teacher, base_sha256: 
     return found
 
 
-def check_guidance(family: Family, name: str) -> None:
-    """UserError where a family has no classifier-free guidance; `name` is the key of the recipe that needs it."""
+def check_guidance(family: Family, name: str, editing: bool = False) -> None:
+    """UserError where a family has no classifier-free guidance, or none of edits (`editing`).
+
+    `name` is the key of the recipe that needs it.
+    """
     if family.guidance_on is None:
         raise UserError(f"{name} needs classifier-free guidance, and {family.name} has none; leave it out")
+    if editing and family.source_text:
+        raise UserError(
+            f"{name} needs a null prompt, which {family.name} reads together with the source image, so edits of this "
+            "family cannot be guided; leave it out, or leave out the editing teachers"
+        )
 
 
 @torch.no_grad()
@@ -87,10 +95,12 @@ def _null(pipeline: GenerationPipeline, negative: str) -> Condition | None:
     if not isinstance(pipeline, EditingPipeline):
         return record(pipe, family, prompt=[negative], **call)[0]
     size = max(pipeline.width, family.smallest_source), max(pipeline.height, family.smallest_source)
+    several = family.references(type(pipe).__name__) > 1  # a null prompt of two sources has all parts of any number
     rows = []
     for colour in ("grey", "red"):
         image = Image.new("RGB", size, colour)
-        rows.append(record(pipe, family, **{**call, "image": image, "prompt": negative})[0])
+        given = {**call, "image": [image, image] if several else image, "prompt": negative}
+        rows.append(record(pipe, family, **given)[0])
     one, other = ([row.kwargs[key] for key in family.prompt_kwargs] for row in rows)
     same = all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(one, other))
     return rows[0] if same else None

@@ -251,9 +251,11 @@ def check_prompts_of(
         "guidance.unconditional": recipe.guidance.unconditional > 0, "rollout.guidance": recipe.rollout.guidance != 1,
         "guided in nft.contexts": "guided" in recipe.nft.contexts,
     }  # fmt: skip
-    asking |= {f"guidance of teacher {t.name!r}": t.guidance is not None for t in recipe.teachers}
     for key in (key for key, asked in asking.items() if asked):
-        check_guidance(family, key)
+        check_guidance(family, key, recipe.has("editing"))
+    for t in recipe.teachers:
+        if t.guidance is not None:
+            check_guidance(family, f"guidance of teacher {t.name!r}", t.capability == "editing")
     named, cuts = tokenizers(pipeline_index(folder)), family.prompt_limit(pipe, dict(call)) < sys.maxsize
     if cuts and (not named or any(pipe.components.get(name) is None for name in named)):
         return [f"{folder} has no tokenizer, so the length of prompts is not checked, and a merge would not load it"]

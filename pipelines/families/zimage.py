@@ -92,6 +92,25 @@ def _z_split(call: dict[str, Any]) -> tuple[Tensor, Condition]:
     return latents, Condition("z-image", tuple(latents.shape[1:]), kwargs, context, {}, fixed, ("cap_feats",))
 
 
+def _z_fit_prompt(other: Condition, condition: Condition) -> Condition:
+    """A null prompt that was recorded with two sources, for as many as `condition` has.
+
+    A caption has a segment before the first source, one between each two, the prompt, and the end.
+    """
+    count, lengths = len(condition.fixed.get("sources", ())), other.kwargs["cap_lengths"]
+    assert lengths is not None
+    if count == 0 or lengths.shape[1] != 4:
+        return other
+    rows = zip(other.kwargs["cap_feats"], lengths.tolist(), strict=True)  # type: ignore[arg-type]
+    split = [row[: sum(parts)].split(parts) for row, parts in rows]
+    segments = [[first, *[between] * (count - 1), prompt, end] for first, between, prompt, end in split]
+    kwargs: dict[str, Tensor | None] = {
+        "cap_feats": pad_sequence([torch.cat(row) for row in segments], batch_first=True),
+        "cap_lengths": lengths[:, [0, *[1] * (count - 1), 2, 3]],
+    }
+    return replace(other, kwargs={**other.kwargs, **kwargs})
+
+
 def _z_velocity(transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
     dtype, sources = transformer.x_pad_token.dtype, condition.fixed.get("sources")
     lengths: list[list[int]] = condition.fixed.get(LENGTHS) or condition.kwargs["cap_lengths"].tolist()  # type: ignore[union-attr]
@@ -213,6 +232,7 @@ Z_IMAGE = Family(
     drawn=in_multiples(latent_pairs),
     prompt_lengths=_z_lengths,
     encode_prompts=_z_encode_prompts,
+    fit_prompt=_z_fit_prompt,
     dummy_prompt=_z_dummy_prompt,
     split=_z_split,
     velocity=_z_velocity,

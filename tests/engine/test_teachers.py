@@ -16,7 +16,7 @@ from tiny import CALL, random_adapter, random_image, tiny_klein
 from danceopd.adapters.header import inspect_adapter
 from danceopd.adapters.read import read_adapter
 from danceopd.adapters.write import write_adapter
-from danceopd.data.null_prompt import null_condition
+from danceopd.data.null_prompt import check_guidance, null_condition
 from danceopd.engine.teachers import check_teachers, load_teacher
 from danceopd.errors import UserError
 from danceopd.merge import merge
@@ -157,6 +157,10 @@ def test_guidance_is_refused_where_there_is_none_and_where_the_null_prompt_reads
     with pytest.raises(UserError, match="is read together with the source image"):
         null_condition(bound, guided, "base", tmp_path)
     assert not list(tmp_path.iterdir())
+    for name in ("qwen-image", "qwen-image-2.1", "longcat-image"):  # before a base is loaded
+        check_guidance(FAMILIES[name], "guidance of teacher 't'")
+        with pytest.raises(UserError, match=f"{name} reads together with the source image, so edits"):
+            check_guidance(FAMILIES[name], "guidance of teacher 't'", editing=True)
     with pytest.raises(UserError, match="'edits' has a negative prompt and no guidance"):
         draws = {"name": "draws", "capability": "generation"}
         edits = {"name": "edits", "adapter": str(models / "lora"), "capability": "editing", "negative": "blue"}

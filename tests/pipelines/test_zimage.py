@@ -16,6 +16,7 @@ from tiny import random_image
 from tiny_parts import close
 from tiny_zimage import CALL, source_only, tiny_z_image, tiny_z_image_omni
 
+from danceopd.data.null_prompt import null_prompt
 from danceopd.errors import UserError
 from danceopd.pipelines import (
     EditingPipeline,
@@ -27,6 +28,7 @@ from danceopd.pipelines import (
     stack,
 )
 from danceopd.pipelines.families.zimage import Z_IMAGE
+from danceopd.pipelines.registry import with_prompt_of
 
 STOCK = {"num_inference_steps": 4, "height": 64, "width": 64, "max_sequence_length": 100}
 PROMPT = "a red circle"
@@ -157,6 +159,18 @@ def test_a_null_prompt_of_the_other_layout_is_refused(pipe):
     for condition, words in ((drawn, edited), (edited, drawn)):
         with pytest.raises(ValueError, match="another layout"):
             velocity(pipe, x, 0.5, replace(condition, kwargs=words.kwargs))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_one_null_prompt_guides_edits_of_any_number_of_sources(pipe, count):
+    ours = EditingPipeline(editing_pipe(pipe), Z_IMAGE, CALL)
+    sources = [random_image(i, 64 + 16 * i) for i in range(count)]
+    one = sources if count > 1 else sources[0]
+    null, condition = null_prompt(ours, "edits"), ours.conditions([PROMPT], [sources])
+    guided = {**STOCK, **Z_IMAGE.guidance_on(3.0)}
+    for sigma, (v, x) in zip(ours.sigmas(), stock_steps(ours.pipe, prompt=PROMPT, image=one, **guided), strict=False):
+        v_null = velocity(pipe, x, sigma, with_prompt_of(condition, null))
+        close(Z_IMAGE.guide(velocity(pipe, x, sigma, condition), v_null, 3.0), v, 1e-4)
 
 
 def test_an_editing_pipe_reads_sources_in_bfloat16_and_leaves_its_pipe_alone(pipe, omni, tmp_path):
