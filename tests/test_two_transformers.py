@@ -201,3 +201,17 @@ def test_bad_bases_and_whole_models_are_refused(models, tmp_path):
     teachers[1]["name"] = "whole"
     with pytest.raises(UserError, match="has two transformers, and whole models of two are not compared; extract"):
         danceopd.merge(recipe(models, tmp_path / "no", teachers=teachers))
+
+
+def test_a_bench_leaves_out_edits_and_frames_that_the_student_cannot_show(student, tmp_path, caplog):
+    """Suites have edits and are of pictures; Wan has no editing class, and a student may draw videos."""
+    from danceopd.bench.options import BlendOptions
+    from danceopd.bench.run import Bench
+
+    video = danceopd.Recipe.from_yaml(student / "recipe.yaml").replaced({"call.num_frames": 5})
+    found = Bench(student, against=["none"], limit=2, output=tmp_path, recipe=video, blends=BlendOptions())
+    with caplog.at_level("WARNING", logger="danceopd"):
+        assert found.estimate()["items"] == {"generation": 2, "editing": 0}
+        assert found.call["num_frames"] == 1
+    assert "wan cannot edit, so the suite's 2 edits are left out" in caplog.text
+    assert "one frame is drawn, not call.num_frames 5" in caplog.text

@@ -33,7 +33,7 @@ from danceopd.bench.report.verdict import MARGIN, check_margin
 from danceopd.bench.results import BenchResult, summarise, used_plugins
 from danceopd.bench.scoring import Scoring
 from danceopd.bench.suites.protocol import ExactSuite, Item, JudgedSuite, Suite
-from danceopd.bench.suites.registry import load_suite, suite_items
+from danceopd.bench.suites.registry import drawable, load_suite, of_pictures, suite_items
 from danceopd.common.distributed import Processes
 from danceopd.common.files import disk_errors, lock_file, remove_partial_files, write_json
 from danceopd.common.system import describe_machine, redacted
@@ -212,7 +212,7 @@ class Bench:
     @cached_property
     def items(self) -> dict[str, list[Item]]:
         """Capability -> items."""
-        return suite_items(self.loaded_suite, self.limit, self.probes, self.categories)
+        return drawable(suite_items(self.loaded_suite, self.limit, self.probes, self.categories), self.lineup)
 
     @cached_property
     def folder(self) -> Path:
@@ -235,7 +235,7 @@ class Bench:
         lineup = self.lineup
         if lineup.folder is None:
             return None
-        return pipeline_call(lineup.folder, lineup.call, family_of(lineup.folder, lineup.family))
+        return of_pictures(pipeline_call(lineup.folder, lineup.call, family_of(lineup.folder, lineup.family)))
 
     @cached_property
     def session(self) -> JudgeSession | None:

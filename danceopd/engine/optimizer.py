@@ -18,6 +18,9 @@ from danceopd.recipe.parts import Optimizer
 
 MAX_SKIPPED = 5
 """Updates in a row whose loss may be NaN or infinite before the run gives up."""
+MAX_SAME = 10
+"""Updates whose gradient may be exactly zero before the first that changes a weight: a teacher may equal the student's
+init, or adapt only one of two transformers, and a small batch may ask for no other."""
 MIN_LOSS_SCALE = 1.0
 """The loss scale of an fp16 backbone below which an infinite gradient is no longer the scale's fault."""
 
@@ -60,7 +63,7 @@ class StudentOptimizer:
     def step(self, step: int, metrics: StepMetrics) -> None:
         """Clip, step and average by the gradients that are there; writes what it did into `metrics`.
 
-        UserError for a gradient of exactly zero, and after `MAX_SKIPPED` updates that were not finite.
+        UserError after `MAX_SAME` gradients of exactly zero, and after `MAX_SKIPPED` updates that were not finite.
         """
         self.scaler.unscale_(self.adamw)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip))
@@ -71,11 +74,15 @@ class StudentOptimizer:
         if not (math.isfinite(norm) and metrics.loss == metrics.loss):
             self._skip(step, metrics)
             return
-        if norm == 0.0:
-            raise UserError(
-                f"the student's gradient is exactly zero at step {step + 1}: teacher and student are the same "
-                "model; give teachers that differ from the student's init"
-            )
+        if norm == 0.0 and not self.adamw.state:
+            self.idle, metrics.skipped = self.idle + 1, True
+            self.adamw.zero_grad(set_to_none=True)
+            if self.idle >= min(MAX_SAME, self.steps):
+                raise UserError(
+                    f"the student's gradient is exactly zero up to step {step + 1}: teacher and student are the same "
+                    "model; give teachers that differ from the student's init"
+                )
+            return
         self.skipped = self.idle = 0
         for group in self.adamw.param_groups:
             group["lr"] = metrics.lr

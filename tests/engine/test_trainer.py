@@ -161,10 +161,22 @@ def test_nan_is_skipped_then_refused(data, files):
 def test_zero_gradient_is_refused(data, files):
     """Teachers equal to the student teach nothing: that is said, not trained."""
     adapter = random_adapter(tiny_klein().transformer, seed=0, size=0.1)
-    trainer = make_trainer(data, files, init=adapter)
+    trainer = make_trainer(data, files, init=adapter, steps=20)
     query_teachers(trainer, lambda field: trainer.velocities.rollout.field)
-    with pytest.raises(UserError, match="gradient is exactly zero"):
-        trainer.train_step()
+    with pytest.raises(UserError, match="gradient is exactly zero up to step 10"):
+        for _ in range(10):
+            trainer.train_step()
+
+
+def test_a_first_update_that_asks_no_teacher_who_differs_is_passed_over(data, files):
+    """As of a teacher that is the base, or that adapts one of two transformers."""
+    record, adapter = Recorder(), random_adapter(tiny_klein().transformer, seed=0, size=0.1)
+    trainer = make_trainer(data, files, init=adapter, callbacks=[record], steps=3)
+    teachers = iter(query_teachers(trainer, lambda field: trainer.velocities.rollout.field))
+    train(trainer, 1)
+    query_teachers(trainer, lambda field: next(teachers))
+    train(trainer, 1)
+    assert [m.skipped for m in record.metrics] == [True, False] and not trainer.optimizer.idle
 
 
 def test_the_learning_rate_warms_up_and_falls(data, files):

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from danceopd.bench.suites.protocol import ExactSuite, Item, JudgedSuite, Suite
 from danceopd.common.messages import did_you_mean
 from danceopd.errors import UserError
+from danceopd.pipelines.registry import family_of
 from danceopd.plugins import check_options, load, name_of, plugin_names
 from danceopd.recipe.recipe import CAPABILITIES
+
+if TYPE_CHECKING:
+    from danceopd.bench.lineup import Lineup
+
+_log = logging.getLogger("danceopd")
 
 SUITES = {
     "scenes": "danceopd.bench.suites.scenes",
@@ -98,3 +105,21 @@ def suite_items(suite: Suite, limit: int | None, probes: bool, categories: Seque
                 by_probe.setdefault(item.probe, []).append(item)
         found[capability] = kept + [item for items in by_probe.values() for item in items[:limit]]
     return found
+
+
+def drawable(items: dict[str, list[Item]], lineup: Lineup) -> dict[str, list[Item]]:
+    """The items that the models of a line-up can draw: without the edits where their family has no editing pipeline."""
+    family = None if lineup.folder is None else family_of(lineup.folder, lineup.family)
+    edits = items["editing"]
+    if family is None or family.editing is not None or not edits or not items["generation"]:
+        return items
+    _log.warning("%s cannot edit, so the suite's %d edits are left out", family.name, len(edits))
+    return {**items, "editing": []}
+
+
+def of_pictures(call: dict[str, Any]) -> dict[str, Any]:
+    """A pipeline's call for pictures, which suites are of: one frame where the student's recipe draws videos."""
+    if call.get("num_frames", 1) > 1:
+        _log.warning("suites are of pictures, so one frame is drawn, not call.num_frames %d", call["num_frames"])
+        return {**call, "num_frames": 1}
+    return call
