@@ -163,7 +163,7 @@ def test_zero_gradient_is_refused(data, files):
     adapter = random_adapter(tiny_klein().transformer, seed=0, size=0.1)
     trainer = make_trainer(data, files, init=adapter, steps=20)
     query_teachers(trainer, lambda field: trainer.velocities.rollout.field)
-    with pytest.raises(UserError, match="gradient is exactly zero up to step 10"):
+    with pytest.raises(UserError, match="gradient is exactly zero"):
         for _ in range(10):
             trainer.train_step()
 
