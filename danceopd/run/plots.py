@@ -11,6 +11,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -120,8 +121,9 @@ def grid(
     return paper
 
 
-HUES = ((28, 28, 32), (0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
-"""The mean's, then the teachers': Okabe and Ito's, which stay apart for readers who confuse colours."""
+HUES = ((28, 28, 32), (0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233),
+        (130, 130, 130))  # fmt: skip
+"""The mean's, then the teachers': Okabe and Ito's, which stay apart for readers who confuse colours, and a grey."""
 
 
 CAPTION = "step; velocity error on held-out prompts (log scale): lower is nearer to the teachers"
@@ -131,6 +133,8 @@ WIDTH, HEIGHT, SCALE = 560, 300, 2
 
 
 LEFT, RIGHT, TOP, BOTTOM = 48, 20, 34, 38
+LEGEND = 17
+"""The middle of the first row of names."""
 
 
 def curves(
@@ -141,8 +145,12 @@ def curves(
 
     With `log` on a scale of powers of ten, on which numbers that are not above 0 have no place and break their line.
     """
-    picture = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), PAPER)
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12 * SCALE)
+    font = ImageFont.load_default(12 * SCALE)
+    places_of_names = _legend(list(lines), font)
+    top = TOP + places_of_names[-1][1] - LEGEND if lines else TOP  # more than a row of names needs its own room
+    tall = HEIGHT + top - TOP
+    picture = Image.new("RGB", (WIDTH * SCALE, tall * SCALE), PAPER)
+    draw = ImageDraw.Draw(picture)
 
     def has_place(value: float) -> bool:
         return math.isfinite(value) and (value > 0 or not log)
@@ -154,16 +162,15 @@ def curves(
 
     def at(step: float, value: float) -> tuple[float, float]:
         across = LEFT + (WIDTH - LEFT - RIGHT) * (step - first) / (last - first)
-        down = TOP + (HEIGHT - TOP - BOTTOM) * (high - (math.log10(value) if log else value)) / (high - low)
+        down = top + (tall - top - BOTTOM) * (high - (math.log10(value) if log else value)) / (high - low)
         return across * SCALE, down * SCALE
 
     for value in ticks:
         draw.line([at(first, value), at(last, value)], fill=RULE, width=SCALE)
         draw.text((at(first, value)[0] - 6 * SCALE, at(first, value)[1]), f"{value:g}", INK, font, "rm")
     for step in sorted({first, *steps[:: max(1, -(-len(steps) // 6))]} if len(steps) > 1 else {first}):
-        draw.text((at(step, 1)[0], (HEIGHT - BOTTOM + 6) * SCALE), str(step), INK, font, "mt")
-    draw.text(((WIDTH + LEFT) * SCALE / 2, (HEIGHT - 4) * SCALE), caption, INK, font, "mb")
-    across = LEFT * SCALE
+        draw.text((at(step, 1)[0], (tall - BOTTOM + 6) * SCALE), str(step), INK, font, "mt")
+    draw.text(((WIDTH + LEFT) * SCALE / 2, (tall - 4) * SCALE), caption, INK, font, "mb")
     for number, (name, line) in enumerate(lines.items()):
         hue = HUES[0] if number == 0 else HUES[1 + (number - 1) % (len(HUES) - 1)]
         places = [at(step, value) if has_place(value) else None for step, value in zip(steps, line, strict=True)]
@@ -175,12 +182,24 @@ def curves(
                 _dot(draw, place, 3, hue)
         if number == 0 and (ring := dict(zip(steps, places)).get(-1 if chosen is None else chosen)) is not None:
             draw.circle(ring, 7 * SCALE, outline=hue, width=SCALE)
-        _dot(draw, (across + 4 * SCALE, 17 * SCALE), 4, hue)
-        draw.text((across + 12 * SCALE, 17 * SCALE), name, INK, font, "lm")
-        across += int(font.getlength(name)) + 32 * SCALE
+        across, down = (SCALE * pixels for pixels in places_of_names[number])
+        _dot(draw, (across + 4 * SCALE, down), 4, hue)
+        draw.text((across + 12 * SCALE, down), name, INK, font, "lm")
     out = io.BytesIO()
     picture.save(out, format="PNG")
     return out.getvalue()
+
+
+def _legend(names: Sequence[str], font: Any) -> list[tuple[int, int]]:
+    """Where each name stands, in rows that fit the width: (across, down) before `SCALE`."""
+    found, across, down = [], LEFT, LEGEND
+    for name in names:
+        width = int(font.getlength(name)) // SCALE + 32
+        if across + width - 20 > WIDTH and across > LEFT:
+            across, down = LEFT, down + 18
+        found.append((across, down))
+        across += width
+    return found
 
 
 def _powers(values: Sequence[float]) -> list[float]:

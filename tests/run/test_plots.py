@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from danceopd.errors import UserError
-from danceopd.run.plots import GAP, grid, wrap
+from danceopd.run.plots import GAP, curves, grid, wrap
 
 RED, BLUE = (200, 30, 30), (30, 30, 200)
 
@@ -65,3 +67,12 @@ def test_other_modes_and_sizes_are_taken() -> None:
 def test_what_cannot_be_laid_out_is_refused(arguments: dict, word: str) -> None:
     with pytest.raises(UserError, match=word):
         grid(**arguments)
+
+
+def test_names_of_many_lines_stand_in_rows_inside_the_picture():
+    few = Image.open(io.BytesIO(curves([0, 1], {"mean": [1.0, 2.0]})))
+    names = [f"a teacher with a long name {n}" for n in range(7)]
+    many = Image.open(io.BytesIO(curves([0, 1], {name: [1.0, 2.0] for name in names}))).convert("L")
+    assert many.width == few.width and many.height > few.height
+    edge = np.asarray(many)[:, -4:]
+    assert edge.min() == edge.max()  # no name runs out
