@@ -45,6 +45,7 @@ def tiny_recipe(models: Path, output: Path, **fields: Any) -> Recipe:
         "data": {"rows": 6},
         "samples": {"every": 0, "count": 1},
         "validation": {"rows": 2},  # of 32 rows, it would take most of a run's time
+        "monitor": {"prompts": 8, "seeds": 2},  # where it is on; 64 of 4 would take most of a run's time too
         "save_every": 2,
         "rollout": {"steps": 3},
         "call": {"height": 64, "width": 64, "num_inference_steps": 3, "max_sequence_length": 24},
