@@ -47,9 +47,9 @@ def launch(made: gr.Blocks, port: int | None, host: str, folders: Sequence[Path]
             server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, theme=theme, css=CSS,
             allowed_paths=[str(folder.resolve()) for folder in folders], footer_links=[], share=False,
         )  # fmt: skip
-    except OSError as error:
-        where = f"port {port}" if port else "a port"
-        raise UserError(f"{where} of {host} cannot be used ({error}); give another with --port") from None
+    except OSError:
+        where = f"port {port}" if port else "every port that was tried"
+        raise UserError(f"{where} of {host} is taken, or not allowed; give another with --port") from None
     return str(address)
 
 
